@@ -1,0 +1,120 @@
+"""Every collective of the package: means within a role, swaps across roles, and the few numbers of a step.
+
+What travels per step and process, with d trainable weights: d numbers to the other half of the pair and d back, while
+backward is still running; with several replicas, an all-reduce of d numbers within the role before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .roles import Mesh, Role
+
+
+class Exchange:
+    """Moves tensors between the processes of a mesh; does nothing in a world of one.
+
+    Args:
+        mesh: who takes part.
+        timeout: how long to wait for another process.
+    """
+
+    def __init__(self, mesh: Mesh, timeout: timedelta = timedelta(minutes=30)):
+        self.mesh = mesh
+        self.bytes_sent = 0
+        self._world_group = self._role_group = None
+        self._means: list[tuple[dist.Work, Tensor, Tensor]] = []
+        self._swaps: list[dist.Work] = []
+        if mesh.world_size > 1:
+            # A group of our own, because the default group of a CPU world does not know the timeout.
+            self._world_group = self._role_group = dist.new_group(timeout=timeout)
+        if mesh.paired and mesh.num_replicas > 1:
+            # Every process has to take part in the creation of every group.
+            groups = {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}
+            self._role_group = groups[mesh.roles[0]]
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Give all ranks the tensors of rank 0, in place: heads may have been initialised from different seeds."""
+        if self.mesh.world_size == 1:
+            return
+        with self._peers_alive():
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0, group=self._world_group)
+
+    def sum_within_role(self, value: float) -> float:
+        """Sum of one number over the replicas of this process's role."""
+        if self.mesh.num_replicas == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self._device())
+        with self._peers_alive():
+            dist.all_reduce(total, group=self._role_group)
+        return total.item()
+
+    def start(self, mine: Tensor, theirs: Tensor) -> None:
+        """Begin to exchange one bucket; `finish` waits for it. All ranks start their buckets in the same order.
+
+        Args:
+            mine: ``(n,)``, this role's gradient of the bucket; holds the role's mean afterwards.
+            theirs: ``(n,)``, receives the other role's mean; left alone where there are no pairs.
+        """
+        with self._peers_alive():
+            if self.mesh.num_replicas > 1:
+                self._means.append((dist.all_reduce(mine, group=self._role_group, async_op=True), mine, theirs))
+                self.bytes_sent += mine.nbytes
+            elif self.mesh.paired:
+                self._swap(mine, theirs)
+
+    def finish(self) -> None:
+        """Wait until every bucket that was started has its mean and has been swapped."""
+        with self._peers_alive():
+            for work, mine, theirs in self._means:
+                work.wait()
+                mine.div_(self.mesh.num_replicas)
+                if self.mesh.paired:
+                    self._swap(mine, theirs)
+            for work in self._swaps:
+                work.wait()
+        self._means.clear()
+        self._swaps.clear()
+
+    def gather(self, row: Tensor) -> Tensor:
+        """Rows of all ranks, ``(world_size, n)``, from this rank's ``(n,)``; for the few numbers of a step."""
+        if self.mesh.world_size == 1:
+            return row[None]
+        rows = [torch.empty_like(row) for _ in range(self.mesh.world_size)]
+        with self._peers_alive():
+            dist.all_gather(rows, row, group=self._world_group)
+        return torch.stack(rows)
+
+    def _swap(self, mine: Tensor, theirs: Tensor) -> None:
+        peer, group = self.mesh.peer, self._world_group
+        ops = [dist.P2POp(dist.isend, mine, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+        self._swaps += dist.batch_isend_irecv(ops)
+        self.bytes_sent += mine.nbytes
+
+    @staticmethod
+    def _device() -> torch.device:
+        return (
+            torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        )
+
+    @contextmanager
+    def _peers_alive(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo reports closed connections and timeouts as plain RuntimeErrors, nccl as a subclass.
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"Rank {self.mesh.rank} expected an answer from the other {self.mesh.world_size - 1} process(es) of this "
+            f"run and got none: {error}. Most likely one of them has died; the cause is in its own log. Start the run "
+            "again with resume_from_checkpoint=True. Processes that are merely slow need a larger --ddp_timeout."
+        )

@@ -1,0 +1,129 @@
+"""Randomness that belongs to the batch, not to the process: derived seeds, and global generators lent and put back."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+def derive_seed(*parts: object) -> int:
+    """A seed in [0, 2**63) that depends on all `parts` and on nothing else: not on the process, nor on Python's hash."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_globals(seed: int, device: torch.device | None = None) -> None:
+    """Seed the global generators of Python, numpy, torch on the CPU and, where given, torch on `device`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # Not torch.manual_seed, which would seed every accelerator too.
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+class GlobalState:
+    """The state of the global generators at one moment."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.device = device if device is not None and device.type != "cpu" else None
+        self.python, self.numpy, self.torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self.on_device = torch.get_device_module(self.device).get_rng_state(self.device) if self.device else None
+
+    def restore(self) -> None:
+        """Put the generators back to that moment."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if self.device:
+            torch.get_device_module(self.device).set_rng_state(self.on_device, self.device)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Within the block the global generators start from `seed`; afterwards they are as they were before."""
+    before = GlobalState(device)
+    seed_globals(seed, device)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+class OwnGenerators:
+    """Global generators of one consumer: each `lent` block goes on where its last one ended."""
+
+    def __init__(self, seed: int):
+        with seeded(seed):
+            self._state = GlobalState()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Run the block on this consumer's generators, and put everyone else's back."""
+        before = GlobalState()
+        self._state.restore()
+        try:
+            yield
+        finally:
+            self._state = GlobalState()
+            before.restore()
+
+
+class _Samples(list):
+    """Samples on their way to the collator, with the seed that the collator gets."""
+
+    seed: int
+
+
+class SeededItems(Dataset):
+    """A map-style dataset whose items do not depend on what was drawn before them.
+
+    Indexed by ``(epoch, index)``, so that the epoch reaches worker processes, persistent ones too. Randomness of an
+    item derives from (seed, epoch, index).
+
+    Args:
+        dataset: map-style dataset.
+        seed: of the run's data.
+        whole_batches: read a batch by one call of the dataset's ``__getitems__``, without seeding; for datasets that
+            draw nothing.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, whole_batches: bool):
+        self.dataset, self.seed, self.whole_batches = dataset, seed, whole_batches
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, tagged: tuple[int, Any]) -> Any:
+        return self.__getitems__([tagged])[0]
+
+    def __getitems__(self, tagged: list[tuple[int, Any]]) -> list:
+        if self.whole_batches:
+            samples = _Samples(self.dataset.__getitems__([index for _, index in tagged]))
+        else:
+            before = GlobalState()
+            samples = _Samples()
+            for epoch, index in tagged:
+                seed_globals(derive_seed(self.seed, epoch, index))
+                samples.append(self.dataset[index])
+            before.restore()
+        samples.seed = derive_seed(self.seed, "collate", tagged)
+        return samples
+
+
+class SeededCollate:
+    """A collator whose randomness derives from the samples' epoch and indices."""
+
+    def __init__(self, collate: Callable[[list], Any]):
+        self.collate = collate
+
+    def __call__(self, samples: _Samples) -> Any:
+        with seeded(samples.seed):
+            return self.collate(list(samples))

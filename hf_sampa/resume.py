@@ -1,0 +1,178 @@
+"""Saving and continuing runs: Trainer's checkpoints made exact, recognisably whole, and loaded to the last tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import checkpoint
+from .batches import UpdateStream
+from .sampa import SAMPa
+
+
+logger = logging.get_logger(__name__)
+
+
+class ResumeMixin:
+    """The part of `SAMPaMixin` that writes and reads checkpoints."""
+
+    _position: dict[str, int] | None = None  # of the next update batch in the stream, from the checkpoint
+    _unlogged: dict[str, Any] | None = None  # sums that the next log line takes up, from the checkpoint
+    _folder: str | None = None  # where weights are being loaded from
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in Trainer; ``True`` takes the last whole checkpoint and says which torn ones it passed over.
+
+        Raises ValueError for a checkpoint that is torn, foreign, of a newer format or of another data stream or model.
+        """
+        if resume_from_checkpoint is True:
+            folder, problems = checkpoint.last_whole(Path(self.args.output_dir))
+            for problem in problems:
+                logger.warning(f"Passing over a checkpoint. {problem}")
+            resume_from_checkpoint = str(folder)
+        elif resume_from_checkpoint:
+            checkpoint.inspect(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- Writing ----
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            checkpoint.invalidate(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        # The last that Trainer writes before trainer_state.json: see `hf_sampa.checkpoint` for why then.
+        super()._save_rng_state(output_dir)
+        if not self.args.should_save:
+            return
+        grads, ascent = self.sampa.state_dict() if isinstance(self.sampa, SAMPa) else ({}, {})
+        upcoming = self._stream.peek()
+        content = {
+            "settings": self._settings(),
+            "stream": self._stream_settings(),
+            "position": {"epoch": upcoming.epoch, "start": upcoming.start},
+            "ascent": ascent,
+            "skipped": {"steps": self.sampa.skipped_steps, "in_a_row": self.sampa.skipped_in_a_row},
+            "unlogged": {
+                "loss": self._tr_loss.item(),
+                "since_step": self._globalstep_last_logged,
+                "means": self._means.state_dict(),
+            },
+        }
+        checkpoint.write(Path(output_dir), grads, content)
+
+    def _settings(self) -> dict[str, Any]:
+        return {"method": self.args.method, "rho": self.args.rho, "lmbda": self.args.lmbda}
+
+    def _stream_settings(self) -> dict[str, Any]:
+        """What decides which samples are in B_t."""
+        args = self.args
+        return {
+            "per_device_train_batch_size": self._train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "replicas": args.num_replicas,
+            "seed": args.seed,
+            "data_seed": args.data_seed,
+            "train_sampling_strategy": args.train_sampling_strategy,
+            "dataloader_drop_last": args.dataloader_drop_last,
+        }
+
+    # ---- Reading ----
+
+    def _resume(self, folder: str | None) -> None:
+        """Take up the engine's state and the place in the stream from the checkpoint in `folder`, if any."""
+        self._position = self._unlogged = None
+        if folder is None:
+            return
+        found = checkpoint.inspect(Path(folder))
+        if found is None:
+            logger.info(f"{folder} was written by plain Trainer: the ascent gradient g_t is computed at its weights.")
+            return
+        if differing := checkpoint.changed(found["stream"], self._stream_settings()):
+            raise ValueError(
+                f"Expected the data stream that {folder} was written with, but it changed: {'; '.join(differing)}. "
+                "Resume with the old values, or start a new run from these weights."
+            )
+        for difference in checkpoint.changed(found["settings"], self._settings()):
+            logger.warning(f"Resuming with a changed setting, {difference}.")
+        self.sampa.skipped_steps, self.sampa.skipped_in_a_row = found["skipped"]["steps"], found["skipped"]["in_a_row"]
+        self._unlogged = found["unlogged"]
+        if self.args.ignore_data_skip:
+            logger.info("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
+            return
+        self._position = found["position"]
+        if isinstance(self.sampa, SAMPa):
+            self.sampa.load_state_dict(checkpoint.read_tensors(Path(folder)), found["ascent"])
+
+    def _open_stream(self, epoch: int, start: int) -> None:
+        """Begin the stream where the checkpoint left it, or else at micro-batch `start` of `epoch`."""
+        place = self._position or {"epoch": epoch, "start": start}
+        self._stream = UpdateStream(
+            self._loader,
+            seed=self._data_seed,
+            accumulation=self.args.gradient_accumulation_steps,
+            update=self.state.global_step,
+            **place,
+        )
+        self._check_same_data()
+        if self._unlogged:
+            # `_total_loss_scalar` counts this call's steps only, so what came before is taken out again.
+            self._tr_loss += self._unlogged["loss"]
+            self._total_loss_scalar -= self._unlogged["loss"]
+            self._globalstep_last_logged = self._unlogged["since_step"]
+            self._means.load_state_dict(self._unlogged["means"])
+
+    def _check_same_data(self) -> None:
+        ascent = self.sampa.ascent if isinstance(self.sampa, SAMPa) else None
+        expected = ascent.fingerprints[self.args.mesh.replica] if ascent else None
+        found = self._stream.peek().fingerprint
+        if ascent and expected != found:
+            raise ValueError(
+                "Expected the next batch to be the one that the checkpoint's g_t was computed on, but its fingerprint "
+                f"is {found} and not {expected}: the training data, its order or its processing changed. Resume with "
+                "the old data, or set ignore_data_skip=True to start the epoch anew."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._folder = resume_from_checkpoint
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            raise ValueError(f"The weights in {resume_from_checkpoint} are of another model: {error}") from error
+
+    def _load_best_model(self):
+        self._folder = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result):
+        super()._issue_warnings_after_load(load_result)
+        if load_result.missing_keys or load_result.unexpected_keys:
+            load_every_tensor(self.model, self._folder)
+
+
+def load_every_tensor(model: torch.nn.Module, folder: str) -> None:
+    """Load the weights in `folder` into `model` by way of `from_pretrained`, which knows renamed keys and tied weights.
+
+    Upstream loads by ``load_state_dict(strict=False)`` and only warns (transformers #43701, #48805): for ViT, whose
+    keys are renamed on saving, most tensors would silently stay as they were.
+
+    Raises ValueError where a tensor of the model or of the folder has no counterpart.
+    """
+    problems: dict[str, Any] = {"reason": "the model is no PreTrainedModel, and its keys differ from the file's"}
+    if isinstance(model, PreTrainedModel):
+        loaded, info = type(model).from_pretrained(
+            folder, config=model.config, dtype=model.dtype, output_loading_info=True
+        )
+        problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if problems:
+        raise ValueError(
+            f"Expected every tensor of the model in {folder}, and none besides, but got {problems}. These are weights "
+            "of another model; load them into the one that wrote them."
+        )
+    model.load_state_dict(loaded.state_dict())
+    logger.info(f"Loaded all {len(loaded.state_dict())} tensors of {folder} by way of from_pretrained.")

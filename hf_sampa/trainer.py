@@ -1,0 +1,223 @@
+"""SAMPa in `transformers.Trainer`: a mixin that overrides the training step and keeps everything else.
+
+The loop stays Trainer's. It is handed the micro-batches of B_t one by one; with the last of them `training_step` runs
+the whole step for B_t and B_{t+1} (`hf_sampa.sampa`) and leaves G_t in ``.grad``, where Trainer clips it, takes the base
+optimizer's step, logs, evaluates and saves as always.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.utils import logging
+
+from . import checkpoint
+from .batches import MicroBatch, UpdateBatch, UpdateStream, seeded_loader
+from .checks import check_loader, check_model, check_trainer
+from .exchange import Exchange
+from .metrics import RunningMeans
+from .randomness import derive_seed, seeded
+from .resume import ResumeMixin
+from .roles import Role
+from .sampa import SAM, SAMPa
+from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+
+class SAMPaMixin(ResumeMixin):
+    """Sharpness-aware steps for any `Trainer`: ``class Mine(SAMPaMixin, SomeTrainer)``.
+
+    Takes what the Trainer below it takes; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
+    it plays both roles in turn, by 2k processes it spreads them, with the same numbers.
+
+    Attributes:
+        sampa: the engine (`hf_sampa.sampa.SAMPa` or `SAM`) of the training run in progress or just ended.
+
+    Raises:
+        ValueError: the world, the precision or the model cannot be used with SAMPa; see `hf_sampa.checks`.
+    """
+
+    sampa: SAMPa | SAM | None = None
+
+    def __init__(self, model=None, args=None, *other, **kwargs):
+        args = SAMPaTrainingArguments("tmp_trainer") if args is None else args
+        if not isinstance(args, SAMPaArgumentsMixin):
+            raise ValueError(
+                f"args: expected SAMPaTrainingArguments, or a class of yours with SAMPaArgumentsMixin, got "
+                f"{type(args).__name__}."
+            )
+        args.mesh  # refuses odd worlds before anything is built  # noqa: B018
+        super().__init__(model, args, *other, **kwargs)
+        check_trainer(self)
+        # Every loss is the mean over one micro-batch here; `_micro_gradient` does the weighing.
+        self.loss_is_scaled_for_ga = False
+        self._stream: UpdateStream | None = None
+        self._means = RunningMeans()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # "evaluation mode" prepares autocast and compilation and leaves out DDP, which would average the two roles.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        prepare = self.accelerator.prepare_data_loader
+
+        def prepare_and_remember(data_loader: DataLoader, **kwargs) -> DataLoader:
+            prepared = prepare(data_loader, **kwargs)
+            prepared.unprepared = data_loader  # what `_training_loader` shards by replica instead of by rank
+            return prepared
+
+        self.accelerator.prepare_data_loader = prepare_and_remember
+
+    # ---- Data: one stream for both roles ----
+
+    def set_initial_training_values(self, args, dataloader):
+        self._loader = self._training_loader(dataloader)
+        check_loader(self._loader, args)
+        return super().set_initial_training_values(args, self._loader)
+
+    def get_total_train_batch_size(self, args) -> int:
+        # Two ranks of a pair read one batch.
+        return super().get_total_train_batch_size(args) * args.num_replicas // args.world_size
+
+    def _training_loader(self, dataloader: DataLoader) -> DataLoader:
+        """`dataloader` as one replica reads it, with randomness that belongs to the batch."""
+        if hasattr(dataloader, "unprepared"):
+            config, mesh = self.args.accelerator_config, self.args.mesh
+            dataloader = prepare_data_loader(
+                dataloader.unprepared,
+                num_processes=mesh.num_replicas,
+                process_index=mesh.replica,
+                split_batches=config.split_batches,
+                put_on_device=False,
+                dispatch_batches=False,
+                even_batches=config.even_batches,
+                use_seedable_sampler=config.use_seedable_sampler,
+                data_seed=self.args.data_seed,
+            )
+        return seeded_loader(dataloader, self._data_seed)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _run_epoch(self, train_dataloader, **kwargs):
+        if self._stream is None:
+            self._open_stream(kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
+        elif self._stream.peek().start:
+            # A callback ended the epoch early: the batch ahead will not be trained on, and with it goes its g_t.
+            self._stream.leave_epoch()
+            if isinstance(self.sampa, SAMPa):
+                self.sampa.forget()
+        self._epoch_in_stream = self._stream.peek().epoch
+        # The loop only iterates over and fast-forwards what it is given; `get_batch_samples` reads the stream.
+        super()._run_epoch(train_dataloader=DataLoader([]), **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self._stream.peek().epoch != self._epoch_in_stream:
+            return [], None  # an epoch of unknown length is over
+        self._batch = self._stream.advance()
+        inputs = iter([micro_batch.inputs for micro_batch in self._batch])
+        samples, num_items = super().get_batch_samples(inputs, num_batches, device)
+        # A group that ends early without the loop's knowing still has to reach its optimizer step.
+        return samples + [{}] * (num_batches - len(samples)), num_items
+
+    def _track_num_input_tokens(self, inputs):
+        before = self.state.num_input_tokens_seen
+        if inputs:
+            super()._track_num_input_tokens(inputs)
+        counted = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + counted * self.args.num_replicas // self.args.world_size
+
+    def floating_point_ops(self, inputs) -> int:
+        # Each role is a forward and a backward pass.
+        return super().floating_point_ops(inputs) * len(self.args.mesh.roles)
+
+    # ---- The step ----
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        check_model(self.model)
+        model, _ = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.sampa is not None:
+            self.sampa.close()
+        exchange = Exchange(self.args.mesh, timeout=timedelta(seconds=self.args.ddp_timeout))
+        exchange.broadcast([*self.model.parameters(), *self.model.buffers()])
+        self.sampa = self._engine(model, exchange)
+        self._stream = None
+        self.callback_handler.train_dataloader = self._loader
+        self._resume(resume_from_checkpoint)
+        return model, self._loader
+
+    def _engine(self, model, exchange: Exchange) -> SAMPa | SAM:
+        def clip():
+            if self.args.max_grad_norm > 0:
+                self._clip_grad_norm(model)
+
+        params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
+        arguments = {"rho": self.args.rho, "clip": clip}
+        if self.args.method == "sam":
+            return SAM(params, self.optimizer.optimizer, exchange, **arguments)
+        return SAMPa(params, self.optimizer.optimizer, exchange, lmbda=self.args.lmbda, **arguments)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batch, gradient = self._batch, partial(self._micro_gradient, model)
+        self._weigh(batch)
+        if isinstance(self.sampa, SAM):
+            report = self.sampa.step(batch, gradient)
+        else:
+            next_batch = self._stream.peek()
+            if Role.LOOKAHEAD in self.sampa.roles:
+                self._weigh(next_batch)
+            report = self.sampa.step(batch, next_batch, gradient)
+        if report.skipped:
+            logger.warning(
+                f"Step {self.state.global_step + 1} had a gradient that is not finite and is skipped; "
+                f"{self.sampa.skipped_steps} step(s) so far."
+            )
+        self._means.add(report, self.sampa.skipped_steps)
+        return torch.tensor(report.loss, dtype=torch.float32, device=self.args.device)
+
+    def _weigh(self, batch: UpdateBatch) -> None:
+        """Set every micro-batch's share, so that micro-batches and replicas add up to one large batch's mean.
+
+        Upstream divides by `num_items_in_batch` or by the accumulation steps, depending on whether the model says it
+        accepts the former; BERT's heads say so and ignore it (transformers #47688). Here every micro-batch is given its
+        own count, so that every loss is its mean, and is weighed by that count.
+        """
+        counts = []
+        for micro_batch in batch:
+            count = self._get_num_items_in_batch([micro_batch.inputs], torch.device("cpu"))
+            micro_batch.num_items = None if count is None else count.to(self.args.device)
+            counts.append(1.0 if count is None else float(count))
+        total = self.sampa.exchange.sum_within_role(sum(counts))
+        for micro_batch, count in zip(batch, counts, strict=True):
+            micro_batch.share = count * self.args.num_replicas / total if total else 1 / len(counts)
+
+    def _micro_gradient(self, model, micro_batch: MicroBatch) -> torch.Tensor:
+        """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""
+        # What `Trainer.training_step` divides the loss by.
+        self.current_gradient_accumulation_steps = 1 / micro_batch.share if micro_batch.share else float("inf")
+        seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self.args.mesh.replica)
+        with seeded(seed, self.args.device):
+            return super().training_step(model, micro_batch.inputs, micro_batch.num_items)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return float("nan") if self.sampa.skipped_in_a_row else norm
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs.update(self._means.take())
+        super().log(logs, *args, **kwargs)
+
+
+class SAMPaTrainer(SAMPaMixin, Trainer):
+    """`transformers.Trainer` that trains with SAMPa or SAM; takes what Trainer takes, see `SAMPaMixin`."""

@@ -1,0 +1,115 @@
+"""SAMPa's settings, as a mixin for any `TrainingArguments`."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from transformers import TrainingArguments
+
+from .roles import Mesh
+
+
+# The variables by which torchrun, accelerate and the MPI launchers tell a process how many there are.
+WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def launched_world_size() -> int:
+    """Number of processes that the launcher started, 1 without a launcher."""
+    return next((int(os.environ[name]) for name in WORLD_SIZE_VARIABLES if name in os.environ), 1)
+
+
+@dataclass
+class SAMPaArgumentsMixin:
+    """Fields that SAMPa adds to a `TrainingArguments` class: put it first, ``class Mine(SAMPaArgumentsMixin, Base)``.
+
+    Two inherited settings are decided here. `use_cpu` becomes True where a launcher started several processes on a
+    machine without an accelerator, since each would train alone otherwise. `average_tokens_across_devices` becomes
+    False, since it averages over both roles; SAMPa weighs every micro-batch by its items over the replicas itself.
+
+    Args:
+        method (`str`, defaults to `"sampa"`):
+            `"sampa"`: both gradients at once, on two processes or in turn on one. `"sam"`: sequential SAM.
+        rho (`float`, defaults to 0.05):
+            Radius of the perturbation, at least 0. Denoted as rho in the paper.
+        lmbda (`float`, defaults to 0.2):
+            Weight of the look-ahead gradient, 0 to 1. Denoted as lambda in the paper. SAM does not use it.
+
+    Raises:
+        ValueError: a setting is out of range, or not to be had together with SAMPa.
+    """
+
+    METHODS: ClassVar[tuple[str, ...]] = ("sampa", "sam")
+
+    method: str = field(
+        default="sampa",
+        metadata={
+            "help": "sampa: look-ahead and perturbed gradient at once, by two processes (or in turn by one). "
+            "sam: sequential SAM, two gradients on the same batch, all processes data parallel."
+        },
+    )
+    rho: float = field(
+        default=0.05,
+        metadata={
+            "help": "Radius of the perturbation (rho, at least 0). The paper: 0.05 on CIFAR-10 and most of GLUE."
+        },
+    )
+    lmbda: float = field(
+        default=0.2,
+        metadata={
+            "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1). The paper: 0.2 in "
+            "vision, 0.1 on GLUE; 0 is SAMPa-0, 1 is optimistic gradient descent. Unused by sam."
+        },
+    )
+
+    def __post_init__(self):
+        self._refuse_sharding()
+        if launched_world_size() > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        self.average_tokens_across_devices = False
+        self._check_settings()
+
+    @property
+    def mesh(self) -> Mesh:
+        """This process's place among the others. Raises ValueError for a world that `method` cannot use."""
+        return Mesh.for_method(self.method, self.world_size, self.process_index)
+
+    @property
+    def num_replicas(self) -> int:
+        """Processes that share one update batch: half of them for SAMPa, all of them otherwise."""
+        return self.mesh.num_replicas
+
+    def _refuse_sharding(self) -> None:
+        for name, setting in {"DeepSpeed": self.deepspeed, "FSDP": self.fsdp}.items():
+            if setting or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1"):
+                raise ValueError(
+                    f"SAMPa needs whole weights and gradients in every process, but this run uses {name}, which shards "
+                    "them. Launch it without, for instance with accelerate_configs/gpu_2_processes.yaml."
+                )
+        if self.fp16:
+            raise ValueError(
+                "SAMPa carries gradients from step to step and does not unscale those of fp16's GradScaler. Use "
+                "bf16=True, or full precision."
+            )
+
+    def _check_settings(self) -> None:
+        if self.method not in self.METHODS:
+            raise ValueError(f"method: expected one of {', '.join(self.METHODS)}, got {self.method!r}.")
+        if not (math.isfinite(self.rho) and self.rho >= 0):
+            raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho}. The paper uses 0.05.")
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda}. The paper uses 0.2 and 0.1.")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy: expected 'random', 'sequential' or 'group_by_length', got 'batch_rebalance', "
+                "which gives every process batches of its own, while both roles of SAMPa must read the same ones."
+            )
+
+
+@dataclass
+class SAMPaTrainingArguments(SAMPaArgumentsMixin, TrainingArguments):
+    """`transformers.TrainingArguments` with `method`, `rho` and `lmbda`; see `SAMPaArgumentsMixin`."""
