@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -17,7 +16,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.utils import logging
 
-from . import checkpoint
 from .batches import MicroBatch, UpdateBatch, UpdateStream, seeded_loader
 from .checks import check_loader, check_model, check_trainer
 from .exchange import Exchange

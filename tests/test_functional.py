@@ -1,0 +1,86 @@
+"""The pure functions, on numbers that one can check by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_sampa.buckets import Buckets, GradientRecorder
+from hf_sampa.functional import global_dot, global_norm, interpolate_, perturb_
+
+
+def test_global_norm_and_dot_span_all_tensors():
+    left, right = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])], [torch.tensor([1.0]), torch.tensor([[5.0, 2.0]])]
+    assert global_norm(left).item() == 5.0
+    assert global_dot(left, right).item() == 11.0
+
+
+def test_perturbation_has_length_rho_and_the_gradients_direction():
+    params, grads = [torch.zeros(1), torch.ones(2)], [torch.tensor([3.0]), torch.tensor([0.0, 4.0])]
+    perturb_(params, grads, rho=0.5)
+    torch.testing.assert_close(params, [torch.tensor([0.3]), torch.tensor([1.0, 1.4])])
+    assert torch.equal(grads[0], torch.tensor([3.0]))
+
+
+def test_a_zero_gradient_perturbs_nothing():
+    params = [torch.ones(2)]
+    perturb_(params, [torch.zeros(2)], rho=0.5)
+    assert torch.equal(params[0], torch.ones(2))
+
+
+@pytest.mark.parametrize(("lmbda", "expected"), [(0.0, 1.0), (0.25, 2.0), (1.0, 5.0)])
+def test_interpolation(lmbda, expected):
+    perturbed, lookahead = [torch.tensor([1.0])], [torch.tensor([5.0])]
+    interpolate_(perturbed, lookahead, lmbda)
+    assert (perturbed[0].item(), lookahead[0].item()) == (expected, 5.0)
+
+
+def test_lambda_zero_ignores_even_an_infinite_look_ahead_gradient():
+    perturbed = [torch.tensor([1.0])]
+    interpolate_(perturbed, [torch.tensor([float("inf")])], 0.0)
+    assert perturbed[0].item() == 1.0
+
+
+def test_buckets_hold_every_parameter_once_from_last_to_first():
+    params = [torch.zeros(4, 2), torch.zeros(3), torch.zeros(5, dtype=torch.float64), torch.zeros(1)]
+    buckets = Buckets(params, bucket_bytes=16)
+    assert [flat.numel() for flat in buckets.flats] == [1, 5, 3, 8]
+    assert buckets.bucket_of == [3, 2, 1, 0]
+    for i, view in enumerate(buckets.views):
+        view.fill_(i)
+    assert [flat.unique().item() for flat in buckets.flats] == [3, 2, 1, 0]
+    assert [view.shape for view in buckets.views] == [param.shape for param in params]
+
+
+def test_recorder_sums_micro_batches_zeroes_the_unused_and_keeps_one_order():
+    first, unused, last = (torch.nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0, 3.0))
+    params = [first, unused, last]
+    buckets, recorder, full = Buckets(params, bucket_bytes=8), GradientRecorder(params), []
+    buckets.views[1].fill_(7.0)
+    recorder.start()
+    with recorder.record(buckets):
+        (first * 2 + last).sum().backward()
+    with recorder.record(buckets, full.append):
+        (first * 3 + last * 10).sum().backward()
+        assert full == [0]  # what follows waits for the parameter that gets no gradient
+    assert full == [0, 1, 2]
+    assert [view.tolist() for view in buckets.views] == [[5.0, 5.0], [0.0, 0.0], [11.0, 11.0]]
+    assert recorder.used == [True, False, True]
+    assert unused.grad is None
+    recorder.close()
+    first.grad = None
+    (first * 4).sum().backward()
+    assert first.grad.tolist() == [4.0, 4.0]
+    assert buckets.views[0].tolist() == [5.0, 5.0]
+
+
+def test_a_gradient_that_comes_after_its_bucket_was_sent_is_refused():
+    param = torch.nn.Parameter(torch.ones(1))
+    buckets, recorder = Buckets([param]), GradientRecorder([param])
+    recorder.start()
+    with (
+        pytest.raises(RuntimeError, match="more than one piece.*use_reentrant"),
+        recorder.record(buckets, lambda _: None),
+    ):
+        param.sum().backward()
+        param.sum().backward()

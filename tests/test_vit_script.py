@@ -1,0 +1,300 @@
+"""`vit_finetune/run_vit.py`: its arguments, its messages, and whole runs on a CIFAR folder of a few images."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_vit
+import torch
+from image_data import ImageDataset, ImageTransform, load_image_task
+from safetensors.torch import load_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+from vit_arguments import DataArguments, ModelArguments, ViTTrainingArguments, make_parser, parse_args
+from vit_model import load_model
+
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--from_scratch", "--hidden_size", "16", "--num_hidden_layers", "1", "--patch_size", "16", "--use_cpu"]
+SHORT = [*TINY, "--batch_size", "8", "--max_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-2"]
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+    """An official folder of 40 training and 20 test images, whose brightness tells their class."""
+    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-py"
+    folder.mkdir()
+    for seed, name, n in ((1, "data_batch_1", 20), (2, "data_batch_2", 20), (3, "test_batch", 20)):
+        labels = [i % 10 for i in range(n)]
+        noise = np.random.default_rng(seed).integers(0, 20, (n, 3072))
+        pixels = (25 * np.array(labels)[:, None] + noise).astype(np.uint8)
+        (folder / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels}, protocol=2))
+    names = {b"label_names": [b"class%d" % i for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
+    return folder
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def step_logs(output_dir):
+    """What was logged at each step, without the timings."""
+    return [entry for entry in read_json(output_dir / "trainer_state.json")["log_history"] if "loss" in entry]
+
+
+# Arguments
+
+
+def test_help_formats_and_every_own_field_has_a_help_text():
+    text = make_parser().format_help()
+    for cls in (ModelArguments, DataArguments, ViTTrainingArguments):
+        own = set(cls.__annotations__) & {field.name for field in dataclasses.fields(cls)}
+        for field in dataclasses.fields(cls):
+            if field.name in own:
+                assert field.metadata["help"].endswith("."), field.name
+                assert f"--{field.name}" in text
+    assert "left open by the paper" in " ".join(text.lower().split())
+
+
+def test_the_papers_settings_are_the_defaults(tmp_path):
+    model_args, data_args, args = parse_args(["--output_dir", str(tmp_path), "--use_cpu"])
+    assert model_args.model_name_or_path == "google/vit-base-patch16-224-in21k"
+    assert (data_args.dataset, data_args.label_noise, data_args.augment) == ("cifar10", 0.0, True)
+    assert (args.method, args.rho, args.lmbda) == ("sampa", 0.1, 0.2)
+    assert (args.learning_rate, args.max_grad_norm, args.num_train_epochs) == (1e-4, 1.0, 10)
+    assert (args.lr_scheduler_type, args.label_smoothing_factor) == ("cosine", 0.1)
+    assert args.optim.value.startswith("adamw_torch")
+    assert args.per_device_train_batch_size == args.batch_size == 128
+    assert args.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("given", "rho"),
+    [
+        (["--method", "sam"], 0.05),
+        (["--method=sampa"], 0.1),
+        (["--method", "adamw"], 0.0),
+        (["--method", "sam", "--rho", "0.3"], 0.3),
+        (["--rho", "0"], 0.0),
+    ],
+)
+def test_the_default_of_rho_is_the_methods_and_an_explicit_one_wins(tmp_path, given, rho):
+    assert parse_args(["--output_dir", str(tmp_path), "--use_cpu", *given])[2].rho == rho
+
+
+def test_an_unknown_method_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--method", "asam"])
+    assert "invalid choice: 'asam' (choose from 'adamw', 'sam', 'sampa')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["--batch_size", "9", "--gradient_accumulation_steps", "2"],
+            r"--batch_size: expected a positive multiple of 2 \(1 device.* 2 micro-batch\(es\) each\), got 9",
+        ),
+        (["--batch_size", "0"], "expected a positive multiple of 1 .* got 0"),
+        (
+            ["--batch_size", "8", "--per_device_train_batch_size", "4"],
+            "--batch_size 8 makes --per_device_train_batch_size 8 here, got 4. Leave it out",
+        ),
+        (["--hidden_size", "64"], "--hidden_size would have no effect: google/.* Add --from_scratch"),
+        (
+            ["--from_scratch", "--model_name_or_path", "x"],
+            "--from_scratch starts from random weights and --model_name_or_path from x",
+        ),
+        (["--from_scratch", "--image_size", "30"], "--image_size: expected a multiple of --patch_size 4, got 30"),
+    ],
+)
+def test_contradictory_arguments_are_refused(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        parse_args(["--output_dir", str(tmp_path), "--use_cpu", *given])
+
+
+def test_accumulation_shares_the_batch(tmp_path):
+    given = ["--output_dir", str(tmp_path), "--use_cpu", "--batch_size", "64", "--gradient_accumulation_steps", "4"]
+    args = parse_args(given)[2]
+    assert args.per_device_train_batch_size == 16
+    assert dataclasses.replace(args).per_device_train_batch_size == 16
+
+
+# Models
+
+
+def load(path, names):
+    torch.manual_seed(0)
+    return load_model(ModelArguments(model_name_or_path=str(path)), names)
+
+
+@pytest.fixture
+def saved_vit(tmp_path):
+    """A ViT for 3 classes, its weights saved in half precision."""
+    torch.manual_seed(1)
+    shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(**shape, num_attention_heads=2, num_labels=3)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_checkpoint_gets_a_new_classifier_and_fp32_weights(saved_vit):
+    model, image_processor = load(saved_vit, ["a", "b", "c", "d"])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c", 3: "d"} and model.config.label2id["d"] == 3
+    assert model.classifier.weight.shape == (4, 16)
+    assert dict(image_processor.size) == {"height": 8, "width": 8}
+    saved = ViTForImageClassification.from_pretrained(saved_vit, dtype=torch.float32).vit.state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.vit.state_dict().items())
+
+
+def test_a_folder_with_a_config_alone_starts_from_random_weights(saved_vit, caplog):
+    (saved_vit / "model.safetensors").unlink()
+    model, image_processor = load(saved_vit, ["a", "b"])
+    assert "holds a config and no weights: training starts from random weights" in caplog.text
+    assert model.config.hidden_size == 16 and model.classifier.weight.shape == (2, 16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    (saved_vit / "preprocessor_config.json").unlink()
+    assert dict(load(saved_vit, ["a", "b"])[1].size) == dict(image_processor.size) == {"height": 8, "width": 8}
+
+
+def test_a_checkpoint_that_leaves_weights_undetermined_is_refused(saved_vit):
+    config = read_json(saved_vit / "config.json")
+    (saved_vit / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ValueError, match="expected every weight but the classifier's, but 16 would start at random"):
+        load(saved_vit, ["a", "b"])
+
+
+# Runs
+
+
+@pytest.mark.parametrize("method", ["adamw", "sam", "sampa"])
+def test_a_saved_model_has_the_accuracy_that_was_reported(cifar10, tmp_path, method):
+    out = tmp_path / "out"
+    command = [*SHORT, "--method", method, "--data_dir", str(cifar10), "--output_dir", str(out), "--max_steps", "15"]
+    metrics = run_vit.main(command)
+    reported = read_json(out / "all_results.json")
+    assert reported["eval_accuracy"] == metrics["eval_accuracy"]
+    assert reported["train_loss"] < 2.3  # log(10) = 2.303 is what guessing gives
+
+    model = AutoModelForImageClassification.from_pretrained(out).eval()
+    image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
+    task = load_image_task("cifar10", str(cifar10))
+    images = image_processor(list(task.test.images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        predicted = model(images).logits.argmax(-1).numpy()
+    assert (predicted == task.test.labels).mean() == pytest.approx(reported["eval_accuracy"])
+    assert model.config.id2label[9] == "class9"
+    assert ("sharpness" in step_logs(out)[0]) == (method != "adamw")
+    assert (out / "README.md").is_file()
+
+
+def test_label_noise_reaches_the_training_labels_and_no_others(cifar10, tmp_path, monkeypatch):
+    datasets = {}
+
+    class Recorder(run_vit.Trainer):
+        def __init__(self, *args, train_dataset, eval_dataset, **kwargs):
+            datasets.update(train=train_dataset, test=eval_dataset)
+            super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+
+    monkeypatch.setattr(run_vit, "Trainer", Recorder)
+    given = [*SHORT, "--data_dir", str(cifar10), "--max_steps", "1", "--method", "adamw", "--label_noise", "0.4"]
+    run_vit.main([*given, "--output_dir", str(tmp_path / "out")])
+    task = load_image_task("cifar10", str(cifar10))
+    assert (datasets["train"].data.labels != task.train.labels).sum() == 16
+    assert np.array_equal(datasets["test"].data.labels, task.test.labels)
+    assert datasets["train"].transform.augment and not datasets["test"].transform.augment
+    run_vit.main([*given, "--output_dir", str(tmp_path / "again"), "--no_augment", "--seed", "1"])
+    assert (datasets["train"].data.labels != task.train.labels).sum() == 16
+    assert not datasets["train"].transform.augment
+
+
+def test_bad_data_arguments_reach_the_user(cifar10, tmp_path):
+    out = str(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"--label_noise: expected a share .* got 40\.0"):
+        run_vit.main([*SHORT, "--data_dir", str(cifar10), "--output_dir", out, "--label_noise", "40"])
+    with pytest.raises(FileNotFoundError, match="expected a folder, but nowhere is none"):
+        run_vit.main([*SHORT, "--data_dir", "nowhere", "--output_dir", out])
+    assert not Path(out).exists()
+
+
+def test_a_run_is_continued_bit_for_bit_and_never_written_over_by_accident(cifar10, tmp_path):
+    out = tmp_path / "out"
+    command = [*SHORT, "--data_dir", str(cifar10), "--save_strategy", "steps", "--save_steps", "2"]
+    command += ["--output_dir", str(out)]
+    run_vit.main(command)
+    whole = load_file(out / "model.safetensors")
+    with pytest.raises(FileExistsError, match=r"--output_dir .*out is not empty.*--resume_from_checkpoint true"):
+        run_vit.main(command)
+
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "model.safetensors").unlink()
+    run_vit.main([*command, "--resume_from_checkpoint", "true"])
+    resumed = load_file(out / "model.safetensors")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    run_vit.main([*command, "--overwrite_output_dir", "--max_steps", "1"])
+    assert read_json(out / "trainer_state.json")["global_step"] == 1
+
+
+def test_an_image_folder_is_trained_on(tmp_path, monkeypatch):
+    import datasets
+    from PIL import Image
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for split in ("train", "test"):
+        for number, name in enumerate(("dark", "light")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.new("L", (20, 20), color=200 * number + 5 * i).save(folder / f"{i}.png")
+    given = ["--dataset", "imagefolder", "--data_dir", str(tmp_path / "images"), "--max_steps", "10"]
+    metrics = run_vit.main([*SHORT, *given, "--output_dir", str(tmp_path / "out")])
+    assert metrics["eval_accuracy"] == 1.0
+    assert read_json(tmp_path / "out" / "config.json")["id2label"] == {"0": "dark", "1": "light"}
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_numbers_of_one(cifar10, tmp_path):
+    given = [str(ROOT / "vit_finetune/run_vit.py"), *SHORT, "--data_dir", str(cifar10), "--label_noise", "0.4"]
+    given += ["--dataloader_num_workers", "1"]
+    config = str(ROOT / "accelerate_configs/cpu_2_processes.yaml")
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    for launcher, out in (([sys.executable], tmp_path / "one"), (two, tmp_path / "two")):
+        run = subprocess.run(
+            [*launcher, *given, "--output_dir", str(out)], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert run.returncode == 0, run.stderr
+    assert read_json(tmp_path / "two" / "checkpoint-4" / "sampa.json")
+    logs = step_logs(tmp_path / "one")
+    assert len(logs) == 4 and logs == step_logs(tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    accuracies = {read_json(tmp_path / name / "all_results.json")["eval_accuracy"] for name in ("one", "two")}
+    assert len(accuracies) == 1
+
+
+def test_items_hold_what_the_model_reads_and_nothing_else(cifar10):
+    task = load_image_task("cifar10", str(cifar10))
+    transform = ImageTransform(ViTImageProcessor(size={"height": 32, "width": 32}), augment=False)
+    item = ImageDataset(task.test, transform)[0]
+    assert set(item) == {"pixel_values", "labels"}
