@@ -20,7 +20,6 @@ logger = logging.get_logger(__name__)
 class ResumeMixin:
     """The part of `SAMPaMixin` that writes and reads checkpoints."""
 
-    _position: dict[str, int] | None = None  # of the next update batch in the stream, from the checkpoint
     _unlogged: dict[str, Any] | None = None  # sums that the next log line takes up, from the checkpoint
     _folder: str | None = None  # where weights are being loaded from
 
@@ -84,9 +83,21 @@ class ResumeMixin:
 
     # ---- Reading ----
 
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        found = checkpoint.inspect(Path(resume_from_checkpoint)) if resume_from_checkpoint else None
+        if found is None or self.args.ignore_data_skip:
+            return place
+        # Upstream counts epochs by their nominal number of steps, which iterable datasets do not have.
+        return found["position"]["epoch"], found["position"]["start"]
+
     def _resume(self, folder: str | None) -> None:
-        """Take up the engine's state and the place in the stream from the checkpoint in `folder`, if any."""
-        self._position = self._unlogged = None
+        """Take up the engine's state from the checkpoint in `folder`, if any."""
+        self._unlogged = None
         if folder is None:
             return
         found = checkpoint.inspect(Path(folder))
@@ -105,19 +116,18 @@ class ResumeMixin:
         if self.args.ignore_data_skip:
             logger.info("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
             return
-        self._position = found["position"]
         if isinstance(self.sampa, SAMPa):
             self.sampa.load_state_dict(checkpoint.read_tensors(Path(folder)), found["ascent"])
 
     def _open_stream(self, epoch: int, start: int) -> None:
-        """Begin the stream where the checkpoint left it, or else at micro-batch `start` of `epoch`."""
-        place = self._position or {"epoch": epoch, "start": start}
+        """Begin the stream at micro-batch `start` of `epoch`."""
         self._stream = UpdateStream(
             self._loader,
             seed=self._data_seed,
             accumulation=self.args.gradient_accumulation_steps,
+            epoch=epoch,
+            start=start,
             update=self.state.global_step,
-            **place,
         )
         self._check_same_data()
         if self._unlogged:

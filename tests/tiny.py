@@ -49,6 +49,11 @@ def token_bert(dropout: float = 0.0):
     return bert(dropout, head=BertForTokenClassification, num_labels=3)
 
 
+def regression_bert():
+    """Random BERT that predicts a score."""
+    return bert(num_labels=1)
+
+
 def vit(dropout: float = 0.0, seed: int = 0):
     """Random ViT of two layers for 8 x 8 grey images."""
     torch.manual_seed(seed)
@@ -88,6 +93,11 @@ def tagged_sentences(count: int, seed: int = 1) -> list[dict[str, Any]]:
         labels = torch.where(torch.rand(8, generator=generator) < 0.3, -100, ids % 3)
         items.append({"input_ids": ids, "labels": labels})
     return items
+
+
+def scored_sentences(count: int) -> list[dict[str, Any]]:
+    """Random token sequences with a score."""
+    return [{**item, "labels": float(i % 5)} for i, item in enumerate(sentences(count))]
 
 
 def images(count: int, seed: int = 1) -> list[dict[str, Any]]:

@@ -1,0 +1,102 @@
+"""P5: stopped at any step and resumed is never stopped, bit for bit, on one process, on two, and from one to the other."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+import pytest
+
+from tests import tiny
+from tests.ranks import run_ranks
+
+
+pytestmark = pytest.mark.distributed
+
+SCENARIOS = {
+    "dropout, accumulation, group cut short": {
+        "model": partial(tiny.bert, 0.1),
+        "dataset": tiny.sentences(19),
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 2,
+    },
+    "augmentation": {"model": partial(tiny.vit, 0.1), "dataset": tiny.NoisyImages(14), "lmbda": 0.0},
+    "iterable of unknown length": {
+        "model": partial(tiny.bert, 0.1),
+        "dataset": tiny.Stream(14),
+        "gradient_accumulation_steps": 3,
+        "max_steps": 6,
+    },
+    "group_by_length, sgd": {
+        "model": tiny.bert,
+        "dataset": tiny.sentences(18, lengths=(3, 12)),
+        "train_sampling_strategy": "group_by_length",
+        "trainer_kwargs": {"data_collator": tiny.Mean()},
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+    },
+    "sam": {"model": partial(tiny.bert, 0.1), "dataset": tiny.sentences(18), "method": "sam"},
+}
+RESUMED_AT = (1, 3, 4)  # the runs have five or more steps; the first epochs end after 2, 3, 4 or 5
+
+
+def never_stopped(folder) -> dict:
+    return {
+        name: tiny.run(folder / name, **scenario, save_strategy="steps", save_steps=1)
+        for name, scenario in SCENARIOS.items()
+    }
+
+
+def resumed(folder, written, crossed) -> dict:
+    return {
+        (name, step): tiny.run(folder / "out", **scenario, resume=str(written / name / f"checkpoint-{step}"))
+        for name, scenario in SCENARIOS.items()
+        for step in RESUMED_AT
+        # SAM is data parallel on two processes: other batches than on one.
+        if name != "sam" or not crossed
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs left alone, by number of processes, and the folder with their checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    outcomes = {}
+    for n in (1, 2):
+        outcomes[n] = run_ranks(never_stopped, n, folder / f"checkpoints{n}", folder=folder / str(n))
+    yield outcomes, folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def continued(whole, tmp_path_factory):
+    """Runs resumed on `n` processes from what `wrote` processes wrote, by (wrote, n)."""
+    folder = tmp_path_factory.mktemp("continued")
+    return {
+        (wrote, n): run_ranks(
+            resumed, n, folder, whole[1] / f"checkpoints{wrote}", wrote != n, folder=folder / f"{wrote}to{n}"
+        )
+        for wrote, n in ((1, 1), (2, 2), (1, 2), (2, 1))
+    }
+
+
+def comparable(outcome: dict) -> dict:
+    """Without what belongs to one call of train(): its mean loss."""
+    logs = [{k: v for k, v in line.items() if k != "train_loss"} for line in outcome["logs"]]
+    return {**outcome, "logs": logs}
+
+
+CASES = [
+    (name, step, wrote, n)
+    for name in SCENARIOS
+    for step in RESUMED_AT
+    for wrote, n in ((1, 1), (2, 2), (1, 2), (2, 1))
+    if name != "sam" or wrote == n
+]
+
+
+@pytest.mark.parametrize(("name", "step", "wrote", "n"), CASES)
+def test_resumed_is_never_stopped(whole, continued, name, step, wrote, n):
+    expected, found = whole[0][wrote][0][name], continued[wrote, n][0][name, step]
+    assert expected["steps"] > max(RESUMED_AT)
+    assert tiny.differing(comparable(expected), comparable(found)) == []
