@@ -43,13 +43,18 @@ def check_model(model: torch.nn.Module) -> None:
             )
 
 
+def check_dataset(dataset) -> None:
+    """Raise ValueError where `dataset` has no sample; samplers would say less."""
+    if dataset is not None and has_length(dataset) and not len(dataset):
+        raise ValueError("Expected a training dataset of at least one sample, but got an empty one.")
+
+
 def check_loader(loader, args) -> None:
     """Raise ValueError where an epoch of `loader` would have no batch."""
     if not has_length(loader) or len(loader):
         return
-    samples = len(loader.dataset)
     raise ValueError(
-        f"Expected a training dataset of at least one batch, but got {samples} sample(s) for batches of "
-        f"{args.per_device_train_batch_size} on {args.num_replicas} replica(s)"
-        + (" with dataloader_drop_last=True: use a smaller batch or keep the last one." if samples else ".")
+        f"Expected a training dataset of at least one batch, but got {len(loader.dataset)} sample(s) for batches of "
+        f"{args.per_device_train_batch_size} on {args.num_replicas} replica(s) with dataloader_drop_last="
+        f"{args.dataloader_drop_last}: use a smaller batch, or keep the last one."
     )

@@ -45,7 +45,7 @@ class Exchange:
             return
         with self._peers_alive():
             for tensor in tensors:
-                dist.broadcast(tensor, src=0, group=self._world_group)
+                dist.broadcast(tensor.detach(), src=0, group=self._world_group)
 
     def sum_within_role(self, value: float) -> float:
         """Sum of one number over the replicas of this process's role."""

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from . import checkpoint
 from .batches import UpdateStream
 from .sampa import SAMPa
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class ResumeMixin:
@@ -102,7 +102,9 @@ class ResumeMixin:
             return
         found = checkpoint.inspect(Path(folder))
         if found is None:
-            logger.info(f"{folder} was written by plain Trainer: the ascent gradient g_t is computed at its weights.")
+            logger.warning(
+                f"{folder} was written by plain Trainer: the ascent gradient g_t is computed at its weights."
+            )
             return
         if differing := checkpoint.changed(found["stream"], self._stream_settings()):
             raise ValueError(
@@ -114,7 +116,7 @@ class ResumeMixin:
         self.sampa.skipped_steps, self.sampa.skipped_in_a_row = found["skipped"]["steps"], found["skipped"]["in_a_row"]
         self._unlogged = found["unlogged"]
         if self.args.ignore_data_skip:
-            logger.info("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
+            logger.warning("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
             return
         if isinstance(self.sampa, SAMPa):
             self.sampa.load_state_dict(checkpoint.read_tensors(Path(folder)), found["ascent"])

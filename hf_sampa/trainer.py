@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.logging import get_logger
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.utils import logging
 
 from .batches import MicroBatch, UpdateBatch, UpdateStream, seeded_loader
-from .checks import check_loader, check_model, check_trainer
+from .checks import check_dataset, check_loader, check_model, check_trainer
 from .exchange import Exchange
 from .metrics import RunningMeans
 from .randomness import derive_seed, seeded
@@ -27,7 +27,7 @@ from .sampa import SAM, SAMPa
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class SAMPaMixin(ResumeMixin):
@@ -74,6 +74,10 @@ class SAMPaMixin(ResumeMixin):
         self.accelerator.prepare_data_loader = prepare_and_remember
 
     # ---- Data: one stream for both roles ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        check_dataset(self.train_dataset)
+        return super().get_train_dataloader()
 
     def set_initial_training_values(self, args, dataloader):
         self._loader = self._training_loader(dataloader)
@@ -140,6 +144,7 @@ class SAMPaMixin(ResumeMixin):
     # ---- The step ----
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        self.args.check_settings()
         check_model(self.model)
         model, _ = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.sampa is not None:

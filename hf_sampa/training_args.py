@@ -71,7 +71,7 @@ class SAMPaArgumentsMixin:
             self.use_cpu = True
         super().__post_init__()
         self.average_tokens_across_devices = False
-        self._check_settings()
+        self.check_settings()
 
     @property
     def mesh(self) -> Mesh:
@@ -96,7 +96,8 @@ class SAMPaArgumentsMixin:
                 "bf16=True, or full precision."
             )
 
-    def _check_settings(self) -> None:
+    def check_settings(self) -> None:
+        """Raise ValueError where a setting is out of range; a hyperparameter search sets them after construction."""
         if self.method not in self.METHODS:
             raise ValueError(f"method: expected one of {', '.join(self.METHODS)}, got {self.method!r}.")
         if not (math.isfinite(self.rho) and self.rho >= 0):

@@ -64,8 +64,9 @@ def test_wrong_settings_are_refused(arguments, message):
     assert done.returncode == 2 and message in done.stderr
 
 
-@pytest.mark.distributed
-def test_a_process_that_fails_shows_its_log():
-    done = run(*TINY[:-4], "--seq", "513", "--rounds", "1", "--steps", "1")
-    assert done.returncode == 1
-    assert "A process of AdamW expected to train ended early" in done.stderr and "log of process 0" in done.stderr
+def test_a_process_that_fails_shows_its_log(tmp_path, monkeypatch):
+    broken = tmp_path / "worker.py"
+    broken.write_text("raise RuntimeError('out of memory')\n")
+    monkeypatch.setattr(step_time, "WORKER", broken)
+    with pytest.raises(SystemExit, match="(?s)A process of AdamW .*ended early.*log of process 0.*out of memory"):
+        step_time.measure({"rounds": 1, "steps": 1})

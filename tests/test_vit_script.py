@@ -279,11 +279,15 @@ def test_two_processes_give_the_numbers_of_one(cifar10, tmp_path):
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    for launcher, out in (([sys.executable], tmp_path / "one"), (two, tmp_path / "two")):
-        run = subprocess.run(
-            [*launcher, *given, "--output_dir", str(out)], env=environment, capture_output=True, text=True, timeout=240
+    runs = [
+        subprocess.Popen(
+            [*launcher, *given, "--output_dir", str(out)], env=environment, stderr=subprocess.PIPE, text=True
         )
-        assert run.returncode == 0, run.stderr
+        for launcher, out in (([sys.executable], tmp_path / "one"), (two, tmp_path / "two"))
+    ]
+    for run in runs:
+        _, errors = run.communicate(timeout=240)
+        assert run.returncode == 0, errors
     assert read_json(tmp_path / "two" / "checkpoint-4" / "sampa.json")
     logs = step_logs(tmp_path / "one")
     assert len(logs) == 4 and logs == step_logs(tmp_path / "two")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +44,11 @@ def frozen_bert():
     model = bert()
     model.bert.embeddings.requires_grad_(False)
     return model
+
+
+def bert_of_three_layers():
+    """Random BERT that is one layer deeper."""
+    return BertForSequenceClassification(BertConfig(**{**BERT, "num_hidden_layers": 3}))
 
 
 def token_bert(dropout: float = 0.0):
@@ -209,3 +216,17 @@ def differing(left: Any, right: Any, path: str = "") -> list[str]:
         return [d for i, (a, b) in enumerate(zip(left, right, strict=True)) for d in differing(a, b, f"{path}/{i}")]
     equal = left == right or (left != left and right != right)
     return [] if equal else [f"{path}: {left} != {right}"]
+
+
+@contextmanager
+def transformers_log(caplog):
+    """Let pytest's `caplog` see what hf_sampa logs at level info and above."""
+    own = logging.getLogger("hf_sampa")
+    own.addHandler(caplog.handler)
+    level = own.level
+    own.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        own.setLevel(level)
+        own.removeHandler(caplog.handler)

@@ -1,0 +1,310 @@
+"""What is refused, and what the message says: expected, got, what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, checkpoint
+from hf_sampa.roles import Mesh, Role
+from tests import tiny
+
+
+def trainer(folder, model=None, dataset=None, **changes):
+    dataset = tiny.sentences(16) if dataset is None else dataset
+    return SAMPaTrainer(model=model or tiny.bert(), args=tiny.arguments(folder, **changes), train_dataset=dataset)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rho": -0.1}, r"rho: expected a finite number of at least 0, got -0\.1\. The paper uses 0\.05"),
+        ({"rho": float("nan")}, "rho: expected a finite number of at least 0, got nan"),
+        ({"rho": float("inf")}, "rho: expected a finite number of at least 0, got inf"),
+        ({"lmbda": 1.5}, r"lmbda: expected a number from 0 to 1, got 1\.5"),
+        ({"lmbda": float("nan")}, "lmbda: expected a number from 0 to 1, got nan"),
+        ({"method": "asam"}, "method: expected one of sampa, sam, got 'asam'"),
+        ({"fp16": True}, "does not unscale those of fp16's GradScaler. Use bf16=True"),
+        ({"deepspeed": "zero2.json"}, "this run uses DeepSpeed, which shards them. Launch it without"),
+        ({"fsdp": "full_shard"}, "this run uses FSDP, which shards them. Launch it without"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "expected 'random', 'sequential' or 'group_by_length'"),
+    ],
+)
+def test_settings(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.arguments(tmp_path, **setting)
+
+
+def test_a_launcher_with_deepspeed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="this run uses DeepSpeed"):
+        tiny.arguments(tmp_path)
+
+
+def test_help_shows_our_fields_and_ranges():
+    text = " ".join(HfArgumentParser(SAMPaTrainingArguments).format_help().split())
+    for part in ("--rho", "(rho, at least 0)", "--lmbda", "(lambda, 0 to 1)", "--method", "sequential SAM"):
+        assert part in text
+    documented = SAMPaTrainingArguments.__mro__[1].__doc__
+    assert all(f"{name} (`" in documented for name in ("method", "rho", "lmbda"))
+
+
+def test_odd_worlds():
+    with pytest.raises(
+        ValueError, match="an even number of them .or one., but the world has 3. Start it with .*num_processes 4"
+    ):
+        Mesh.for_method("sampa", 3, 0)
+    assert Mesh.for_method("sam", 3, 2).num_replicas == 3
+    assert Mesh.for_method("sampa", 1, 0).roles == (Role.PERTURBED, Role.LOOKAHEAD)
+    assert [(m.roles[0].name, m.replica, m.peer) for m in (Mesh.for_method("sampa", 4, r) for r in range(4))] == [
+        ("PERTURBED", 0, 2),
+        ("PERTURBED", 1, 3),
+        ("LOOKAHEAD", 0, 0),
+        ("LOOKAHEAD", 1, 1),
+    ]
+
+
+def test_a_world_that_the_trainer_does_not_see(tmp_path, monkeypatch):
+    args = tiny.arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match="The launcher started 2 processes, but this trainer sees a world of 1.*--use_cpu"
+    ):
+        SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+
+
+def test_data_parallel(tmp_path):
+    args = tiny.arguments(tmp_path)
+    args._n_gpu = 3
+    with pytest.raises(
+        ValueError, match="DataParallel over 3 GPUs. Start it with `accelerate launch --num_processes 2`"
+    ):
+        SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+
+
+def test_arguments_without_the_mixin(tmp_path):
+    with pytest.raises(ValueError, match="args: expected SAMPaTrainingArguments.*got TrainingArguments"):
+        SAMPaTrainer(model=tiny.bert(), args=TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(tmp_path, dtype):
+    with pytest.raises(
+        ValueError, match=r"Expected trainable weights in float32.*is torch\.b?float16.*dtype=torch\.float32"
+    ):
+        trainer(tmp_path, tiny.bert().to(dtype)).train()
+
+
+def test_frozen_half_precision_weights_are_fine(tmp_path):
+    model = tiny.bert()
+    model.frozen = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16), requires_grad=False)
+    trainer(tmp_path, model, max_steps=1).train()
+
+
+def test_nothing_to_train(tmp_path):
+    with pytest.raises(ValueError, match="at least one trainable parameter, but requires_grad is False for all"):
+        trainer(tmp_path, tiny.bert().requires_grad_(False)).train()
+
+
+def test_an_empty_dataset(tmp_path):
+    with pytest.raises(ValueError, match="Expected a training dataset of at least one sample, but got an empty one"):
+        trainer(tmp_path, dataset=[]).train()
+
+
+def test_less_than_one_batch(tmp_path):
+    message = r"got 3 sample\(s\) for batches of 4 on 1 replica\(s\) with dataloader_drop_last=True: use a smaller"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, dataset=tiny.sentences(3), dataloader_drop_last=True).train()
+
+
+def test_an_iterable_dataset_without_items(tmp_path):
+    with pytest.raises(ValueError, match="at least one batch in epoch 0 of the training data, but got none"):
+        trainer(tmp_path, dataset=tiny.Stream(0), max_steps=2).train()
+
+
+# ---- Checkpoints ----
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    trainer(folder, max_steps=3, save_strategy="steps", save_steps=1).train()
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy of an output folder with checkpoints at steps 1, 2 and 3."""
+    return shutil.copytree(written, tmp_path / "copy")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+TEARS = {
+    "model cut": lambda last: cut(last / "model.safetensors"),
+    "optimizer cut": lambda last: cut(last / "optimizer.pt"),
+    "carried gradient missing": lambda last: (last / checkpoint.TENSORS).unlink(),
+    "state missing": lambda last: (last / "trainer_state.json").unlink(),
+    "state cut": lambda last: cut(last / "trainer_state.json"),
+    "killed before our files": lambda last: [(last / n).unlink() for n in (checkpoint.MANIFEST, "trainer_state.json")],
+    "rewritten and killed": lambda last: checkpoint.invalidate(last),
+}
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_checkpoint_is_refused_or_passed_over(folder, caplog, tear):
+    TEARS[tear](folder / "checkpoint-3")
+    with pytest.raises(ValueError, match="checkpoint-3 is torn.*resume_from_checkpoint=True finds the last whole one"):
+        trainer(folder, max_steps=3).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    resumed = trainer(folder, max_steps=3)
+    with tiny.transformers_log(caplog):
+        resumed.train(resume_from_checkpoint=True)
+    assert "Passing over a checkpoint. The checkpoint" in caplog.text
+    assert resumed.state.log_history[1]["step"] == 2  # restored, and not trained again
+    assert resumed.state.global_step == 3
+
+
+def test_no_whole_checkpoint(folder, tmp_path):
+    for step in (1, 2, 3):
+        cut(folder / f"checkpoint-{step}" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match="expected a whole checkpoint in .* but found only unusable ones: .*checkpoint-3 is torn"
+    ):
+        trainer(folder).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="found none. Start without it"):
+        trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="Expected a checkpoint folder at .*nowhere, but there is none"):
+        trainer(folder).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def edit(manifest, **changes):
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+
+
+def test_a_newer_format(folder):
+    edit(folder / "checkpoint-3" / checkpoint.MANIFEST, format=99)
+    with pytest.raises(ValueError, match="has format 99, but this hf_sampa reads up to 1. Upgrade hf_sampa"):
+        trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "not json"])
+def test_a_foreign_manifest(folder, content):
+    (folder / "checkpoint-3" / checkpoint.MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match="is foreign: expected a file written by hf_sampa, with a format number"):
+        trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("other", ["other labels", "other layers"])
+def test_weights_of_another_model(folder, other):
+    model = tiny.bert(num_labels=5) if other == "other labels" else tiny.bert_of_three_layers()
+    with pytest.raises(ValueError, match="weights.* of another model"):
+        trainer(folder, model, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+def test_a_carried_gradient_of_another_model(folder):
+    last = folder / "checkpoint-3"
+    tensors = checkpoint.read_tensors(last)
+    tensors["classifier.weight"] = torch.zeros(3, 3)
+    save_file(tensors, last / checkpoint.TENSORS)
+    manifest = json.loads((last / checkpoint.MANIFEST).read_text())
+    edit(
+        last / checkpoint.MANIFEST,
+        files={**manifest["files"], checkpoint.TENSORS: (last / checkpoint.TENSORS).stat().st_size},
+    )
+    with pytest.raises(
+        ValueError, match=r"another model: 1 parameter.*'classifier.weight': expected shape \(2, 16\), got \(3, 3\)"
+    ):
+        trainer(folder, max_steps=4).train(resume_from_checkpoint=str(last))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size: 4 in the checkpoint, 8 now"),
+        ({"seed": 1}, "seed: 42 in the checkpoint, 1 now"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps: 1 in the checkpoint, 2 now"),
+    ],
+)
+def test_a_changed_data_stream(folder, change, message):
+    with pytest.raises(ValueError, match=f"Expected the data stream that .* but it changed: {message}"):
+        trainer(folder, max_steps=4, **change).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+def test_changed_data_and_the_way_out(folder, caplog):
+    other = tiny.sentences(16, seed=9)
+    with pytest.raises(
+        ValueError, match="the training data, its order or its processing changed.*ignore_data_skip=True"
+    ):
+        trainer(folder, dataset=other, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    resumed = trainer(folder, dataset=other, max_steps=4, ignore_data_skip=True)
+    with tiny.transformers_log(caplog):
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert "ignore_data_skip: the stream starts its epoch anew" in caplog.text
+    assert resumed.state.global_step == 4
+
+
+def test_changed_rho_and_lambda_are_warnings(folder, caplog):
+    with tiny.transformers_log(caplog):
+        trainer(folder, max_steps=4, rho=0.1, lmbda=0.0).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert "Resuming with a changed setting, rho: 0.05 in the checkpoint, 0.1 now." in caplog.text
+    assert "lmbda: 0.2 in the checkpoint, 0.0 now." in caplog.text
+
+
+# ---- Gradients that are not finite ----
+
+
+class BadSteps(SAMPaTrainer):
+    """Multiplies the loss by NaN in the given passes."""
+
+    bad, passes = frozenset(), 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.passes += 1
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.passes in self.bad else loss
+
+
+# pass 1 starts; then the perturbed pass of step t is 2 t and its look-ahead pass 2 t + 1
+@pytest.mark.parametrize("bad", [6, 7], ids=["perturbed", "look-ahead"])
+def test_a_step_with_a_bad_gradient_is_skipped(tmp_path, caplog, bad):
+    recorder, states = tiny.Recorder(), []
+
+    class Moments(tiny.Recorder):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            states.append([value.clone() for s in optimizer.state_dict()["state"].values() for value in s.values()])
+
+    run = BadSteps(
+        model=tiny.bert(),
+        args=tiny.arguments(tmp_path, max_steps=6),
+        train_dataset=tiny.sentences(16),
+        callbacks=[recorder, Moments()],
+    )
+    run.bad = {bad}
+    with tiny.transformers_log(caplog):
+        run.train()
+    assert tiny.differing(recorder.weights[1], recorder.weights[2]) == []
+    assert tiny.differing(states[1], states[2]) == []
+    assert tiny.differing(recorder.weights[2], recorder.weights[3]) != []
+    assert all(param.isfinite().all() for param in run.model.parameters())
+    assert run.sampa.skipped_steps == 1
+    lines = [line for line in run.state.log_history if "loss" in line]
+    assert [line.get("skipped_steps") for line in lines] == [None, None, 1, 1, 1, 1]
+    assert "Step 3 had a gradient that is not finite and is skipped; 1 step(s) so far." in caplog.text
+
+
+def test_twenty_bad_steps_in_a_row_end_the_run(tmp_path):
+    run = BadSteps(
+        model=tiny.bert(), args=tiny.arguments(tmp_path, num_train_epochs=20), train_dataset=tiny.sentences(16)
+    )
+    run.bad = range(6, 1000)
+    with pytest.raises(RuntimeError, match="in all of the last 20. Lower the learning rate or rho"):
+        run.train()
+    assert run.state.global_step == 21
+    assert all(param.isfinite().all() for param in run.model.parameters())
