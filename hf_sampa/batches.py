@@ -13,7 +13,7 @@ from accelerate import skip_first_batches
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from .randomness import OwnGenerators, SeededCollate, SeededItems, derive_seed
+from .randomness import OwnGenerators, SeededCollate, SeededItems, derive_seed, seed_globals
 
 
 # Enough to tell any two batches apart, little enough for a batch of images to cost nothing.
@@ -129,10 +129,10 @@ class UpdateStream:
 
 
 class _TaggedBatches(BatchSampler):
-    """Batches of ``(epoch, index)`` from batches of indices."""
+    """Batches of ``(epoch, index)`` from batches of indices; iterated over on generators that `UpdateStream` lends."""
 
-    def __init__(self, batch_sampler):
-        self.batch_sampler, self.epoch = batch_sampler, 0
+    def __init__(self, batch_sampler, seed: int):
+        self.batch_sampler, self.seed, self.epoch = batch_sampler, seed, 0
         self.batch_size = getattr(batch_sampler, "batch_size", None)
         self.drop_last = getattr(batch_sampler, "drop_last", False)
 
@@ -140,6 +140,8 @@ class _TaggedBatches(BatchSampler):
         return len(self.batch_sampler)
 
     def __iter__(self):
+        # Loaders draw a number before this or not, depending on their workers.
+        seed_globals(derive_seed(self.seed, "sampler", self.epoch))
         for indices in self.batch_sampler:
             yield [(self.epoch, index) for index in indices]
 
@@ -162,7 +164,7 @@ def seeded_loader(loader: DataLoader, seed: int) -> DataLoader:
         return DataLoader(loader.dataset, sampler=loader.sampler, batch_size=None, **options)
     items = SeededItems(loader.dataset, seed, whole_batches=_draws_nothing(loader.dataset))
     options["collate_fn"] = SeededCollate(options["collate_fn"])
-    return DataLoader(items, batch_sampler=_TaggedBatches(loader.batch_sampler), **options)
+    return DataLoader(items, batch_sampler=_TaggedBatches(loader.batch_sampler, seed), **options)
 
 
 def _draws_nothing(dataset) -> bool:

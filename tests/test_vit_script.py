@@ -261,7 +261,7 @@ def test_an_image_folder_is_trained_on(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             for i in range(6):
                 Image.new("L", (20, 20), color=200 * number + 5 * i).save(folder / f"{i}.png")
-    given = ["--dataset", "imagefolder", "--data_dir", str(tmp_path / "images"), "--max_steps", "10"]
+    given = ["--dataset", "imagefolder", "--data_dir", str(tmp_path / "images"), "--max_steps", "15"]
     metrics = run_vit.main([*SHORT, *given, "--output_dir", str(tmp_path / "out")])
     assert metrics["eval_accuracy"] == 1.0
     assert read_json(tmp_path / "out" / "config.json")["id2label"] == {"0": "dark", "1": "light"}
