@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -16,6 +17,7 @@ from accelerate.logging import get_logger
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from . import model_card
 from .batches import MicroBatch, UpdateBatch, UpdateStream, seeded_loader
 from .checks import check_dataset, check_loader, check_model, check_trainer
 from .exchange import Exchange
@@ -220,6 +222,12 @@ class SAMPaMixin(ResumeMixin):
         if "loss" in logs:
             logs.update(self._means.take())
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            total = self.get_total_train_batch_size(self.args)
+            model_card.complete(Path(self.args.output_dir) / "README.md", self.args, total)
 
 
 class SAMPaTrainer(SAMPaMixin, Trainer):

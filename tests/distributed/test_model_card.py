@@ -1,0 +1,36 @@
+"""The model card says what the run did, also where two processes read one batch."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_sampa import SAMPaTrainer
+from tests import tiny
+from tests.ranks import run_ranks
+
+
+pytestmark = pytest.mark.distributed
+
+
+def written(folder, method):
+    args = tiny.arguments(folder, method=method, max_steps=2, rho=0.07, lmbda=0.1, gradient_accumulation_steps=2)
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(18))
+    trainer.train()
+    trainer.create_model_card()
+    trainer.create_model_card()
+
+
+@pytest.mark.parametrize(("method", "batch_size"), [("sampa", 8), ("sam", 16)])
+def test_the_card_of_a_run_on_two_processes(tmp_path, method, batch_size):
+    run_ranks(written, 2, tmp_path, method, folder=tmp_path / "ranks")
+    card = ModelCard.load(tmp_path / "README.md")
+    text = card.text
+    assert text.count(f"- total_train_batch_size: {batch_size}\n") == text.count("total_train_batch_size") == 1
+    assert f"- method: {method}\n- rho: 0.07\n" in text
+    assert ("- lmbda: 0.1\n" in text) == (method == "sampa")
+    assert "sharpness-aware-minimization" in card.data.tags
+    assert ("arxiv:2410.10683" in card.data.tags) == ("sampa" in card.data.tags) == (method == "sampa")
+    assert "sam" not in card.data.tags
+    assert ("on 2 processes (1 per role)" if method == "sampa" else "on 2 process(es)") in text
+    assert text.count("arxiv.org/abs/") == 1
