@@ -1,0 +1,226 @@
+"""Arguments of run_vit.py: the paper's settings for fine-tuning a ViT, and where they come from.
+
+The SAMPa paper (arXiv 2410.10683) gives for ViT-B/16, in section 5.3: AdamW, gradients clipped at a global norm of 1, 10
+epochs, a peak learning rate of 1e-4. For the rest it refers to its CIFAR experiments in section 5.1, which are about
+convolutional networks under SGD. What is taken over from there is marked "section 5.1" in the help texts.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from transformers import HfArgumentParser, SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_sampa import SAMPaTrainingArguments
+
+
+# Section 5.1 trains SAM with rho 0.05 on CIFAR-10 and SAMPa-0.2 with twice SAM's radius.
+DEFAULT_RHO = {"adamw": 0.0, "sam": 0.05, "sampa": 0.1}
+
+
+@dataclass
+class DataArguments:
+    """Which images, and what is done to them and their labels."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset: Literal["cifar10", "cifar100", "imagefolder"] = field(
+        default="cifar10", metadata={"help": "Images to train on."}
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Official folder of the python version (cifar-10-batches-py, cifar-100-python) or the folder it is "
+            "in; for imagefolder the folder with train/<class>/ and test/<class>/ or validation/<class>/. Without it, "
+            "CIFAR comes from the Hub (uoft-cs/cifar10, uoft-cs/cifar100)."
+        },
+    )
+    label_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training labels, in [0, 1), replaced by another class drawn with --seed (symmetric "
+            "noise, Table 7). There, with a convolutional network, rho is 0.1 for SAM and SAMPa alike, and 0.01 at a "
+            "share of 0.8."
+        },
+    )
+    augment: bool = field(
+        default=True,
+        metadata={
+            "help": "Crop the training images at random after padding them with 4 pixels, and mirror half of them. Turn "
+            "it off where a mirror image means something else, as with digits."
+        },
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from.
+
+    Raises:
+        ValueError: A setting would have no effect, or the patches do not fill the image.
+    """
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str = field(
+        default="google/vit-base-patch16-224-in21k",
+        metadata={
+            "help": "ViT on the Hub, or a folder: of a saved model, or of a config.json alone, whose model then starts "
+            "from random weights."
+        },
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Start from random weights, in the shape of the four settings below."}
+    )
+    image_size: int = field(default=32, metadata={"help": "With --from_scratch: input height and width, in pixels."})
+    patch_size: int = field(default=4, metadata={"help": "With --from_scratch: patch height and width, in pixels."})
+    hidden_size: int = field(
+        default=128, metadata={"help": "With --from_scratch: width of the model; one attention head for every 64."}
+    )
+    num_hidden_layers: int = field(default=4, metadata={"help": "With --from_scratch: number of layers."})
+
+    @property
+    def finetuned_from(self) -> str | None:
+        """Name of the checkpoint that training starts from, for the model card."""
+        return None if self.from_scratch else self.model_name_or_path
+
+    def __post_init__(self):
+        changed = {item.name for item in fields(self) if getattr(self, item.name) != item.default} - {"from_scratch"}
+        if self.from_scratch and "model_name_or_path" in changed:
+            raise ValueError(
+                f"--from_scratch starts from random weights and --model_name_or_path from {self.model_name_or_path}: "
+                "expected one of the two."
+            )
+        if not self.from_scratch and changed - {"model_name_or_path"}:
+            raise ValueError(
+                f"{', '.join(f'--{name}' for name in sorted(changed - {'model_name_or_path'}))} would have no effect: "
+                f"{self.model_name_or_path} has its own shape. Add --from_scratch to start a new model."
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"--image_size: expected a multiple of --patch_size {self.patch_size}, got {self.image_size}."
+            )
+
+
+@dataclass
+class ViTTrainingArguments(SAMPaTrainingArguments):
+    """`SAMPaTrainingArguments` with the paper's settings for ViT-B/16 as defaults.
+
+    Beside the fields below, that differ from `TrainingArguments` or are new, every field of it is at hand.
+
+    Raises:
+        ValueError: The processes cannot share `batch_size` evenly.
+    """
+
+    METHODS: ClassVar[tuple[str, ...]] = ("adamw", "sam", "sampa")
+
+    method: str = field(
+        default="sampa",
+        metadata={
+            "help": "adamw: the plain Trainer. sam: two gradients per step, one after the other. sampa: two gradients "
+            "per step, at the same time on two processes.",
+            "choices": METHODS,
+        },
+    )
+    rho: float = field(
+        default=DEFAULT_RHO["sampa"],
+        metadata={
+            "help": "rho >= 0, radius of the perturbation. Left open by the paper for ViT: 0.05 for sam and 0.1 for "
+            "sampa are its CIFAR-10 values (section 5.1), where SAMPa's is twice SAM's."
+        },
+    )
+    batch_size: int = field(
+        default=128,
+        metadata={
+            "help": "Samples per update, over all processes and accumulation steps; the two processes of a SAMPa pair "
+            "count once. Section 5.1."
+        },
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Follows from --batch_size; an error if it contradicts it."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=128, metadata={"help": "Samples per evaluation batch and process."}
+    )
+    learning_rate: float = field(
+        default=1e-4,
+        metadata={"help": "Peak learning rate of AdamW. Whether it warms up (--warmup_steps) is left open."},
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Learning rate schedule. Section 5.1."}
+    )
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Passes over the training images."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Global norm at which gradients are clipped."})
+    label_smoothing_factor: float = field(
+        default=0.1, metadata={"help": "Share of each target spread over all classes. Section 5.1."}
+    )
+    weight_decay: float = field(
+        default=5e-4,
+        metadata={"help": "Weight decay of AdamW. Section 5.1, where it is SGD's: the paper leaves it open."},
+    )
+    eval_strategy: IntervalStrategy | str = field(
+        default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."}
+    )
+    save_strategy: SaveStrategy | str = field(
+        default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints to keep; older ones are deleted. One of ViT-B/16 takes 1 GB."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Updates between two log lines."})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Where to report besides the terminal: none, tensorboard, wandb, ..."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into --output_dir although it holds something already."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint folder to continue from, or true for the last one in --output_dir."},
+    )
+
+    def __post_init__(self):
+        given = self.per_device_train_batch_size
+        # The base class wants a number, and knows the processes only when it is done.
+        self.per_device_train_batch_size = given or self.batch_size
+        super().__post_init__()
+        devices = self.num_replicas * max(1, self.n_gpu)
+        shares = devices * self.gradient_accumulation_steps
+        if self.batch_size < 1 or self.batch_size % shares:
+            raise ValueError(
+                f"--batch_size: expected a positive multiple of {shares} ({devices} device(s) share an update batch, in "
+                f"{self.gradient_accumulation_steps} micro-batch(es) each), got {self.batch_size}."
+            )
+        self.per_device_train_batch_size = self.batch_size // shares
+        if given not in (None, self.per_device_train_batch_size):
+            raise ValueError(
+                f"--batch_size {self.batch_size} makes --per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} here, got {given}. Leave it out, and set --batch_size and "
+                "--gradient_accumulation_steps."
+            )
+
+    def check_output_dir(self) -> None:
+        """Refuse to train into a folder that already holds something.
+
+        Raises:
+            FileExistsError: `output_dir` is not empty, and nothing says that this is meant.
+        """
+        folder = Path(self.output_dir)
+        meant = self.overwrite_output_dir or self.resume_from_checkpoint
+        if not meant and folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"--output_dir {folder} is not empty. Choose another folder, add --overwrite_output_dir, or continue "
+                "the run in it with --resume_from_checkpoint true."
+            )
+
+
+def make_parser() -> HfArgumentParser:
+    return HfArgumentParser((ModelArguments, DataArguments, ViTTrainingArguments), description=__doc__)
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, ViTTrainingArguments]:
+    """Read the command line. The default of ``--rho`` is that of the ``--method`` it names; an explicit one wins."""
+    parser = make_parser()
+    parser.set_defaults(rho=DEFAULT_RHO[parser.parse_known_args(argv)[0].method])
+    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
