@@ -95,7 +95,8 @@ def test_the_parser_refuses_what_it_does_not_know(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_help_can_be_printed_and_names_the_papers_settings(capsys):
+def test_the_help_can_be_printed_and_names_the_papers_settings(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # argparse also wraps at hyphens
     with pytest.raises(SystemExit) as caught:
         run_glue.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())

@@ -1,8 +1,8 @@
 """CIFAR-10 and CIFAR-100 from the folders of their "python version" (https://www.cs.toronto.edu/~kriz/cifar.html).
 
 Those folders hold pickles, and a pickle can name any function of any installed package and have it called. These are
-read with a table of stand-ins that the official files name, and everything else is refused: no numpy object is
-rebuilt by the pickle either, the pixels are taken from the bytes it holds.
+read with a table of stand-ins for the few things that the official files name, and everything else is refused. No numpy
+object is rebuilt by the pickle either: the pixels are taken from the bytes it holds.
 """
 
 import pickle

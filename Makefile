@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread per process: several processes share the cores, and the figures are comparable between machines.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench test-gpu clean
+
+help: ## Show the targets
+	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+.venv: .venv/.installed ## Create the virtual environment with the pinned packages
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv ## Fine-tune a small BERT and a small ViT with AdamW, SAM and SAMPa; a table and a picture (under 3 minutes)
+	$(BIN)/python benchmarks/demo.py
+
+test: lint ## Lint, then every test that needs no GPU (under 15 minutes on two cores)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv ## Measure seconds per step, memory and traffic of AdamW, SAM and SAMPa
+	$(BIN)/python benchmarks/step_time.py
+
+test-gpu: .venv ## The tests that need two CUDA devices
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+clean: ## Remove the virtual environment and what the targets wrote
+	rm -rf .venv demo .pytest_cache .ruff_cache
