@@ -1,10 +1,11 @@
 """The demo: a small BERT and a small ViT, each fine-tuned with AdamW, SAM and SAMPa by two processes on the CPU.
 
-    python benchmarks/demo.py            # about two minutes on two cores; `make demo` installs and runs this
+    python benchmarks/demo.py            # under three minutes on two cores; `make demo` installs and runs this
     python benchmarks/demo.py --quick    # one epoch each, to see that everything works
 
-BERT learns the film remarks that ship with the project (glue/sample), the ViT scikit-learn's handwritten digits with 40 %
-of the training labels wrong. Nothing is fetched. Prints one table and writes one picture, demo/demo.png.
+BERT, after some training on other film remarks, is fine-tuned on those that ship with the project (glue/sample); the ViT
+learns scikit-learn's handwritten digits from 40 % wrong labels. Nothing is fetched. Prints one table and writes one
+picture, demo/demo.png.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def train(folder: Path, quick: bool) -> dict[str, dict[str, dict]]:
     """All runs, in two processes; their figures by task and method. Where they fail, shows the log and exits."""
     config = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command = [*launch, str(RUNS), str(folder), *["--quick"] * quick]
+    command = [*launch, str(RUNS), *["--quick"] * quick]
     with (folder / "log.txt").open("w+") as log:
-        code = subprocess.run(command, env=environment(folder), stderr=log).returncode
+        code = subprocess.run(command, cwd=folder, env=environment(folder), stderr=log).returncode
         if code:
             log.seek(0)
             raise SystemExit(
@@ -77,10 +78,10 @@ def format_table(results: dict[str, dict[str, dict]]) -> str:
             )
     lines += [
         "",
-        "Accuracy on held-out data after the last epoch, one seed. Sharpness: how much the training loss f rises from the",
-        "final weights x to x + 0.05 g/||g||, g = grad f(x). Every method updates on the same batches with two processes:",
-        "AdamW and SAM split a batch, SAMPa computes its two gradients at the same time, each on the whole batch. So at two",
-        "processes SAM and SAMPa do equal work here; `make bench` compares them at equal batches per process.",
+        "Accuracy on held-out data after the last epoch, one seed. Sharpness: how much f, the cross-entropy on the training",
+        "set, rises from the final weights x to x + 0.05 g/||g||, g = grad f(x). All methods update on batches of one size",
+        "with two processes. AdamW and SAM split a batch; SAMPa computes its two gradients at the same time, each on a whole",
+        "batch, so that here SAM and SAMPa do equal work. `make bench` compares at equal batches per process.",
     ]
     return "\n".join(lines)
 
@@ -131,7 +132,7 @@ def main() -> None:
         )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    print(f"Two processes train {len(TASKS) * len(METHODS)} times; their log is {folder / 'log.txt'}.", flush=True)
+    print(f"Two processes make {len(TASKS) * len(METHODS)} runs; their log is {folder / 'log.txt'}.", flush=True)
     results = train(folder, args.quick)
     draw(results, folder / "demo.png")
     print(f"\n{format_table(results)}\n\n{time.perf_counter() - started:.0f} s in all. Picture: {folder / 'demo.png'}")

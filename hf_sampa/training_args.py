@@ -26,9 +26,9 @@ def launched_world_size() -> int:
 class SAMPaArgumentsMixin:
     """Fields that SAMPa adds to a `TrainingArguments` class: put it first, ``class Mine(SAMPaArgumentsMixin, Base)``.
 
-    Two inherited settings are decided here. `use_cpu` becomes True where a launcher started several processes on a
-    machine without an accelerator, since each would train alone otherwise. `average_tokens_across_devices` becomes
-    False, since it averages over both roles; SAMPa weighs every micro-batch by its items over the replicas itself.
+    Two inherited settings are decided here. `use_cpu` becomes True on a machine without an accelerator, since processes
+    that a launcher started would each train alone otherwise. `average_tokens_across_devices` becomes False, since it
+    averages over both roles; SAMPa weighs every micro-batch by its items over the replicas itself.
 
     Args:
         method (`str`, defaults to `"sampa"`):
@@ -67,7 +67,7 @@ class SAMPaArgumentsMixin:
 
     def __post_init__(self):
         self._refuse_sharding()
-        if launched_world_size() > 1 and not torch.accelerator.is_available():
+        if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
         self.average_tokens_across_devices = False

@@ -287,7 +287,8 @@ def test_no_gradient_means_no_update(tmp_path):
     assert torch.equal(model.unreached, torch.ones(3))
 
 
-def test_the_default_arguments_are_the_papers():
+def test_the_default_arguments_are_the_papers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Trainer makes its default output folder in the current one
     args = SAMPaTrainer(model=tiny.bert()).args
     assert isinstance(args, SAMPaTrainingArguments)
     assert (args.method, args.rho, args.lmbda) == ("sampa", 0.05, 0.2)
