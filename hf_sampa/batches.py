@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import skip_first_batches
+from accelerate.utils import find_batch_size
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
-from .randomness import OwnGenerators, SeededCollate, SeededItems, derive_seed, seed_globals
+from .loaders import parts_of
+from .randomness import OwnGenerators, derive_seed
 
 
 # Enough to tell any two batches apart, little enough for a batch of images to cost nothing.
@@ -36,7 +38,14 @@ class MicroBatch:
     update: int
     position: int
     num_items: Tensor | None = None
-    share: float = 1.0
+    share: float | None = None
+
+    def count_items(self) -> float:
+        """Labels that count or, without labels, samples: what a mean loss is taken to be the mean of."""
+        labels = self.inputs.get("labels")
+        if isinstance(labels, Tensor):
+            return float((labels != -100).sum())
+        return float(find_batch_size(self.inputs) or 1)
 
 
 @dataclass
@@ -76,6 +85,8 @@ class UpdateStream:
     def __init__(self, loader: DataLoader, *, seed: int, accumulation: int, epoch: int, start: int, update: int):
         self.loader, self.seed, self.accumulation = loader, seed, accumulation
         self._update = update
+        generators = [part.generator for part in parts_of(loader) if _keeps_generator(part)]
+        self._kept_generators = [(generator, generator.initial_seed()) for generator in generators]
         self._begin(epoch, start)
         self._ahead = self._read()
 
@@ -97,7 +108,12 @@ class UpdateStream:
     def _begin(self, epoch: int, start: int) -> None:
         self._epoch, self._position = epoch, start
         self._generators = OwnGenerators(derive_seed(self.seed, "epoch", epoch))
-        _set_epoch(self.loader, epoch, derive_seed(self.seed, "generator", epoch))
+        for part in parts_of(self.loader):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        for generator, initial_seed in self._kept_generators:
+            # The first epoch is the one that plain Trainer would see.
+            generator.manual_seed(derive_seed(initial_seed, epoch) if epoch else initial_seed)
         sampled = not isinstance(self.loader.dataset, IterableDataset) and self.loader.batch_sampler is not None
         with self._generators.lent():
             self._iterator = iter(skip_first_batches(self.loader, start) if sampled and start else self.loader)
@@ -110,7 +126,8 @@ class UpdateStream:
             if self._position == 0:
                 raise ValueError(
                     f"Expected at least one batch in epoch {self._epoch} of the training data, but got none. The "
-                    "dataset is empty, or smaller than one batch with dataloader_drop_last=True."
+                    "dataset is empty, smaller than one batch with dataloader_drop_last=True, or can be read only once "
+                    "and is over: one update batch is always read ahead, so max_steps needs one more."
                 )
             self._begin(self._epoch + 1, 0)
             return self._read()
@@ -128,63 +145,8 @@ class UpdateStream:
         return inputs
 
 
-class _TaggedBatches(BatchSampler):
-    """Batches of ``(epoch, index)`` from batches of indices; iterated over on generators that `UpdateStream` lends."""
-
-    def __init__(self, batch_sampler, seed: int):
-        self.batch_sampler, self.seed, self.epoch = batch_sampler, seed, 0
-        self.batch_size = getattr(batch_sampler, "batch_size", None)
-        self.drop_last = getattr(batch_sampler, "drop_last", False)
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def __iter__(self):
-        # Loaders draw a number before this or not, depending on their workers.
-        seed_globals(derive_seed(self.seed, "sampler", self.epoch))
-        for indices in self.batch_sampler:
-            yield [(self.epoch, index) for index in indices]
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-
-def seeded_loader(loader: DataLoader, seed: int) -> DataLoader:
-    """A plain CPU `DataLoader` like `loader` whose batches depend on (seed, epoch, indices) alone.
-
-    Iterable datasets, and loaders without automatic batching, keep their own way of reading; their randomness follows
-    the generators that `UpdateStream` lends them at the start of each epoch.
-    """
-    kept = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
-    kept += ("generator", "prefetch_factor", "persistent_workers", "in_order")
-    options = {name: getattr(loader, name) for name in kept}
-    if isinstance(loader.dataset, IterableDataset):
-        return DataLoader(loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **options)
-    if loader.batch_sampler is None:
-        return DataLoader(loader.dataset, sampler=loader.sampler, batch_size=None, **options)
-    items = SeededItems(loader.dataset, seed, whole_batches=_draws_nothing(loader.dataset))
-    options["collate_fn"] = SeededCollate(options["collate_fn"])
-    return DataLoader(items, batch_sampler=_TaggedBatches(loader.batch_sampler, seed), **options)
-
-
-def _draws_nothing(dataset) -> bool:
-    """Whether this is a `datasets.Dataset` that reads columns and runs no code of the user's."""
-    datasets = sys.modules.get("datasets")  # without the import there can be none of its objects
-    return datasets is not None and isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
-
-
-def _set_epoch(loader: DataLoader, epoch: int, seed: int) -> None:
-    """Tell the epoch to every sampler and dataset inside `loader`, and reseed generators that they keep."""
-    pending, seen = [loader], set()
-    while pending:
-        part = pending.pop()
-        seen.add(id(part))
-        if hasattr(part, "set_epoch"):
-            part.set_epoch(epoch)
-        if isinstance(getattr(part, "generator", None), torch.Generator):
-            part.generator.manual_seed(seed)
-        children = (getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset"))
-        pending += [child for child in children if child is not None and id(child) not in seen]
+def _keeps_generator(part: Any) -> bool:
+    return isinstance(getattr(part, "generator", None), torch.Generator)
 
 
 def fingerprint(batch: Any) -> int:
@@ -198,6 +160,10 @@ def fingerprint(batch: Any) -> int:
 
 
 def _update_digest(digest, value: Any) -> None:
+    if isinstance(value, Tensor) and value.is_sparse:
+        value = (tuple(value.shape), value.coalesce().indices(), value.coalesce().values())
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.frombuffer(bytearray(np.ascontiguousarray(value).tobytes() or b"\0"), dtype=torch.uint8)
     if isinstance(value, Tensor):
         entries = value.detach().reshape(-1)
         entries = entries[:: max(1, -(-entries.numel() // FINGERPRINT_ENTRIES))].contiguous().cpu()
@@ -212,4 +178,6 @@ def _update_digest(digest, value: Any) -> None:
         for item in value:
             _update_digest(digest, item)
     else:
-        digest.update(repr(value).encode())
+        # The repr of other objects may name an address in memory.
+        plain = isinstance(value, str | bytes | int | float | None)
+        digest.update((repr(value) if plain else type(value).__qualname__).encode())

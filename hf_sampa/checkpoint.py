@@ -72,7 +72,7 @@ def inspect(folder: Path) -> dict[str, Any] | None:
     if not (folder / MANIFEST).exists():
         return None
     manifest = _read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(manifest, dict) or not {"format", "files"} <= manifest.keys():
         raise ValueError(f"{folder / MANIFEST} is foreign: expected a file written by hf_sampa, with a format number.")
     if manifest["format"] > FORMAT:
         raise ValueError(

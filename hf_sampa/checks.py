@@ -24,6 +24,39 @@ def check_trainer(trainer: Trainer) -> None:
             f"{args.world_size}: each process would train alone. Pass --use_cpu on machines without accelerators, and "
             "create the training arguments only after the launcher has set its environment."
         )
+    if args.device.type == "mps":
+        raise ValueError(
+            "SAMPa adds up norms in double precision, which this device (mps) does not have. Pass --use_cpu, or train on "
+            "a machine with a CUDA device."
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            f"auto_find_batch_size lets one process start again while the other waits for it, so it needs a world of "
+            f"one, but got {args.world_size} processes. Find the batch size with one process, and set it."
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Raise ValueError where `optimizer` trains tensors that the look-ahead could not put back."""
+    known = {id(param) for param in model.parameters()}
+    foreign = [
+        p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known
+    ]
+    if foreign:
+        raise ValueError(
+            f"Expected an optimizer of the model's parameters, but {len(foreign)} of its tensors, the first of shape "
+            f"{tuple(foreign[0].shape)}, are not among them. Register them in the model, as parameters of a module."
+        )
+
+
+def check_trainable(model: torch.nn.Module, params: list[torch.nn.Parameter]) -> None:
+    """Raise ValueError where the trainable parameters of `model` are no longer `params`."""
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    if len(trainable) != len(params) or any(a is not b for a, b in zip(trainable, params, strict=True)):
+        raise ValueError(
+            f"Expected the {len(params)} trainable parameters that the run began with, but requires_grad changed during "
+            f"training and there are {len(trainable)} now. Freeze and unfreeze between two calls of train()."
+        )
 
 
 def check_model(model: torch.nn.Module) -> None:

@@ -73,7 +73,7 @@ class SharpnessAware:
     """What SAMPa and SAM have in common: displaced weights, gradients in buckets, the numbers of a step.
 
     Args:
-        params: trainable parameters by name, in the model's order.
+        model: what is trained: its parameters with `requires_grad`.
         base_optimizer: holds them, takes the step afterwards.
         exchange: connects the processes.
         rho: radius of the perturbation, >= 0.
@@ -82,14 +82,16 @@ class SharpnessAware:
 
     def __init__(
         self,
-        params: dict[str, nn.Parameter],
+        model: nn.Module,
         base_optimizer: Optimizer,
         exchange: Exchange,
         *,
         rho: float,
         clip: Callable[[], None],
     ):
-        self.names, self.params = list(params), list(params.values())
+        trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self.names, self.params = list(trainable), list(trainable.values())
+        self.statistics = _running_statistics(model)
         self.base_optimizer, self.exchange, self.rho, self.clip = base_optimizer, exchange, rho, clip
         self.roles = exchange.mesh.roles
         self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
@@ -103,8 +105,13 @@ class SharpnessAware:
         self._recorder.close()
 
     @contextmanager
-    def displaced(self):
-        """Within the block the weights may be moved; afterwards, whatever happened, they are x_t again, bit for bit."""
+    def displaced(self, role: Role):
+        """Within the block the weights may be moved; afterwards, whatever happened, they are x_t again, bit for bit.
+
+        Running statistics of normalisation layers come from the LOOKAHEAD pass, once per batch: those that the
+        PERTURBED pass leaves behind are undone too.
+        """
+        kept = [each.clone() for each in self.statistics] if role is Role.PERTURBED else []
         with torch.no_grad():
             torch._foreach_copy_(self._saved, self.params)
         try:
@@ -112,6 +119,8 @@ class SharpnessAware:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self.params, self._saved)
+                for each, before in zip(self.statistics, kept, strict=False):
+                    each.copy_(before)
 
     def _gradient(self, batch: Batch, gradient: Callable, role: Role) -> tuple[Tensor, Tensor]:
         """Gradient of f on `batch` at the weights as they are, averaged over replicas and swapped across roles.
@@ -155,6 +164,7 @@ class SharpnessAware:
             integers[role] = torch.tensor([batch.fingerprint, *used])
         row = torch.cat([numbers.view(torch.int64), integers.to(device)], dim=1)
         rows = self.exchange.gather(row).cpu()
+        self.exchange.broadcast(self.statistics, source=self.exchange.mesh.ranks_of(Role.LOOKAHEAD)[0])
         found = {}
         for role in Role:
             of_role = rows[self.exchange.mesh.ranks_of(role), role]
@@ -183,3 +193,9 @@ class SharpnessAware:
             ascent_cosine=perturbed.dot / (ascent.norm * perturbed.norm + NORM_GUARD),
             skipped=skipped,
         )
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """Buffers of BatchNorm and its like, which forward changes in training."""
+    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return [buffer for layer in layers if layer.track_running_stats for buffer in layer.buffers(recurse=False)]

@@ -39,13 +39,13 @@ class Exchange:
             groups = {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}
             self._role_group = groups[mesh.roles[0]]
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Give all ranks the tensors of rank 0, in place: heads may have been initialised from different seeds."""
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Give all ranks the tensors of rank `source`, in place."""
         if self.mesh.world_size == 1:
             return
         with self._peers_alive():
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), src=0, group=self._world_group)
+                dist.broadcast(tensor.detach(), src=source, group=self._world_group)
 
     def sum_within_role(self, value: float) -> float:
         """Sum of one number over the replicas of this process's role."""

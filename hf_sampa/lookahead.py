@@ -1,7 +1,7 @@
 """Where the base optimizer would go with the gradients it is given, its state left as it was: y_{t+1} = U_{m_t}(x_t, g_t).
 
 Closed forms for `torch.optim.SGD`, `Adam` and `AdamW` (fused or not) read the moments and write only the weights; every
-other optimizer takes a real step whose every trace but the weights is undone.
+other optimizer takes a real step, after which its state and options are put back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def look_ahead_(base_optimizer: Optimizer) -> None:
 
     Reads g_t from each parameter's ``.grad`` (clip it first where the real step would be clipped) and uses each group's
     own learning rate, weight decay and moments, with bias correction at step count t + 1. Parameters without a gradient
-    stay where they are, as in a real step. Optimizer state, parameter groups and gradients are left as they were.
+    stay where they are, as in a real step. Optimizer state and the options of its groups are left as they were.
     """
     closed_form = CLOSED_FORMS.get(type(base_optimizer))
     if closed_form is None or not all(_is_plain(group) for group in base_optimizer.param_groups):
@@ -82,14 +82,10 @@ CLOSED_FORMS: dict[type[Optimizer], Callable[[Tensor, Tensor, dict, dict], None]
 
 @contextmanager
 def _state_restored(optimizer: Optimizer):
-    """Undo what a step does to optimizer state, group options, gradients and the global random state.
-
-    Costs a copy of the state and of the gradients while it lasts.
-    """
+    """Undo what a step does to optimizer state, group options and the global random state; costs a copy of the state."""
     state = {param: _copied(values) for param, values in optimizer.state.items()}
     options = [{key: _copied(value) for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
-    grads = [(p, p.grad, p.grad.clone()) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    devices = {p.device for p, _, _ in grads if p.device.type == "cuda"}
+    devices = {p.device for g in optimizer.param_groups for p in g["params"] if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
         try:
             yield
@@ -98,8 +94,6 @@ def _state_restored(optimizer: Optimizer):
             optimizer.state.update(state)
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update(saved)
-            for param, grad, saved in grads:
-                param.grad = grad.copy_(saved)
 
 
 def _copied(value):

@@ -21,6 +21,7 @@ class ResumeMixin:
     """The part of `SAMPaMixin` that writes and reads checkpoints."""
 
     _unlogged: dict[str, Any] | None = None  # sums that the next log line takes up, from the checkpoint
+    _expected: list[int] | None = None  # fingerprints of the next update batch, from the checkpoint
     _folder: str | None = None  # where weights are being loaded from
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -35,7 +36,10 @@ class ResumeMixin:
             resume_from_checkpoint = str(folder)
         elif resume_from_checkpoint:
             checkpoint.inspect(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._stream = None  # ends the workers that read ahead
 
     # ---- Writing ----
 
@@ -47,14 +51,19 @@ class ResumeMixin:
     def _save_rng_state(self, output_dir):
         # The last that Trainer writes before trainer_state.json: see `hf_sampa.checkpoint` for why then.
         super()._save_rng_state(output_dir)
+        upcoming = self._stream.peek()
+        position = {"epoch": upcoming.epoch, "start": upcoming.start, "fingerprints": self._fingerprints()}
+        grads, ascent = self.sampa.state_dict() if isinstance(self.sampa, SAMPa) else ({}, {})
+        if self.control.should_epoch_stop and upcoming.start:
+            # As `_run_epoch` will do: the rest of this epoch, and with it g_t, is not trained on.
+            position = {"epoch": upcoming.epoch + 1, "start": 0, "fingerprints": None}
+            grads, ascent = {}, {}
         if not self.args.should_save:
             return
-        grads, ascent = self.sampa.state_dict() if isinstance(self.sampa, SAMPa) else ({}, {})
-        upcoming = self._stream.peek()
         content = {
             "settings": self._settings(),
             "stream": self._stream_settings(),
-            "position": {"epoch": upcoming.epoch, "start": upcoming.start},
+            "position": position,
             "ascent": ascent,
             "skipped": {"steps": self.sampa.skipped_steps, "in_a_row": self.sampa.skipped_in_a_row},
             "unlogged": {
@@ -64,6 +73,11 @@ class ResumeMixin:
             },
         }
         checkpoint.write(Path(output_dir), grads, content)
+
+    def _fingerprints(self) -> list[int]:
+        """Of the next update batch, by replica; a collective."""
+        own = torch.tensor([self._stream.peek().fingerprint], device=self.args.device)
+        return self._exchange.gather(own)[: self.args.num_replicas, 0].tolist()
 
     def _settings(self) -> dict[str, Any]:
         return {"method": self.args.method, "rho": self.args.rho, "lmbda": self.args.lmbda}
@@ -97,13 +111,13 @@ class ResumeMixin:
 
     def _resume(self, folder: str | None) -> None:
         """Take up the engine's state from the checkpoint in `folder`, if any."""
-        self._unlogged = None
+        self._unlogged = self._expected = None
         if folder is None:
             return
         found = checkpoint.inspect(Path(folder))
         if found is None:
             logger.warning(
-                f"{folder} was written by plain Trainer: the ascent gradient g_t is computed at its weights."
+                f"{folder} holds no state of SAMPa, as plain Trainer leaves it: g_t is computed at its weights."
             )
             return
         if differing := checkpoint.changed(found["stream"], self._stream_settings()):
@@ -115,6 +129,7 @@ class ResumeMixin:
             logger.warning(f"Resuming with a changed setting, {difference}.")
         self.sampa.skipped_steps, self.sampa.skipped_in_a_row = found["skipped"]["steps"], found["skipped"]["in_a_row"]
         self._unlogged = found["unlogged"]
+        self._expected = None if self.args.ignore_data_skip else found["position"]["fingerprints"]
         if self.args.ignore_data_skip:
             logger.warning("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
             return
@@ -140,14 +155,12 @@ class ResumeMixin:
             self._means.load_state_dict(self._unlogged["means"])
 
     def _check_same_data(self) -> None:
-        ascent = self.sampa.ascent if isinstance(self.sampa, SAMPa) else None
-        expected = ascent.fingerprints[self.args.mesh.replica] if ascent else None
-        found = self._stream.peek().fingerprint
-        if ascent and expected != found:
+        if self._expected is not None and (found := self._fingerprints()) != self._expected:
             raise ValueError(
-                "Expected the next batch to be the one that the checkpoint's g_t was computed on, but its fingerprint "
-                f"is {found} and not {expected}: the training data, its order or its processing changed. Resume with "
-                "the old data, or set ignore_data_skip=True to start the epoch anew."
+                "Expected the next update batch to be the one that the checkpoint's run would have read, with "
+                f"fingerprints {self._expected}, but got {found}: the training data, its order or its processing "
+                "changed, or draws from generators of its own. Resume with the old data, or set ignore_data_skip=True to "
+                "start the epoch anew."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -178,7 +191,7 @@ def load_every_tensor(model: torch.nn.Module, folder: str) -> None:
     problems: dict[str, Any] = {"reason": "the model is no PreTrainedModel, and its keys differ from the file's"}
     if isinstance(model, PreTrainedModel):
         loaded, info = type(model).from_pretrained(
-            folder, config=model.config, dtype=model.dtype, output_loading_info=True
+            folder, config=model.config, dtype=torch.float32, output_loading_info=True
         )
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if problems:

@@ -25,7 +25,7 @@ class SAM(SharpnessAware):
         loss, dot = self._gradient(batch, gradient, Role.LOOKAHEAD)  # g_t = grad f(x_t; B_t)
         ascent = (batch, loss, dot, self._recorder.used)
         norm = global_norm(self.ascent_grads.flats).item()
-        with self.displaced():
+        with self.displaced(Role.PERTURBED):
             perturb_(self.params, self.ascent_grads.views, self.rho, norm)  # x~_t = x_t + rho g_t / ||g_t||
             loss, dot = self._gradient(batch, gradient, Role.PERTURBED)  # g~_t = grad f(x~_t; B_t)
         found = self._share({Role.LOOKAHEAD: ascent, Role.PERTURBED: (batch, loss, dot, self._recorder.used)})
@@ -60,12 +60,12 @@ class SAMPa(SharpnessAware):
             return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
         passes = {}
         if Role.PERTURBED in self.roles:
-            with self.displaced():
+            with self.displaced(Role.PERTURBED):
                 perturb_(self.params, self.ascent_grads.views, self.rho, ascent.norm)  # x~_t = x_t + rho g_t/||g_t||
                 loss, dot = self._gradient(batch, gradient, Role.PERTURBED)  # g~_t = grad f(x~_t; B_t)
             passes[Role.PERTURBED] = (batch, loss, dot, self._recorder.used)
         if Role.LOOKAHEAD in self.roles:
-            with self.displaced():
+            with self.displaced(Role.LOOKAHEAD):
                 self._look_ahead(ascent)  # y_{t+1} = U_{m_t}(x_t, g_t)
                 loss, dot = self._gradient(next_batch, gradient, Role.LOOKAHEAD)  # g_{t+1} = grad f(y_{t+1}; B_{t+1})
             passes[Role.LOOKAHEAD] = (next_batch, loss, dot, self._recorder.used)

@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from . import model_card
-from .batches import MicroBatch, UpdateBatch, UpdateStream, seeded_loader
-from .checks import check_dataset, check_loader, check_model, check_trainer
+from .batches import MicroBatch, UpdateBatch, UpdateStream
+from .checks import check_dataset, check_loader, check_model, check_optimizer, check_trainable, check_trainer
 from .exchange import Exchange
+from .loaders import replica_loader, seeded_loader
 from .metrics import RunningMeans
 from .randomness import derive_seed, seeded
 from .resume import ResumeMixin
@@ -59,6 +59,7 @@ class SAMPaMixin(ResumeMixin):
         check_trainer(self)
         # Every loss is the mean over one micro-batch here; `_micro_gradient` does the weighing.
         self.loss_is_scaled_for_ga = False
+        self._exchange: Exchange | None = None
         self._stream: UpdateStream | None = None
         self._means = RunningMeans()
 
@@ -68,9 +69,10 @@ class SAMPaMixin(ResumeMixin):
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         prepare = self.accelerator.prepare_data_loader
 
-        def prepare_and_remember(data_loader: DataLoader, **kwargs) -> DataLoader:
-            prepared = prepare(data_loader, **kwargs)
-            prepared.unprepared = data_loader  # what `_training_loader` shards by replica instead of by rank
+        def prepare_and_remember(data_loader: DataLoader, *args, **kwargs) -> DataLoader:
+            prepared = prepare(data_loader, *args, **kwargs)
+            # What `replica_loader` shards by replica instead of by rank.
+            prepared.unprepared = getattr(data_loader, "unprepared", data_loader)
             return prepared
 
         self.accelerator.prepare_data_loader = prepare_and_remember
@@ -82,30 +84,14 @@ class SAMPaMixin(ResumeMixin):
         return super().get_train_dataloader()
 
     def set_initial_training_values(self, args, dataloader):
-        self._loader = self._training_loader(dataloader)
+        loader = replica_loader(dataloader, args.mesh, args.accelerator_config.split_batches, args.data_seed)
+        self._loader = seeded_loader(loader, self._data_seed)
         check_loader(self._loader, args)
         return super().set_initial_training_values(args, self._loader)
 
     def get_total_train_batch_size(self, args) -> int:
         # Two ranks of a pair read one batch.
         return super().get_total_train_batch_size(args) * args.num_replicas // args.world_size
-
-    def _training_loader(self, dataloader: DataLoader) -> DataLoader:
-        """`dataloader` as one replica reads it, with randomness that belongs to the batch."""
-        if hasattr(dataloader, "unprepared"):
-            config, mesh = self.args.accelerator_config, self.args.mesh
-            dataloader = prepare_data_loader(
-                dataloader.unprepared,
-                num_processes=mesh.num_replicas,
-                process_index=mesh.replica,
-                split_batches=config.split_batches,
-                put_on_device=False,
-                dispatch_batches=False,
-                even_batches=config.even_batches,
-                use_seedable_sampler=config.use_seedable_sampler,
-                data_seed=self.args.data_seed,
-            )
-        return seeded_loader(dataloader, self._data_seed)
 
     @property
     def _data_seed(self) -> int:
@@ -148,31 +134,39 @@ class SAMPaMixin(ResumeMixin):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self.args.check_settings()
         check_model(self.model)
-        model, _ = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.sampa is not None:
             self.sampa.close()
-        exchange = Exchange(self.args.mesh, timeout=timedelta(seconds=self.args.ddp_timeout))
-        exchange.broadcast([*self.model.parameters(), *self.model.buffers()])
-        self.sampa = self._engine(model, exchange)
-        self._stream = None
+            self.sampa = None  # frees its buffers before new ones are made
+        model, _ = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        check_optimizer(self.optimizer.optimizer, self.model)
+        if self._exchange is None or self._exchange.mesh != self.args.mesh:
+            self._exchange = Exchange(self.args.mesh, timeout=timedelta(seconds=self.args.ddp_timeout))
+        self._exchange.bytes_sent = 0
+        self._exchange.broadcast([*self.model.parameters(), *self.model.buffers()])
+        self.sampa = self._engine(model)
+        self._stream, self._means = None, RunningMeans()
         self.callback_handler.train_dataloader = self._loader
         self._resume(resume_from_checkpoint)
         return model, self._loader
 
-    def _engine(self, model, exchange: Exchange) -> SAMPa | SAM:
+    def _engine(self, model) -> SAMPa | SAM:
         def clip():
             if self.args.max_grad_norm > 0:
                 self._clip_grad_norm(model)
 
-        params = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
-        arguments = {"rho": self.args.rho, "clip": clip}
+        common = {"rho": self.args.rho, "clip": clip}
         if self.args.method == "sam":
-            return SAM(params, self.optimizer.optimizer, exchange, **arguments)
-        return SAMPa(params, self.optimizer.optimizer, exchange, lmbda=self.args.lmbda, **arguments)
+            return SAM(self.model, self.optimizer.optimizer, self._exchange, **common)
+        return SAMPa(self.model, self.optimizer.optimizer, self._exchange, lmbda=self.args.lmbda, **common)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
+        check_trainable(self.model, self.sampa.params)
+        # Before the weights are displaced: schedule-free optimizers move them when they change modes.
+        model.train()
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
         batch, gradient = self._batch, partial(self._micro_gradient, model)
         self._weigh(batch)
         if isinstance(self.sampa, SAM):
@@ -197,19 +191,23 @@ class SAMPaMixin(ResumeMixin):
         accepts the former; BERT's heads say so and ignore it (transformers #47688). Here every micro-batch is given its
         own count, so that every loss is its mean, and is weighed by that count.
         """
+        if batch.micro_batches[0].share is not None:
+            return
         counts = []
         for micro_batch in batch:
-            count = self._get_num_items_in_batch([micro_batch.inputs], torch.device("cpu"))
-            micro_batch.num_items = None if count is None else count.to(self.args.device)
-            counts.append(1.0 if count is None else float(count))
-        total = self.sampa.exchange.sum_within_role(sum(counts))
+            num_items = self._get_num_items_in_batch([micro_batch.inputs], torch.device("cpu"))
+            micro_batch.num_items = None if num_items is None else num_items.to(self.args.device)
+            counts.append(micro_batch.count_items() if num_items is None else float(num_items))
+        total = self._exchange.sum_within_role(sum(counts))
         for micro_batch, count in zip(batch, counts, strict=True):
             micro_batch.share = count * self.args.num_replicas / total if total else 1 / len(counts)
 
     def _micro_gradient(self, model, micro_batch: MicroBatch) -> torch.Tensor:
         """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""
+        if not micro_batch.share:
+            return torch.zeros((), device=self.args.device)  # no label counts, and the mean over none is not a number
         # What `Trainer.training_step` divides the loss by.
-        self.current_gradient_accumulation_steps = 1 / micro_batch.share if micro_batch.share else float("inf")
+        self.current_gradient_accumulation_steps = 1 / micro_batch.share
         seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self.args.mesh.replica)
         with seeded(seed, self.args.device):
             return super().training_step(model, micro_batch.inputs, micro_batch.num_items)

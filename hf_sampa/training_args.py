@@ -104,6 +104,11 @@ class SAMPaArgumentsMixin:
             raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho}. The paper uses 0.05.")
         if not 0 <= self.lmbda <= 1:
             raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda}. The paper uses 0.2 and 0.1.")
+        if "lomo" in self.optim or self.optim.endswith("_layerwise"):
+            raise ValueError(
+                f"optim: expected an optimizer whose step comes after backward, got {str(self.optim.value)!r}, which updates "
+                "during backward, while the weights are displaced."
+            )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 "train_sampling_strategy: expected 'random', 'sequential' or 'group_by_length', got 'batch_rebalance', "

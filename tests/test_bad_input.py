@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, checkpoint
+from hf_sampa.checks import check_trainer
 from hf_sampa.roles import Mesh, Role
 from tests import tiny
 
@@ -32,6 +34,7 @@ def trainer(folder, model=None, dataset=None, **changes):
         ({"fp16": True}, "does not unscale those of fp16's GradScaler. Use bf16=True"),
         ({"deepspeed": "zero2.json"}, "this run uses DeepSpeed, which shards them. Launch it without"),
         ({"fsdp": "full_shard"}, "this run uses FSDP, which shards them. Launch it without"),
+        ({"optim": "adalomo"}, "expected an optimizer whose step comes after backward, got 'adalomo'"),
         ({"train_sampling_strategy": "batch_rebalance"}, "expected 'random', 'sequential' or 'group_by_length'"),
     ],
 )
@@ -122,6 +125,47 @@ def test_less_than_one_batch(tmp_path):
         trainer(tmp_path, dataset=tiny.sentences(3), dataloader_drop_last=True).train()
 
 
+def test_an_optimizer_of_more_than_the_model(tmp_path):
+    model, temperature = tiny.bert(), torch.nn.Parameter(torch.ones(7))
+    optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
+    args = tiny.arguments(tmp_path)
+    run = SAMPaTrainer(model=model, args=args, train_dataset=tiny.sentences(16), optimizers=(optimizer, None))
+    with pytest.raises(
+        ValueError, match=r"1 of its tensors, the first of shape \(7,\), are not among them. Register them"
+    ):
+        run.train()
+
+
+class Unfreezing(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.requires_grad_(True)
+
+
+def test_unfreezing_during_training(tmp_path):
+    args = tiny.arguments(tmp_path)
+    run = SAMPaTrainer(model=tiny.frozen_bert(), args=args, train_dataset=tiny.sentences(16), callbacks=[Unfreezing()])
+    with pytest.raises(
+        ValueError, match="requires_grad changed during training and there are 41 now. Freeze and unfreeze"
+    ):
+        run.train()
+
+
+def test_apple_devices(tmp_path, monkeypatch):
+    args = tiny.arguments(tmp_path)
+    monkeypatch.setattr(type(args), "device", torch.device("mps"))
+    fake = SimpleNamespace(args=args)
+    with pytest.raises(ValueError, match="double precision, which this device .mps. does not have. Pass --use_cpu"):
+        check_trainer(fake)
+
+
+def test_finding_the_batch_size_on_several_processes(tmp_path, monkeypatch):
+    args = tiny.arguments(tmp_path, auto_find_batch_size=True)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="auto_find_batch_size .* needs a world of one, but got 2 processes"):
+        check_trainer(SimpleNamespace(args=args))
+
+
 def test_an_iterable_dataset_without_items(tmp_path):
     with pytest.raises(ValueError, match="at least one batch in epoch 0 of the training data, but got none"):
         trainer(tmp_path, dataset=tiny.Stream(0), max_steps=2).train()
@@ -194,11 +238,20 @@ def test_a_newer_format(folder):
         trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", "not json"])
+@pytest.mark.parametrize("content", ["{}", "[1]", "not json", '{"format": 1}'])
 def test_a_foreign_manifest(folder, content):
     (folder / "checkpoint-3" / checkpoint.MANIFEST).write_text(content)
     with pytest.raises(ValueError, match="is foreign: expected a file written by hf_sampa, with a format number"):
         trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+def test_changed_data_under_sam(tmp_path):
+    settings = {"method": "sam", "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match="Expected the next update batch to be the one.*the training data"):
+        trainer(tmp_path, dataset=tiny.sentences(16, seed=9), **settings).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
 
 
 @pytest.mark.parametrize("other", ["other labels", "other layers"])

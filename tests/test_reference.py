@@ -115,7 +115,8 @@ class Once:
 def toy_run(method, x, steps=400, lr=0.1, **kwargs):
     """f(x) = ||x||^2 by the engine itself, without Trainer."""
     optimizer = torch.optim.SGD([x], lr=lr)
-    engine = method({"x": x}, optimizer, Exchange(Mesh(1, 0, paired=False)), rho=0.1, clip=lambda: None, **kwargs)
+    model = nn.ParameterList([x])
+    engine = method(model, optimizer, Exchange(Mesh(1, 0, paired=False)), rho=0.1, clip=lambda: None, **kwargs)
 
     def gradient(_):
         loss = (x**2).sum()

@@ -279,6 +279,123 @@ def test_two_runs_of_one_trainer(tmp_path):
     assert trainer.state.global_step == 3
 
 
+def test_numbers_of_one_run_do_not_reach_the_next(tmp_path):
+    """The first log line after a run that ended between two log lines."""
+    args = tiny.arguments(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0)
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+    first, second = ([trainer.train(), trainer.state.log_history[0]][1] for _ in range(2))
+    assert first == second
+
+
+class ModeSwitching(torch.optim.SGD):
+    """Like schedule-free optimizers: in evaluation the parameters hold other weights than in training."""
+
+    moved = False
+
+    def _move(self, moved):
+        if moved != self.moved:
+            self.moved = moved
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.data.mul_(2.0 if moved else 0.5)
+
+    def train(self):
+        self._move(False)
+
+    def eval(self):
+        self._move(True)
+
+
+def test_an_optimizer_that_moves_weights_between_modes(tmp_path):
+    def trained(cls, **settings):
+        model = tiny.bert()
+        dataset, optimizers = tiny.sentences(16), (ModeSwitching(model.parameters(), lr=0.1), None)
+        args = tiny.arguments(tmp_path, rho=0.0, lmbda=0.0, **settings)
+        trainer = cls(model=model, args=args, train_dataset=dataset, eval_dataset=dataset[:4], optimizers=optimizers)
+        trainer.train()
+        return trainer.model.state_dict()
+
+    evaluating = {"eval_strategy": "steps", "eval_steps": 2}
+    assert tiny.differing(trained(SAMPaTrainer, **evaluating), trained(Trainer, **evaluating)) == []
+
+
+def test_micro_batches_without_any_label_that_counts(tmp_path):
+    items = tiny.tagged_sentences(16)
+    for item in items[4:6]:
+        item["labels"] = torch.full((8,), -100)
+    shapes = [{"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}]
+    settings = {"optim": "sgd", "learning_rate": 0.1, "train_sampling_strategy": "sequential"}
+    one, several = (tiny.run(tmp_path, tiny.token_bert, items, **settings, **shape) for shape in shapes)
+    torch.testing.assert_close(one["weights"], several["weights"], rtol=1e-4, atol=1e-6)
+    for line, other in zip(one["logs"], several["logs"], strict=True):
+        assert line == pytest.approx({**other, "epoch": line["epoch"]}, rel=1e-3, abs=1e-5)
+
+
+class WithoutLossArguments(torch.nn.Module):
+    """A model whose forward takes no ``**kwargs``, so that Trainer counts no items."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = tiny.bert()
+
+    def forward(self, input_ids, labels):
+        return self.bert(input_ids=input_ids, labels=labels)
+
+
+def test_ragged_groups_of_a_model_that_takes_no_loss_arguments(tmp_path):
+    shapes = [{"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}]
+    settings = {"optim": "sgd", "learning_rate": 0.1, "train_sampling_strategy": "sequential"}
+    one, several = (
+        tiny.run(tmp_path, WithoutLossArguments, tiny.sentences(13), **settings, **shape)["weights"]
+        for shape in shapes
+    )
+    torch.testing.assert_close(one, several, rtol=1e-4, atol=1e-6)
+
+
+def own_loader(generator_seed):
+    class OwnLoader(SAMPaTrainer):
+        def get_train_dataloader(self):
+            generator = torch.Generator().manual_seed(generator_seed)
+            return DataLoader(self.train_dataset, batch_size=4, shuffle=True, generator=generator)
+
+    return OwnLoader
+
+
+def test_the_seed_of_a_loader_of_ones_own_counts(tmp_path):
+    outcomes = [
+        tiny.run(tmp_path, tiny.bert, tiny.sentences(16), trainer_class=own_loader(seed)) for seed in (7, 7, 8)
+    ]
+    assert tiny.differing(outcomes[0], outcomes[1]) == []
+    assert tiny.differing(outcomes[0]["weights"], outcomes[2]["weights"]) != []
+
+
+def test_resuming_after_an_epoch_ended_early(tmp_path):
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    kwargs = {"trainer_kwargs": {"callbacks": [EndsEpochsEarly()]}}
+    whole = tiny.run(tmp_path, tiny.bert, tiny.sentences(18), **settings, **kwargs)
+    assert whole["steps"] == 6
+    for step in (1, 2, 3):
+        kwargs = {"trainer_kwargs": {"callbacks": [EndsEpochsEarly()]}}
+        checkpoint = str(tmp_path / f"checkpoint-{step}")
+        resumed = tiny.run(tmp_path / "again", tiny.bert, tiny.sentences(18), resume=checkpoint, **settings, **kwargs)
+        assert tiny.differing(whole["weights"], resumed["weights"]) == []
+        assert resumed["steps"] == 6
+
+
+def test_resuming_weights_of_two_precisions(tmp_path):
+    def mixed(seed=0):
+        model = tiny.vit(seed=seed)
+        model.vit.to(torch.bfloat16).requires_grad_(False)
+        model.vit.layernorm.register_forward_hook(lambda module, inputs, output: output.float())
+        model.vit.embeddings.register_forward_pre_hook(lambda module, inputs: (inputs[0].bfloat16(), *inputs[1:]))
+        return model
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = tiny.run(tmp_path, mixed, tiny.images(16), **settings)
+    resumed = tiny.run(tmp_path, lambda: mixed(5), tiny.images(16), resume=str(tmp_path / "checkpoint-2"), **settings)
+    assert tiny.differing(whole["weights"], resumed["weights"]) == []
+
+
 def test_no_gradient_means_no_update(tmp_path):
     """A parameter that no loss reaches is not decayed either, as in plain Trainer."""
     model = tiny.bert()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     BertConfig,
@@ -78,6 +79,25 @@ def vit(dropout: float = 0.0, seed: int = 0):
             num_labels=3,
         )
     )
+
+
+class BatchNormNet(nn.Module):
+    """A small convolutional network whose running statistics count batches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.body(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def rows_of_files(rows):
+    """Generator for `datasets.IterableDataset.from_generator`; `rows` is a list of files."""
+    for file in rows:
+        yield from file
 
 
 def sentences(count: int, lengths: tuple[int, int] = (8, 8), seed: int = 1) -> list[dict[str, Any]]:

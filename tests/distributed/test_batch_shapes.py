@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
 
@@ -75,3 +76,25 @@ def test_all_ranks_hold_the_same_bits(outcomes, case, name):
     first, *others = outcomes[case]
     for other in others:
         assert tiny.differing(first[name], other[name]) == []
+
+
+def files_of_sentences(folder):
+    """An iterable `datasets` table of two files of unequal length, read once per epoch and scored after each."""
+    rows = [{"input_ids": item["input_ids"].tolist(), "labels": item["labels"]} for item in tiny.sentences(RAGGED)]
+    files = {"rows": [rows[:9], rows[9:]]}
+    table = datasets.IterableDataset.from_generator(tiny.rows_of_files, gen_kwargs=files)
+    settings = {"max_steps": 6, "save_strategy": "epoch", "eval_strategy": "epoch", "ddp_timeout": 60}
+    kwargs = {"eval_dataset": tiny.sentences(4)}
+    sampa, sam = (
+        tiny.run(folder / method, tiny.bert, table, method=method, trainer_kwargs=kwargs, **settings)
+        for method in ("sampa", "sam")
+    )
+    return sampa, sam
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_replicas_of_an_iterable_dataset_of_several_files(tmp_path, n):
+    first, *others = run_ranks(files_of_sentences, n, tmp_path, folder=tmp_path)
+    for other in others:
+        assert tiny.differing(first, other) == []
+    assert [outcome["steps"] for outcome in first] == [6, 6]

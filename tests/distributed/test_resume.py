@@ -35,6 +35,7 @@ SCENARIOS = {
         "optim": "sgd",
         "optim_args": "momentum=0.9",
     },
+    "batch norm": {"model": tiny.BatchNormNet, "dataset": tiny.images(18)},
     "sam": {"model": partial(tiny.bert, 0.1), "dataset": tiny.sentences(18), "method": "sam"},
 }
 RESUMED_AT = (1, 3, 4)  # the runs have five or more steps; the first epochs end after 2, 3, 4 or 5

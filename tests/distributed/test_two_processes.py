@@ -59,6 +59,7 @@ SCENARIOS = {
         "warmup_steps": 3,
     },
     "an optimizer without a closed form": {"model": tiny.bert, "dataset": tiny.sentences(16), "optim": "rmsprop"},
+    "batch norm": {"model": tiny.BatchNormNet, "dataset": tiny.images(18)},
     "frozen layer, lambda 1": {"model": partial(tiny.frozen_bert), "dataset": tiny.sentences(16), "lmbda": 1.0},
 }
 

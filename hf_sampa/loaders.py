@@ -1,0 +1,115 @@
+"""Training loaders rebuilt: sharded by replica instead of by rank, with randomness that belongs to the batch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from .randomness import SeededCollate, SeededItems, derive_seed, seed_globals
+from .roles import Mesh
+
+
+# Not in_order: batches must not depend on which worker is faster.
+KEPT = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+KEPT += ("generator", "prefetch_factor", "persistent_workers")
+
+
+def replica_loader(loader: DataLoader, mesh: Mesh, split_batches: bool, data_seed: int | None) -> DataLoader:
+    """`loader` as one replica reads it; one that accelerate has not prepared is returned as it is.
+
+    Whatever the accelerator's configuration says, all replicas get equally many batches, in an order drawn from the
+    seed: anything else ends in processes that wait for each other.
+    """
+    if not hasattr(loader, "unprepared"):
+        return loader
+    loader = loader.unprepared
+    if isinstance(loader.dataset, IterableDataset) and mesh.num_replicas > 1:
+        # `prepare_data_loader` would give each replica whole files of a sharded dataset, and epochs of its own length.
+        dataset = IterableDatasetShard(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            drop_last=loader.drop_last,
+            num_processes=mesh.num_replicas,
+            process_index=mesh.replica,
+            split_batches=split_batches,
+        )
+        batch_size = loader.batch_size // mesh.num_replicas if split_batches else loader.batch_size
+        return DataLoader(dataset, batch_size=batch_size, drop_last=loader.drop_last, **_options(loader))
+    return prepare_data_loader(
+        loader,
+        num_processes=mesh.num_replicas,
+        process_index=mesh.replica,
+        split_batches=split_batches,
+        put_on_device=False,
+        dispatch_batches=False,
+        even_batches=True,
+        use_seedable_sampler=True,
+        data_seed=data_seed,
+    )
+
+
+def seeded_loader(loader: DataLoader, seed: int) -> DataLoader:
+    """A plain CPU `DataLoader` like `loader` whose batches depend on (seed, epoch, indices) alone.
+
+    Iterable datasets, and loaders without automatic batching, keep their own way of reading; their randomness follows
+    the generators that `UpdateStream` lends them at the start of each epoch.
+    """
+    options = _options(loader)
+    if isinstance(loader.dataset, IterableDataset) or loader.generator is not None:
+        # Workers, or a generator, that live on from epoch to epoch could not be resumed.
+        options["persistent_workers"] = False
+    if isinstance(loader.dataset, IterableDataset):
+        return DataLoader(loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **options)
+    if loader.batch_sampler is None:
+        return DataLoader(loader.dataset, sampler=loader.sampler, batch_size=None, **options)
+    items = SeededItems(loader.dataset, seed, whole_batches=_draws_nothing(loader.dataset))
+    options["collate_fn"] = SeededCollate(options["collate_fn"])
+    return DataLoader(items, batch_sampler=_TaggedBatches(loader.batch_sampler, seed), **options)
+
+
+def parts_of(loader: DataLoader) -> Iterator[Any]:
+    """`loader` and every sampler and dataset inside it, once each."""
+    pending, seen = [loader], set()
+    while pending:
+        part = pending.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield part
+        children = (getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset"))
+        pending += [child for child in children if child is not None]
+
+
+def _options(loader: DataLoader) -> dict[str, Any]:
+    return {name: getattr(loader, name) for name in KEPT}
+
+
+def _draws_nothing(dataset) -> bool:
+    """Whether this is a `datasets.Dataset` that reads columns and runs no code of the user's."""
+    datasets = sys.modules.get("datasets")  # without the import there can be none of its objects
+    return datasets is not None and isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+
+
+class _TaggedBatches(BatchSampler):
+    """Batches of ``(epoch, index)`` from batches of indices; iterated over on generators that `UpdateStream` lends."""
+
+    def __init__(self, batch_sampler, seed: int):
+        self.batch_sampler, self.seed, self.epoch = batch_sampler, seed, 0
+        self.batch_size = getattr(batch_sampler, "batch_size", None)
+        self.drop_last = getattr(batch_sampler, "drop_last", False)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        # Loaders draw a number before this or not, depending on their workers.
+        seed_globals(derive_seed(self.seed, "sampler", self.epoch))
+        for indices in self.batch_sampler:
+            yield [(self.epoch, index) for index in indices]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
