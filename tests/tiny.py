@@ -204,11 +204,13 @@ def arguments(output_dir, **changes) -> SAMPaTrainingArguments:
 def outcome(trainer, resume_from_checkpoint=None) -> dict[str, Any]:
     """Train, and return what two equal runs must have in common."""
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    own = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second")
     return {
         "weights": {name: value.clone() for name, value in trainer.model.state_dict().items()},
         "optimizer": trainer.optimizer.state_dict(),
-        "logs": [{k: v for k, v in line.items() if k not in own} for line in trainer.state.log_history],
+        "logs": [
+            {k: v for k, v in line.items() if "runtime" not in k and "per_second" not in k}
+            for line in trainer.state.log_history
+        ],
         "tokens": trainer.state.num_input_tokens_seen,
         "steps": trainer.state.global_step,
     }

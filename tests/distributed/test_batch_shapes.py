@@ -83,7 +83,7 @@ def files_of_sentences(folder):
     rows = [{"input_ids": item["input_ids"].tolist(), "labels": item["labels"]} for item in tiny.sentences(RAGGED)]
     files = {"rows": [rows[:9], rows[9:]]}
     table = datasets.IterableDataset.from_generator(tiny.rows_of_files, gen_kwargs=files)
-    settings = {"max_steps": 6, "save_strategy": "epoch", "eval_strategy": "epoch", "ddp_timeout": 60}
+    settings = {"max_steps": 9, "save_strategy": "epoch", "eval_strategy": "epoch", "ddp_timeout": 60}
     kwargs = {"eval_dataset": tiny.sentences(4)}
     sampa, sam = (
         tiny.run(folder / method, tiny.bert, table, method=method, trainer_kwargs=kwargs, **settings)
@@ -97,4 +97,4 @@ def test_replicas_of_an_iterable_dataset_of_several_files(tmp_path, n):
     first, *others = run_ranks(files_of_sentences, n, tmp_path, folder=tmp_path)
     for other in others:
         assert tiny.differing(first, other) == []
-    assert [outcome["steps"] for outcome in first] == [6, 6]
+    assert [outcome["steps"] for outcome in first] == [9, 9]
