@@ -101,3 +101,17 @@ def test_resumed_is_never_stopped(whole, continued, name, step, wrote, n):
     expected, found = whole[0][wrote][0][name], continued[wrote, n][0][name, step]
     assert expected["steps"] > max(RESUMED_AT)
     assert tiny.differing(comparable(expected), comparable(found)) == []
+
+
+PAIRS = {"model": partial(tiny.bert, 0.1), "dataset": tiny.sentences(30), "gradient_accumulation_steps": 2}
+
+
+def two_pairs(folder) -> tuple[dict, dict]:
+    whole = tiny.run(folder, **PAIRS, save_strategy="steps", save_steps=3)
+    return whole, tiny.run(folder / "out", **PAIRS, resume=str(folder / "checkpoint-3"))
+
+
+def test_two_pairs_resume(tmp_path):
+    for whole, again in run_ranks(two_pairs, 4, tmp_path, folder=tmp_path / "ranks"):
+        assert whole["steps"] == 4
+        assert tiny.differing(comparable(whole), comparable(again)) == []
