@@ -14,7 +14,9 @@ help: ## Show the targets
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# compat: a path entry, which wins where a script lies beside a clone that is called hf_sampa like the package.
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
+		--config-settings editable_mode=compat -e '.[dev]'
 	@touch $@
 
 demo: .venv ## Fine-tune a small BERT and a small ViT with AdamW, SAM and SAMPa; a table and a picture (under 3 minutes)

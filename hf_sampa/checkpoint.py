@@ -69,8 +69,13 @@ def inspect(folder: Path) -> dict[str, Any] | None:
             f"The checkpoint {folder} is torn or no checkpoint: expected a whole {TRAINER_STATE}, which is written "
             "last. Delete the folder and resume from an earlier one; resume_from_checkpoint=True finds the last whole one."
         )
-    if not (folder / MANIFEST).exists():
+    if not (folder / MANIFEST).exists() and not (folder / TENSORS).exists():
         return None
+    if not (folder / MANIFEST).exists():
+        raise ValueError(
+            f"The checkpoint {folder} is torn: it has {TENSORS}, but not {MANIFEST}, which belongs to it. Delete the "
+            "folder and resume from an earlier one; resume_from_checkpoint=True finds the last whole one."
+        )
     manifest = _read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not {"format", "files"} <= manifest.keys():
         raise ValueError(f"{folder / MANIFEST} is foreign: expected a file written by hf_sampa, with a format number.")
@@ -107,7 +112,7 @@ def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
         try:
             inspect(folder)
         except ValueError as problem:
-            problems.append(str(problem))
+            problems.append(str(problem).partition(" Delete the folder")[0])
         else:
             return folder, problems
     raise ValueError(

@@ -195,6 +195,7 @@ TEARS = {
     "model cut": lambda last: cut(last / "model.safetensors"),
     "optimizer cut": lambda last: cut(last / "optimizer.pt"),
     "carried gradient missing": lambda last: (last / checkpoint.TENSORS).unlink(),
+    "manifest missing": lambda last: (last / checkpoint.MANIFEST).unlink(),
     "state missing": lambda last: (last / "trainer_state.json").unlink(),
     "state cut": lambda last: cut(last / "trainer_state.json"),
     "killed before our files": lambda last: [(last / n).unlink() for n in (checkpoint.MANIFEST, "trainer_state.json")],
@@ -211,6 +212,7 @@ def test_a_torn_checkpoint_is_refused_or_passed_over(folder, caplog, tear):
     with tiny.transformers_log(caplog):
         resumed.train(resume_from_checkpoint=True)
     assert "Passing over a checkpoint. The checkpoint" in caplog.text
+    assert "Delete the folder" not in caplog.text
     assert resumed.state.log_history[1]["step"] == 2  # restored, and not trained again
     assert resumed.state.global_step == 3
 
