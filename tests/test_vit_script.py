@@ -182,6 +182,29 @@ def test_a_checkpoint_that_leaves_weights_undetermined_is_refused(saved_vit):
 # Runs
 
 
+def test_a_saved_model_is_scored_without_training(cifar10, tmp_path):
+    out, data = tmp_path / "out", ["--data_dir", str(cifar10)]
+    training = ["--output_dir", str(out), "--eval_strategy", "no", "--do_eval", "false"]
+    reported = run_vit.main([*SHORT, *data, *training])
+    assert reported == {}
+    weights = (out / "model.safetensors").read_bytes()
+    scored = run_vit.main(
+        [
+            *data,
+            "--model_name_or_path",
+            str(out),
+            "--output_dir",
+            str(out),
+            "--do_train",
+            "false",
+            "--disable_tqdm",
+            "true",
+        ]
+    )
+    assert scored["eval_accuracy"] == read_json(out / "eval_results.json")["eval_accuracy"]
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
 @pytest.mark.parametrize("method", ["adamw", "sam", "sampa"])
 def test_a_saved_model_has_the_accuracy_that_was_reported(cifar10, tmp_path, method):
     out = tmp_path / "out"

@@ -79,23 +79,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     # 5. Training.
-    resume = training_args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    if training_args.do_train:
+        resume = training_args.resume_from_checkpoint
+        result = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
 
     # 6. Evaluation on the test images.
-    metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    metrics = trainer.evaluate() if training_args.do_eval else {}
+    if training_args.do_eval:
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
 
     # 7. Model card, and the Hub if --push_to_hub asks for it.
     card = {"tasks": "image-classification", "dataset": data_args.dataset, "finetuned_from": model_args.finetuned_from}
     if training_args.push_to_hub:
         trainer.push_to_hub(**card)
-    else:
+    elif training_args.do_train:
         trainer.create_model_card(**card)
     return metrics
 

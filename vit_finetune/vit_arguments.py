@@ -172,6 +172,8 @@ class ViTTrainingArguments(SAMPaTrainingArguments):
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Where to report besides the terminal: none, tensorboard, wandb, ..."}
     )
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to score the test images at the end."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into --output_dir although it holds something already."}
     )
@@ -207,7 +209,7 @@ class ViTTrainingArguments(SAMPaTrainingArguments):
             FileExistsError: `output_dir` is not empty, and nothing says that this is meant.
         """
         folder = Path(self.output_dir)
-        meant = self.overwrite_output_dir or self.resume_from_checkpoint
+        meant = self.overwrite_output_dir or self.resume_from_checkpoint or not self.do_train
         if not meant and folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(
                 f"--output_dir {folder} is not empty. Choose another folder, add --overwrite_output_dir, or continue "
