@@ -1,8 +1,8 @@
-"""One number per trainable weight, in flat buckets: gradients kept, sent and mixed without per-parameter copies."""
+"""One number per trainable weight, in flat buckets: weights and gradients kept, sent and mixed without copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,32 +19,44 @@ class Buckets:
     Attributes:
         flats: 1-d tensors, each holding whole parameters of one dtype and device, in the order in which backward
             usually produces their gradients (the reverse of the model's).
-        views: per parameter, the part of `flats` that is its own, in its shape.
+        views: per parameter, the part of `flats` that is its own, in its shape and memory layout.
         bucket_of: per parameter, the index into `flats`.
-        sizes: per bucket, how many parameters it holds.
+        members: per bucket, the indices of the parameters it holds, in the order of their places.
     """
 
     def __init__(self, params: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES):
         self.flats: list[Tensor] = []
         self.bucket_of: list[int] = [0] * len(params)
-        self.sizes: list[int] = []
+        self.members: list[list[int]] = _partition(params, bucket_bytes)
         views: list[Tensor | None] = [None] * len(params)
-        for members in _partition(params, bucket_bytes):
+        for bucket, members in enumerate(self.members):
             first = params[members[0]]
             flat = torch.zeros(sum(params[i].numel() for i in members), dtype=first.dtype, device=first.device)
             start = 0
             for i in members:
-                views[i] = flat[start : start + params[i].numel()].view(params[i].shape)
-                self.bucket_of[i] = len(self.flats)
+                layout = torch.empty_like(params[i], device="meta").stride()
+                views[i] = flat.as_strided(params[i].shape, layout, start)
+                self.bucket_of[i] = bucket
                 start += params[i].numel()
             self.flats.append(flat)
-            self.sizes.append(len(members))
         self.views: list[Tensor] = views
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in all buckets."""
-        return sum(flat.nbytes for flat in self.flats)
+    def swap(self, other: Buckets, buckets: Iterable[int]) -> None:
+        """Exchange `buckets` with those of `other`, which must be cut alike; nothing is copied."""
+        for bucket in buckets:
+            self.flats[bucket], other.flats[bucket] = other.flats[bucket], self.flats[bucket]
+            for i in self.members[bucket]:
+                self.views[i], other.views[i] = other.views[i], self.views[i]
+
+    def release(self, bucket: int) -> None:
+        """Give the memory of a bucket back until it is `ensure`d; its content is lost."""
+        self.flats[bucket].untyped_storage().resize_(0)
+
+    def ensure(self, bucket: int) -> None:
+        """Take memory for a bucket that was released; one that was not keeps its content."""
+        flat = self.flats[bucket]
+        if flat.untyped_storage().nbytes() == 0:
+            flat.untyped_storage().resize_(flat.nbytes)
 
 
 def _partition(params: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
@@ -69,10 +81,14 @@ class GradientRecorder:
     """Moves each gradient into its place in `Buckets` as backward produces it, and says when a bucket is full.
 
     Hooks stay registered until `close`; outside of `record` they do nothing.
+
+    Args:
+        params: the parameters whose gradients are wanted.
+        overlap: whether a bucket is reported while backward is still running, or only after it.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter]):
-        self.params = params
+    def __init__(self, params: Sequence[nn.Parameter], overlap: bool = True):
+        self.params, self.overlap = params, overlap
         self.used = [False] * len(params)
         self._into: Buckets | None = None
         self._on_full: Callable[[int], None] | None = None
@@ -98,7 +114,7 @@ class GradientRecorder:
                 a sum only. Buckets with a parameter that got no gradient are reported when the block ends.
         """
         self._into, self._on_full = into, on_full
-        self._waiting = list(into.sizes)
+        self._waiting = [len(members) for members in into.members]
         self._fired = [False] * len(self.params)
         self._next = 0
         try:
@@ -115,13 +131,16 @@ class GradientRecorder:
     def _record(self, i: int, param: nn.Parameter) -> None:
         if self._into is None:
             return
-        view, bucket = self._into.views[i], self._into.bucket_of[i]
+        bucket = self._into.bucket_of[i]
         if self._on_full is not None and bucket < self._next:
             raise RuntimeError(
                 f"A parameter of shape {tuple(param.shape)} received its gradient in more than one piece during one "
                 "backward pass, after the first piece had been sent to the other process. Reentrant activation "
-                "checkpointing does this: set gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "checkpointing does this: set overlap_exchange=False, which sends gradients after the backward pass, or "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
+        self._into.ensure(bucket)
+        view = self._into.views[i]
         if param.grad is not view:
             # From here on autograd adds further micro-batches in place.
             view.copy_(param.grad)
@@ -130,7 +149,8 @@ class GradientRecorder:
         if not self._fired[i]:
             self._fired[i] = True
             self._waiting[bucket] -= 1
-            self._report()
+            if self.overlap:
+                self._report()
 
     def _report(self) -> None:
         while self._on_full is not None and self._next < len(self._waiting) and self._waiting[self._next] == 0:
@@ -141,8 +161,9 @@ class GradientRecorder:
         if self._on_full is None:
             return
         # A parameter without a gradient counts as zero.
-        for used, view in zip(self.used, into.views, strict=True):
+        for i, used in enumerate(self.used):
             if not used:
-                view.zero_()
+                into.ensure(into.bucket_of[i])
+                into.views[i].zero_()
         self._waiting = [0] * len(self._waiting)
         self._report()

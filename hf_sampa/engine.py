@@ -7,7 +7,7 @@ runs one micro-batch forward and backward and returns its share of the batch's m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from .buckets import Buckets, GradientRecorder
 from .exchange import Exchange
-from .functional import NORM_GUARD, global_dot, global_norm
+from .functional import NORM_GUARD, displacement_dot_
 from .roles import Role
 
 
@@ -42,7 +43,8 @@ class StepReport:
         perturbed_loss: f(x~_t; B_t).
         sharpness: f(x~_t; B_t) - f(y_t; B_t) for SAMPa, f(x~_t; B_t) - f(x_t; B_t) for SAM.
         ascent_grad_norm: ||g_t||.
-        ascent_cosine: cosine of the angle between g_t and g~_t.
+        ascent_cosine: cosine of the angle between g~_t and the perturbation x~_t - x_t, as rounding left it, which has
+            the direction of g_t; 0 where rho is 0.
         skipped: whether a gradient was not finite, so that the step leaves weights and optimizer as they are.
     """
 
@@ -60,7 +62,7 @@ class Pass:
 
     loss: float
     norm: float
-    dot: float
+    dot: float  # with the perturbation x~_t - x_t; 0 in the LOOKAHEAD role
     fingerprints: tuple[int, ...]  # per replica
     used: tuple[bool, ...]  # per parameter: whether backward reached it
 
@@ -69,15 +71,32 @@ class Pass:
         return math.isfinite(self.norm)
 
 
+@dataclass(frozen=True)
+class Found:
+    """One gradient as the process that computed it knows it: scalar tensors ``()``, see `Pass`."""
+
+    fingerprint: int
+    loss: Tensor
+    norm: Tensor
+    dot: Tensor
+    used: list[bool]
+
+
 class SharpnessAware:
     """What SAMPa and SAM have in common: displaced weights, gradients in buckets, the numbers of a step.
+
+    Weights are displaced by pointing the parameters to other memory: x_t itself is not written to before the base
+    optimizer's step. That memory is where g_t was, and receives the other role's gradient as soon as backward is done
+    with it, so that a process holds 5 d numbers with Adam: weights, displaced weights, gradient, two moments.
 
     Args:
         model: what is trained: its parameters with `requires_grad`.
         base_optimizer: holds them, takes the step afterwards.
         exchange: connects the processes.
         rho: radius of the perturbation, >= 0.
-        clip: clips ``.grad`` in place as the Trainer does before the base optimizer's step, or does nothing.
+        overlap: whether gradients travel while backward is still running; that needs a model whose backward does not read
+            a weight any more once its gradient is complete.
+        unscale: what to multiply gradients by before anything else sees them, a scalar tensor ``()``, or None.
     """
 
     def __init__(
@@ -87,93 +106,112 @@ class SharpnessAware:
         exchange: Exchange,
         *,
         rho: float,
-        clip: Callable[[], None],
+        overlap: bool = True,
+        unscale: Callable[[], Tensor | None] = lambda: None,
     ):
         trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self.names, self.params = list(trainable), list(trainable.values())
         self.statistics = _running_statistics(model)
-        self.base_optimizer, self.exchange, self.rho, self.clip = base_optimizer, exchange, rho, clip
+        self.base_optimizer, self.exchange, self.rho, self.unscale = base_optimizer, exchange, rho, unscale
         self.roles = exchange.mesh.roles
         self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
-        self.ascent_grads = Buckets(self.params)  # g_t, then g_{t+1}
+        self.ascent_grads = Buckets(self.params)  # g_t, then displaced weights, then the other role's gradient
+        self.owned = range(len(self.ascent_grads.flats))  # buckets that this process updates
         self.skipped_steps = self.skipped_in_a_row = 0
-        self._saved = [torch.empty_like(param) for param in self.params]  # x_t while the weights are displaced
-        self._recorder = GradientRecorder(self.params)
+        self._recorder = GradientRecorder(self.params, overlap)
 
     def close(self) -> None:
         """Take the hooks off the model."""
         self._recorder.close()
 
     @contextmanager
-    def displaced(self, role: Role):
-        """Within the block the weights may be moved; afterwards, whatever happened, they are x_t again, bit for bit.
+    def displaced(self, role: Role, weights: Buckets):
+        """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit.
 
         Running statistics of normalisation layers come from the LOOKAHEAD pass, once per batch: those that the
-        PERTURBED pass leaves behind are undone too.
+        PERTURBED pass leaves behind are undone.
         """
         kept = [each.clone() for each in self.statistics] if role is Role.PERTURBED else []
-        with torch.no_grad():
-            torch._foreach_copy_(self._saved, self.params)
+        x = [param.data for param in self.params]
         try:
-            yield
+            for param, moved in zip(self.params, weights.views, strict=True):
+                param.data = moved
+            yield x
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.params, self._saved)
-                for each, before in zip(self.statistics, kept, strict=False):
-                    each.copy_(before)
+            for param, own in zip(self.params, x, strict=True):
+                param.data = own
+            for each, before in zip(self.statistics, kept, strict=False):
+                each.copy_(before)
 
-    def _gradient(self, batch: Batch, gradient: Callable, role: Role) -> tuple[Tensor, Tensor]:
-        """Gradient of f on `batch` at the weights as they are, averaged over replicas and swapped across roles.
+    def _at(self, role: Role, weights: Buckets, batch: Batch, gradient: Callable, into: Buckets) -> Found:
+        """Gradient of f on `batch` at `weights`, into `into`; `weights` then holds the other role's gradient."""
+        with self.displaced(role, weights) as x:
+            return self._gradient(role, batch, gradient, into, weights, x)
 
-        Returns the loss ``()`` and, for the PERTURBED role, the inner product of g_t and this gradient ``()``.
+    def _gradient(
+        self,
+        role: Role,
+        batch: Batch,
+        gradient: Callable,
+        into: Buckets,
+        weights: Buckets | None = None,
+        x: list[Tensor] | None = None,
+    ) -> Found:
+        """Gradient of f on `batch` at the weights as they are, averaged over replicas, into `into`.
+
+        Where the weights are displaced, `weights` are their buckets and `x` is x_t.
         """
-        mine, theirs = self._gradients_of(role)
+        norms: list[Tensor] = []
         dots: list[Tensor] = []
 
         def on_full(bucket: int) -> None:
-            if role is Role.PERTURBED:
-                # g_t is read for the last time here: its bucket receives g_{t+1}.
-                dots.append(global_dot([theirs.flats[bucket]], [mine.flats[bucket]]))
-            self.exchange.start(mine.flats[bucket], theirs.flats[bucket])
+            members, grad = into.members[bucket], into.flats[bucket]
+            if (scale := self.unscale()) is not None:
+                grad.mul_(scale)
+            if weights is not None:
+                # Backward has read these weights for the last time. Should it read them after all, autograd will say so.
+                torch.autograd.graph.increment_version([self.params[i] for i in members])
+                if role is Role.PERTURBED:
+                    moved = [weights.views[i] for i in members]
+                    dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
+            self._start_exchange(bucket, into, weights, ready=lambda: norms.append(torch.linalg.vector_norm(grad)))
 
         self._recorder.start()
         micro_batches = list(batch)
         losses = []
-        for i, micro_batch in enumerate(micro_batches):
-            with self._recorder.record(mine, on_full if i + 1 == len(micro_batches) else None):
-                losses.append(gradient(micro_batch))
+        with record_function("SAMPa.gradient"):
+            for i, micro_batch in enumerate(micro_batches):
+                with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
+                    losses.append(gradient(micro_batch))
         self.exchange.finish()
-        loss = torch.stack(losses).sum().double()
-        return loss, torch.stack(dots).sum() if dots else torch.zeros_like(loss)
+        loss, norm = torch.stack(losses).sum().double(), torch.linalg.vector_norm(torch.stack(norms).double())
+        dot = torch.stack(dots).double().sum() if dots else torch.zeros_like(loss)
+        return Found(batch.fingerprint, loss, norm, dot, self._recorder.used)
 
-    def _gradients_of(self, role: Role) -> tuple[Buckets, Buckets]:
-        pair = (self.perturbed_grads, self.ascent_grads)
-        return pair if role is Role.PERTURBED else pair[::-1]
+    def _start_exchange(self, bucket: int, into: Buckets, weights: Buckets | None, ready: Callable[[], None]) -> None:
+        theirs = None if weights is None else weights.flats[bucket]
+        self.exchange.start(into.flats[bucket], theirs, ready=ready)
 
-    def _share(self, passes: dict[Role, tuple[Batch, Tensor, Tensor, list[bool]]]) -> dict[Role, Pass]:
-        """Tell all ranks what this one found; one small all-gather and one host-device sync.
-
-        Args:
-            passes: per role played here, the batch, its loss, its inner product with g_t, and the parameters reached.
-        """
+    def _share(self, passes: dict[Role, Found]) -> dict[Role, Pass]:
+        """Tell all ranks what this one found in each role it plays; one small all-gather and one host-device sync."""
         device, count = self.params[0].device, len(self.params)
         numbers, integers = torch.zeros(2, 3, dtype=torch.float64, device=device), torch.zeros(2, 1 + count).long()
-        for role, (batch, loss, dot, used) in passes.items():
-            norm = global_norm(self._gradients_of(role)[0].flats)
-            numbers[role] = torch.stack([loss, norm, dot])
-            integers[role] = torch.tensor([batch.fingerprint, *used])
+        for role, found in passes.items():
+            numbers[role] = torch.stack([found.loss, found.norm, found.dot])
+            integers[role] = torch.tensor([found.fingerprint, *found.used])
         row = torch.cat([numbers.view(torch.int64), integers.to(device)], dim=1)
-        rows = self.exchange.gather(row).cpu()
-        self.exchange.broadcast(self.statistics, source=self.exchange.mesh.ranks_of(Role.LOOKAHEAD)[0])
-        found = {}
+        with record_function("SAMPa.exchange"):
+            rows = self.exchange.gather(row).cpu()
+            self.exchange.broadcast(self.statistics, source=self.exchange.mesh.ranks_of(Role.LOOKAHEAD)[0])
+        shared = {}
         for role in Role:
             of_role = rows[self.exchange.mesh.ranks_of(role), role]
             loss, norm, dot = of_role[:, :3].contiguous().view(torch.float64).mean(dim=0).tolist()
             used = of_role[:, 4:].any(dim=0).tolist()
-            found[role] = Pass(loss, norm, dot, tuple(of_role[:, 3].tolist()), tuple(used))
-        return found
+            shared[role] = Pass(loss, norm, dot, tuple(of_role[:, 3].tolist()), tuple(used))
+        return shared
 
-    def _finish(self, ascent: Pass, perturbed: Pass, loss: float, used: Iterable[bool], skipped: bool) -> StepReport:
+    def _finish(self, ascent: Pass, perturbed: Pass, loss: float, used: Sequence[bool], skipped: bool) -> StepReport:
         """Put G_t (or, where the step is skipped, nothing) into ``.grad``."""
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.skipped_steps += skipped
@@ -183,16 +221,26 @@ class SharpnessAware:
                 f"in all of the last {self.skipped_in_a_row}. Lower the learning rate or rho, and look for bad values "
                 "in the data; the weights are those of the last good step."
             )
-        for param, grad, is_used in zip(self.params, self.perturbed_grads.views, used, strict=True):
-            param.grad = grad if is_used and not skipped else None
+        for param in self.params:
+            param.grad = None
+        for i in self._owned_params():
+            if used[i] and not skipped:
+                self.params[i].grad = self.perturbed_grads.views[i]
         return StepReport(
             loss=loss,
             perturbed_loss=perturbed.loss,
             sharpness=perturbed.loss - ascent.loss,
             ascent_grad_norm=ascent.norm,
-            ascent_cosine=perturbed.dot / (ascent.norm * perturbed.norm + NORM_GUARD),
+            ascent_cosine=perturbed.dot / (self.rho * perturbed.norm + NORM_GUARD),
             skipped=skipped,
         )
+
+    def _owned_params(self) -> list[int]:
+        return [i for bucket in self.owned for i in self.ascent_grads.members[bucket]]
+
+    def _owned_of(self, *per_param: Sequence) -> tuple[list, ...]:
+        """Of lists with one entry per parameter, the entries of owned parameters."""
+        return tuple([entries[i] for i in self._owned_params()] for entries in per_param)
 
 
 def _running_statistics(model: nn.Module) -> list[Tensor]:

@@ -6,15 +6,21 @@ backward is still running; with several replicas, an all-reduce of d numbers wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from .roles import Mesh, Role
+
+
+# Of transfers whose memory is given back afterwards: enough to keep the wire busy.
+MOST_UNSENT = 4
 
 
 class Exchange:
@@ -29,8 +35,8 @@ class Exchange:
         self.mesh = mesh
         self.bytes_sent = 0
         self._world_group = self._role_group = None
-        self._means: list[tuple[dist.Work, Tensor, Tensor]] = []
-        self._swaps: list[dist.Work] = []
+        self._means: list[tuple[dist.Work, Tensor, Callable[[], None]]] = []
+        self._transfers: deque[tuple[list[dist.Work], Callable[[], None] | None]] = deque()
         if mesh.world_size > 1:
             # A group of our own, because the default group of a CPU world does not know the timeout.
             self._world_group = self._role_group = dist.new_group(timeout=timeout)
@@ -56,32 +62,76 @@ class Exchange:
             dist.all_reduce(total, group=self._role_group)
         return total.item()
 
-    def start(self, mine: Tensor, theirs: Tensor) -> None:
+    def start(
+        self,
+        mine: Tensor,
+        theirs: Tensor | None = None,
+        *,
+        send: bool = True,
+        ready: Callable[[], None] = lambda: None,
+        sent: Callable[[], None] | None = None,
+    ) -> None:
         """Begin to exchange one bucket; `finish` waits for it. All ranks start their buckets in the same order.
 
         Args:
             mine: ``(n,)``, this role's gradient of the bucket; holds the role's mean afterwards.
-            theirs: ``(n,)``, receives the other role's mean; left alone where there are no pairs.
+            theirs: ``(n,)``, receives the other role's mean; None where it is not wanted. Left alone without pairs.
+            send: whether the other role wants `mine`.
+            ready: called once `mine` holds the mean, before it travels.
+            sent: see `transfer`.
         """
+
+        def go_on() -> None:
+            ready()
+            self.transfer(mine if send else None, theirs, sent=sent)
+
+        if self.mesh.num_replicas == 1:
+            go_on()
+            return
         with self._peers_alive():
-            if self.mesh.num_replicas > 1:
-                self._means.append((dist.all_reduce(mine, group=self._role_group, async_op=True), mine, theirs))
-                self.bytes_sent += mine.nbytes
-            elif self.mesh.paired:
-                self._swap(mine, theirs)
+            self._means.append((dist.all_reduce(mine, group=self._role_group, async_op=True), mine, go_on))
+        self.bytes_sent += mine.nbytes
+
+    def transfer(self, mine: Tensor | None, theirs: Tensor | None, *, sent: Callable[[], None] | None = None) -> None:
+        """Begin to send `mine` to, and to receive `theirs` from, the other half of the pair; `finish` waits for both.
+
+        The other half must ask for the reverse at the same place in its own order. Does nothing without pairs.
+
+        Args:
+            mine: ``(n,)``, or None to send nothing.
+            theirs: ``(m,)``, or None to receive nothing.
+            sent: called when both are through; at most `MOST_UNSENT` transfers with it are under way at a time.
+        """
+        if not self.mesh.paired:
+            return
+        peer, group = self.mesh.peer, self._world_group
+        ops = [] if mine is None else [dist.P2POp(dist.isend, mine, peer, group)]
+        ops += [] if theirs is None else [dist.P2POp(dist.irecv, theirs, peer, group)]
+        if not ops:
+            return
+        with self._peers_alive():
+            self._transfers.append((dist.batch_isend_irecv(ops), sent))
+        if sent and len(self._transfers) > MOST_UNSENT:
+            self._wait(*self._transfers.popleft())
+        self.bytes_sent += 0 if mine is None else mine.nbytes
 
     def finish(self) -> None:
-        """Wait until every bucket that was started has its mean and has been swapped."""
-        with self._peers_alive():
-            for work, mine, theirs in self._means:
-                work.wait()
+        """Wait until everything that was started has its mean and has been transferred."""
+        with record_function("SAMPa.exchange"):
+            for work, mine, go_on in self._means:
+                self._wait([work])
                 mine.div_(self.mesh.num_replicas)
-                if self.mesh.paired:
-                    self._swap(mine, theirs)
-            for work in self._swaps:
-                work.wait()
+                go_on()
+            while self._transfers:
+                self._wait(*self._transfers.popleft())
         self._means.clear()
-        self._swaps.clear()
+
+    def _wait(self, works: list[dist.Work], sent: Callable[[], None] | None = None) -> None:
+        with self._peers_alive():
+            for work in works:
+                work.wait()
+        if sent:
+            sent()
 
     def gather(self, row: Tensor) -> Tensor:
         """Rows of all ranks, ``(world_size, n)``, from this rank's ``(n,)``; for the few numbers of a step."""
@@ -91,12 +141,6 @@ class Exchange:
         with self._peers_alive():
             dist.all_gather(rows, row, group=self._world_group)
         return torch.stack(rows)
-
-    def _swap(self, mine: Tensor, theirs: Tensor) -> None:
-        peer, group = self.mesh.peer, self._world_group
-        ops = [dist.P2POp(dist.isend, mine, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
-        self._swaps += dist.batch_isend_irecv(ops)
-        self.bytes_sent += mine.nbytes
 
     @staticmethod
     def _device() -> torch.device:

@@ -41,34 +41,52 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def global_dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Inner product over all entries of two lists of equal shapes, as a scalar float64 tensor ``()``."""
-    dots = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)]
-    return torch.stack(dots).double().sum()
+def perturb(
+    params: Sequence[Tensor],
+    ascent_grads: Sequence[Tensor],
+    rho: float,
+    norm: float | Tensor,
+    *,
+    out: Sequence[Tensor],
+) -> None:
+    """Write the perturbed weights, x~_t = x_t + rho g_t / ||g_t|| (Algorithm 2, perturbation), into `out`.
+
+    Args:
+        params: x_t, left alone.
+        ascent_grads: g_t, same shapes.
+        rho: radius of the perturbation, in the units of the weights, >= 0.
+        norm: ||g_t|| over all parameters, of which these may be a part; a scalar tensor ``()`` on their device costs no
+            host-device sync.
+        out: receives x~_t, same shapes; may be `ascent_grads`.
+    """
+    scale = rho / (norm + NORM_GUARD)
+    for param, grad, moved in zip(params, ascent_grads, out, strict=True):
+        if isinstance(scale, Tensor):
+            torch.addcmul(param, grad, scale.to(param.dtype), out=moved)
+        else:
+            torch.add(param, grad, alpha=scale, out=moved)
 
 
 @torch.no_grad()
-def perturb_(params: Sequence[Tensor], ascent_grads: Sequence[Tensor], rho: float, norm: float | None = None) -> None:
-    """Move `params` to the perturbed weights, x~_t = x_t + rho g_t / ||g_t|| (Algorithm 2, perturbation).
+def displacement_dot_(moved: Sequence[Tensor], params: Sequence[Tensor], grad: Tensor, flat: Tensor) -> Tensor:
+    """Inner product ``()`` of a displacement and a gradient, <x~_t - x_t, g~_t>, over one bucket.
 
     Args:
-        params: weights, changed in place.
-        ascent_grads: g_t, same shapes; left alone.
-        rho: radius of the perturbation, in the units of the weights, >= 0.
-        norm: ||g_t|| where the caller has it; computed over all of `ascent_grads` otherwise (a host-device sync).
+        moved: x~_t; each becomes x~_t - x_t. These tensors are the parts of `flat`.
+        params: x_t, same shapes.
+        grad: g~_t, ``(n,)``.
+        flat: ``(n,)``.
     """
-    norm = global_norm(ascent_grads).item() if norm is None else norm
-    torch._foreach_add_(list(params), list(ascent_grads), alpha=rho / (norm + NORM_GUARD))
+    torch._foreach_sub_(list(moved), list(params))
+    return torch.dot(flat, grad)
 
 
 @torch.no_grad()
 def interpolate_(perturbed_grads: Sequence[Tensor], lookahead_grads: Sequence[Tensor], lmbda: float) -> None:
     """Turn `perturbed_grads` into the SAMPa gradient, G_t = (1 - lambda) g~_t + lambda g_{t+1}.
 
-    lambda = 0 leaves g~_t as it is, bit for bit. `lookahead_grads` is only read: it is the next step's g_t.
+    lambda = 0 leaves g~_t as it is and lambda = 1 gives g_{t+1}, bit for bit. `lookahead_grads` is only read: it is the
+    next step's g_t.
     """
-    if lmbda == 0.0:
-        return
-    perturbed_grads = list(perturbed_grads)
-    torch._foreach_mul_(perturbed_grads, 1.0 - lmbda)
-    torch._foreach_add_(perturbed_grads, list(lookahead_grads), alpha=lmbda)
+    if lmbda != 0.0:
+        torch._foreach_lerp_(list(perturbed_grads), list(lookahead_grads), lmbda)

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.profiler import record_function
 
+from .buckets import Buckets
 from .engine import Batch, Pass, SharpnessAware, StepReport
-from .functional import global_norm, interpolate_, perturb_
-from .lookahead import look_ahead_
+from .functional import interpolate_, perturb
+from .lookahead import look_ahead
 from .roles import Role
 
 
@@ -22,14 +24,14 @@ class SAM(SharpnessAware):
 
     def step(self, batch: Batch, gradient: Callable[[Any], Tensor]) -> StepReport:
         """One step; leaves G_t = g~_t in ``.grad``."""
-        loss, dot = self._gradient(batch, gradient, Role.LOOKAHEAD)  # g_t = grad f(x_t; B_t)
-        ascent = (batch, loss, dot, self._recorder.used)
-        norm = global_norm(self.ascent_grads.flats).item()
-        with self.displaced(Role.PERTURBED):
-            perturb_(self.params, self.ascent_grads.views, self.rho, norm)  # x~_t = x_t + rho g_t / ||g_t||
-            loss, dot = self._gradient(batch, gradient, Role.PERTURBED)  # g~_t = grad f(x~_t; B_t)
-        found = self._share({Role.LOOKAHEAD: ascent, Role.PERTURBED: (batch, loss, dot, self._recorder.used)})
-        ascent, perturbed = found[Role.LOOKAHEAD], found[Role.PERTURBED]
+        g, perturbed = self.ascent_grads, self.perturbed_grads
+        found = {Role.LOOKAHEAD: self._gradient(Role.LOOKAHEAD, batch, gradient, g)}  # g_t = grad f(x_t; B_t)
+        norm = found[Role.LOOKAHEAD].norm
+        with record_function("SAMPa.displace"):
+            perturb(self.params, g.views, self.rho, norm, out=g.views)  # x~_t = x_t + rho g_t / ||g_t||
+        found[Role.PERTURBED] = self._at(Role.PERTURBED, g, batch, gradient, perturbed)  # g~_t = grad f(x~_t; B_t)
+        shared = self._share(found)
+        ascent, perturbed = shared[Role.LOOKAHEAD], shared[Role.PERTURBED]
         skipped = not (ascent.finite and perturbed.finite)
         return self._finish(ascent, perturbed, ascent.loss, perturbed.used, skipped)
 
@@ -39,13 +41,18 @@ class SAMPa(SharpnessAware):
 
     Args:
         lmbda: weight of the look-ahead gradient in G_t, in [0, 1].
+        clip_scale: given ||g_t||, what the look-ahead multiplies g_t by, as clipping would do before a real step.
         kwargs: see `SharpnessAware`.
     """
 
-    def __init__(self, *args, lmbda: float, **kwargs):
+    def __init__(self, *args, lmbda: float, clip_scale: Callable[[float], float] = lambda norm: 1.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.lmbda = lmbda
+        self.lmbda, self.clip_scale = lmbda, clip_scale
         self.ascent: Pass | None = None  # what belongs to the g_t in `ascent_grads`; None: there is no g_t
+        # One process that plays both roles needs g_t for the look-ahead after it has been at x~_t.
+        paired = self.exchange.mesh.paired
+        self._x_tilde = self.ascent_grads if paired else Buckets(self.params)
+        self._lookahead_grads = self.perturbed_grads if paired else self._x_tilde
 
     def step(self, batch: Batch, next_batch: Batch, gradient: Callable[[Any], Tensor]) -> StepReport:
         """One step from x_t with B_t and B_{t+1}; leaves G_t in ``.grad`` and carries g_{t+1}.
@@ -58,22 +65,26 @@ class SAMPa(SharpnessAware):
         ascent, self.ascent = self.ascent, None
         if not ascent.finite:
             return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
-        passes = {}
+        found = {}
         if Role.PERTURBED in self.roles:
-            with self.displaced(Role.PERTURBED):
-                perturb_(self.params, self.ascent_grads.views, self.rho, ascent.norm)  # x~_t = x_t + rho g_t/||g_t||
-                loss, dot = self._gradient(batch, gradient, Role.PERTURBED)  # g~_t = grad f(x~_t; B_t)
-            passes[Role.PERTURBED] = (batch, loss, dot, self._recorder.used)
+            x_tilde = self._perturb(ascent)  # x~_t = x_t + rho g_t / ||g_t||
+            g_tilde = self.perturbed_grads
+            found[Role.PERTURBED] = self._at(Role.PERTURBED, x_tilde, batch, gradient, g_tilde)  # grad f(x~_t; B_t)
         if Role.LOOKAHEAD in self.roles:
-            with self.displaced(Role.LOOKAHEAD):
-                self._look_ahead(ascent)  # y_{t+1} = U_{m_t}(x_t, g_t)
-                loss, dot = self._gradient(next_batch, gradient, Role.LOOKAHEAD)  # g_{t+1} = grad f(y_{t+1}; B_{t+1})
-            passes[Role.LOOKAHEAD] = (next_batch, loss, dot, self._recorder.used)
-        found = self._share(passes)
-        perturbed, lookahead = found[Role.PERTURBED], found[Role.LOOKAHEAD]
+            y = self._look_ahead(ascent)  # y_{t+1} = U_{m_t}(x_t, g_t)
+            g_next = self._lookahead_grads
+            found[Role.LOOKAHEAD] = self._at(
+                Role.LOOKAHEAD, y, next_batch, gradient, g_next
+            )  # grad f(y_{t+1}; B_{t+1})
+            self.ascent_grads.swap(self._lookahead_grads, self.owned)
+        shared = self._share(found)
+        perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
         self._check_pairing(ascent, perturbed)
-        # G_t = (1 - lambda) g~_t + lambda g_{t+1}
-        interpolate_(self.perturbed_grads.flats, self.ascent_grads.flats, self.lmbda)
+        with record_function("SAMPa.combine"):
+            g_tilde, g_next = (
+                [grads.flats[b] for b in self.owned] for grads in (self.perturbed_grads, self.ascent_grads)
+            )
+            interpolate_(g_tilde, g_next, self.lmbda)  # G_t = (1 - lambda) g~_t + lambda g_{t+1}
         used = [
             (p and self.lmbda < 1) or (n and self.lmbda > 0)
             for p, n in zip(perturbed.used, lookahead.used, strict=True)
@@ -89,22 +100,38 @@ class SAMPa(SharpnessAware):
 
     def _start(self, batch: Batch, gradient: Callable[[Any], Tensor]) -> Pass:
         """g_t = grad f(x_t; B_t), by the LOOKAHEAD role, so that all ranks hold the same bits of it."""
-        passes = {}
+        found = {}
         if Role.LOOKAHEAD in self.roles:
-            loss, dot = self._gradient(batch, gradient, Role.LOOKAHEAD)
-            passes[Role.LOOKAHEAD] = (batch, loss, dot, self._recorder.used)
+            found[Role.LOOKAHEAD] = self._gradient(Role.LOOKAHEAD, batch, gradient, self._lookahead_grads)
+            self.ascent_grads.swap(self._lookahead_grads, self.owned)
         else:
-            for mine, theirs in zip(self.perturbed_grads.flats, self.ascent_grads.flats, strict=True):
-                self.exchange.start(mine, theirs)
+            for bucket in self.owned:
+                self.exchange.transfer(None, self.ascent_grads.flats[bucket])
             self.exchange.finish()
-        return self._share(passes)[Role.LOOKAHEAD]
+        return self._share(found)[Role.LOOKAHEAD]
 
-    def _look_ahead(self, ascent: Pass) -> None:
-        # Clipping may scale g_t in place: this role does not read it again.
-        for param, grad, used in zip(self.params, self.ascent_grads.views, ascent.used, strict=True):
-            param.grad = grad if used else None
-        self.clip()
-        look_ahead_(self.base_optimizer)
+    def _perturb(self, ascent: Pass) -> Buckets:
+        """x~_t, in the place of g_t or, where that is still needed, in memory of its own."""
+        with record_function("SAMPa.displace"):
+            self._write_perturbed(ascent, self._x_tilde)
+        return self._x_tilde
+
+    def _look_ahead(self, ascent: Pass) -> Buckets:
+        """y_{t+1}, in the place of g_t."""
+        with record_function("SAMPa.displace"):
+            self._write_lookahead(ascent, self.ascent_grads)
+        return self.ascent_grads
+
+    def _write_perturbed(self, ascent: Pass, out: Buckets) -> None:
+        """Write x~_t of the owned parameters into `out`."""
+        params, grads, moved = self._owned_of(self.params, self.ascent_grads.views, out.views)
+        perturb(params, grads, self.rho, ascent.norm, out=moved)
+
+    def _write_lookahead(self, ascent: Pass, out: Buckets) -> None:
+        """Write y_{t+1} of the owned parameters into `out`."""
+        params, grads, moved, used = self._owned_of(self.params, self.ascent_grads.views, out.views, ascent.used)
+        grads = [grad if reached else None for grad, reached in zip(grads, used, strict=True)]
+        look_ahead(self.base_optimizer, params, grads, out=moved, scale=self.clip_scale(ascent.norm))
 
     def _check_pairing(self, ascent: Pass, perturbed: Pass) -> None:
         if ascent.fingerprints != perturbed.fingerprints:

@@ -143,21 +143,28 @@ class SAMPaMixin(ResumeMixin):
             self._exchange = Exchange(self.args.mesh, timeout=timedelta(seconds=self.args.ddp_timeout))
         self._exchange.bytes_sent = 0
         self._exchange.broadcast([*self.model.parameters(), *self.model.buffers()])
-        self.sampa = self._engine(model)
+        self.sampa = self._engine()
         self._stream, self._means = None, RunningMeans()
         self.callback_handler.train_dataloader = self._loader
         self._resume(resume_from_checkpoint)
         return model, self._loader
 
-    def _engine(self, model) -> SAMPa | SAM:
-        def clip():
-            if self.args.max_grad_norm > 0:
-                self._clip_grad_norm(model)
-
-        common = {"rho": self.args.rho, "clip": clip}
+    def _engine(self) -> SAMPa | SAM:
+        common = {"rho": self.args.rho, "overlap": self.args.overlap_exchange}
         if self.args.method == "sam":
             return SAM(self.model, self.optimizer.optimizer, self._exchange, **common)
-        return SAMPa(self.model, self.optimizer.optimizer, self._exchange, lmbda=self.args.lmbda, **common)
+        return SAMPa(
+            self.model,
+            self.optimizer.optimizer,
+            self._exchange,
+            lmbda=self.args.lmbda,
+            clip_scale=self._clip_scale,
+            **common,
+        )
+
+    def _clip_scale(self, norm: float) -> float:
+        """What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by."""
+        return min(1.0, self.args.max_grad_norm / (norm + 1e-6)) if self.args.max_grad_norm > 0 else 1.0
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.accelerator.sync_gradients:

@@ -37,6 +37,8 @@ class SAMPaArgumentsMixin:
             Radius of the perturbation, at least 0. Denoted as rho in the paper.
         lmbda (`float`, defaults to 0.2):
             Weight of the look-ahead gradient, 0 to 1. Denoted as lambda in the paper. SAM does not use it.
+        overlap_exchange (`bool`, defaults to `True`):
+            Whether gradients travel while backward is still running.
 
     Raises:
         ValueError: a setting is out of range, or not to be had together with SAMPa.
@@ -62,6 +64,13 @@ class SAMPaArgumentsMixin:
         metadata={
             "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1). The paper: 0.2 in "
             "vision, 0.1 on GLUE; 0 is SAMPa-0, 1 is optimistic gradient descent. Unused by sam."
+        },
+    )
+    overlap_exchange: bool = field(
+        default=True,
+        metadata={
+            "help": "Send gradients to the other process while backward is still running. Turn it off for models whose "
+            "backward reads a weight after that weight's gradient is complete; PyTorch says so in an error."
         },
     )
 

@@ -69,6 +69,8 @@ def free_port() -> int:
 
 
 def _enter(function, rank: int, world_size: int, port: int, result: Path, args: tuple) -> None:
+    # Without it accelerate gives the processes of a world more threads than one process has, and other roundings.
+    os.environ["OMP_NUM_THREADS"] = "1"
     if world_size > 1:
         os.environ.update(
             RANK=str(rank),

@@ -6,26 +6,34 @@ import pytest
 import torch
 
 from hf_sampa.buckets import Buckets, GradientRecorder
-from hf_sampa.functional import global_dot, global_norm, interpolate_, perturb_
+from hf_sampa.functional import displacement_dot_, global_norm, interpolate_, perturb
 
 
-def test_global_norm_and_dot_span_all_tensors():
-    left, right = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])], [torch.tensor([1.0]), torch.tensor([[5.0, 2.0]])]
-    assert global_norm(left).item() == 5.0
-    assert global_dot(left, right).item() == 11.0
+def test_global_norm_spans_all_tensors():
+    assert global_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]).item() == 5.0
 
 
-def test_perturbation_has_length_rho_and_the_gradients_direction():
+@pytest.mark.parametrize("norm", [5.0, torch.tensor(5.0, dtype=torch.float64)], ids=["number", "tensor"])
+def test_perturbation_has_length_rho_and_the_gradients_direction(norm):
     params, grads = [torch.zeros(1), torch.ones(2)], [torch.tensor([3.0]), torch.tensor([0.0, 4.0])]
-    perturb_(params, grads, rho=0.5)
-    torch.testing.assert_close(params, [torch.tensor([0.3]), torch.tensor([1.0, 1.4])])
-    assert torch.equal(grads[0], torch.tensor([3.0]))
+    moved = [torch.empty(1), torch.empty(2)]
+    perturb(params, grads, 0.5, norm, out=moved)
+    torch.testing.assert_close(moved, [torch.tensor([0.3]), torch.tensor([1.0, 1.4])])
+    assert torch.equal(grads[0], torch.tensor([3.0])) and torch.equal(params[0], torch.zeros(1))
+    perturb(params, grads, 0.5, norm, out=grads)  # in the place of g_t
+    torch.testing.assert_close(grads, moved, rtol=0, atol=0)
 
 
 def test_a_zero_gradient_perturbs_nothing():
-    params = [torch.ones(2)]
-    perturb_(params, [torch.zeros(2)], rho=0.5)
-    assert torch.equal(params[0], torch.ones(2))
+    params, moved = [torch.ones(2)], [torch.empty(2)]
+    perturb(params, [torch.zeros(2)], 0.5, 0.0, out=moved)
+    assert torch.equal(moved[0], torch.ones(2))
+
+
+def test_displacement_dot_is_that_of_the_displacement():
+    flat = torch.tensor([1.5, 2.0, 1.0])
+    moved, params = [flat[:1], flat[1:]], [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
+    assert displacement_dot_(moved, params, torch.tensor([4.0, 5.0, 6.0]), flat).item() == 0.5 * 4.0 - 2.0 * 6.0
 
 
 @pytest.mark.parametrize(("lmbda", "expected"), [(0.0, 1.0), (0.25, 2.0), (1.0, 5.0)])
@@ -52,6 +60,26 @@ def test_buckets_hold_every_parameter_once_from_last_to_first():
     assert [view.shape for view in buckets.views] == [param.shape for param in params]
 
 
+def test_buckets_keep_the_memory_layout_of_their_parameters():
+    params = [torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.zeros(3, 2).t()]
+    for view, param in zip(Buckets(params).views, params, strict=True):
+        assert view.stride() == param.stride()
+
+
+def test_buckets_swap_and_give_memory_back():
+    params = [torch.zeros(2), torch.zeros(3)]
+    left, right = Buckets(params, bucket_bytes=8), Buckets(params, bucket_bytes=8)
+    right.flats[1].fill_(7.0)
+    left.swap(right, [1])
+    assert left.views[0].tolist() == [7.0, 7.0] and right.views[0].tolist() == [0.0, 0.0]
+    left.release(0)
+    assert left.flats[0].untyped_storage().nbytes() == 0
+    left.ensure(0)
+    left.ensure(1)  # had not been released
+    left.views[1].fill_(2.0)
+    assert left.flats[0].tolist() == [2.0, 2.0, 2.0] and left.views[0].tolist() == [7.0, 7.0]
+
+
 def test_recorder_sums_micro_batches_zeroes_the_unused_and_keeps_one_order():
     first, unused, last = (torch.nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0, 3.0))
     params = [first, unused, last]
@@ -74,12 +102,23 @@ def test_recorder_sums_micro_batches_zeroes_the_unused_and_keeps_one_order():
     assert buckets.views[0].tolist() == [5.0, 5.0]
 
 
+def test_recorder_without_overlap_reports_after_backward():
+    param = torch.nn.Parameter(torch.ones(1))
+    buckets, recorder, full = Buckets([param]), GradientRecorder([param], overlap=False), []
+    recorder.start()
+    with recorder.record(buckets, full.append):
+        param.sum().backward()
+        param.sum().backward()  # a second piece, as reentrant checkpointing makes
+        assert full == []
+    assert full == [0] and buckets.views[0].tolist() == [2.0]
+
+
 def test_a_gradient_that_comes_after_its_bucket_was_sent_is_refused():
     param = torch.nn.Parameter(torch.ones(1))
     buckets, recorder = Buckets([param]), GradientRecorder([param])
     recorder.start()
     with (
-        pytest.raises(RuntimeError, match="more than one piece.*use_reentrant"),
+        pytest.raises(RuntimeError, match="more than one piece.*overlap_exchange=False.*use_reentrant"),
         recorder.record(buckets, lambda _: None),
     ):
         param.sum().backward()

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sampa.lookahead import CLOSED_FORMS, look_ahead_
+from hf_sampa import lookahead
+from hf_sampa.lookahead import PIECEWISE, look_ahead
+from tests import tiny
 
 
 OPTIMIZERS = {
@@ -42,9 +44,12 @@ def set_grads(params, seed):
         param.grad = torch.randn(param.shape, generator=generator)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("piece", [4, 2**18])
 @pytest.mark.parametrize("steps_before", [0, 1, 5])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_goes_where_the_optimizer_would_and_leaves_it_alone(name, steps_before):
+def test_goes_where_the_optimizer_would_and_leaves_it_alone(name, steps_before, piece, in_place, monkeypatch):
+    monkeypatch.setattr(lookahead, "CPU_PIECE", piece)
     params, optimizer = setup(name)
     for step in range(steps_before):
         set_grads(params, step)
@@ -56,36 +61,62 @@ def test_goes_where_the_optimizer_would_and_leaves_it_alone(name, steps_before):
     before = copy.deepcopy(optimizer.state_dict())
     start = [p.detach().clone() for p in params]
 
-    look_ahead_(optimizer)
+    grads = [None if p.grad is None else p.grad.clone() for p in params]
+    out = [torch.empty_like(p) if g is None or not in_place else g for p, g in zip(params, grads, strict=True)]
+    look_ahead(optimizer, params, grads, out=out)
     expected_optimizer.step()
 
-    for param, expected in zip(params, expected_params, strict=True):
-        torch.testing.assert_close(param, expected)
-    assert not torch.equal(params[0], start[0])
-    assert torch.equal(params[2], start[2])
+    for found, expected in zip(out, expected_params, strict=True):
+        torch.testing.assert_close(found, expected.detach())
+    assert not torch.equal(out[0], start[0])
+    assert tiny.differing([p.detach() for p in params], start) == []
     torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
 
-    # and the real step, from the same weights, is the one it would have been
-    with torch.no_grad():
-        for param, value in zip(params, start, strict=True):
-            param.copy_(value)
+    # and the real step is the one it would have been
+    set_grads(params, 100)
     optimizer.step()
     for param, expected in zip(params, expected_params, strict=True):
         assert torch.equal(param, expected)
 
 
-def test_closed_forms_take_no_step_and_subclasses_do(monkeypatch):
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw", "radam"])
+def test_clips_its_own_copy_and_takes_some_of_the_parameters(name):
+    params, optimizer = setup(name)
+    set_grads(params, 0)
+    optimizer.step()
+    expected_params, expected_optimizer = copy.deepcopy((params, optimizer))
+    set_grads(params, 100)
+    given = params[1].grad.clone()
+    grads = [given.clone()]
+    out = [torch.empty(5)]
+    look_ahead(optimizer, params[1:2], grads, out=out, scale=0.25)
+    assert torch.equal(grads[0], given)
+    set_grads(expected_params, 100)
+    expected_params[1].grad *= 0.25
+    expected_optimizer.step()
+    torch.testing.assert_close(out[0], expected_params[1].detach())
+
+
+def test_a_parameter_that_the_optimizer_does_not_hold_stays():
+    held, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    out = [torch.zeros(1), torch.zeros(1)]
+    look_ahead(torch.optim.SGD([held], lr=0.1), [held, other], [torch.ones(1), torch.ones(1)], out=out)
+    assert [value.item() for value in out] == pytest.approx([0.9, 1.0])
+
+
+def test_pieces_take_no_step_and_subclasses_do(monkeypatch):
     class Doubled(torch.optim.SGD):
         def step(self, closure=None):
             super().step()
             super().step()
 
-    assert Doubled not in CLOSED_FORMS
+    assert Doubled not in PIECEWISE
     for optimizer_class, expected in ((torch.optim.SGD, 1.0 - 0.1), (Doubled, 1.0 - 0.2)):
         param = nn.Parameter(torch.ones(1))
-        param.grad = torch.ones(1)
-        look_ahead_(optimizer_class([param], lr=0.1))
-        assert param.item() == pytest.approx(expected)
+        out = [torch.ones(1)]
+        look_ahead(optimizer_class([param], lr=0.1), [param], out, out=out)
+        assert out[0].item() == pytest.approx(expected)
+        assert param.item() == 1.0
 
 
 def test_random_state_and_global_generators_survive_a_stochastic_optimizer():
@@ -95,7 +126,6 @@ def test_random_state_and_global_generators_survive_a_stochastic_optimizer():
             super().step()
 
     param = nn.Parameter(torch.ones(1))
-    param.grad = torch.ones(1)
     before = torch.get_rng_state()
-    look_ahead_(Noisy([param], lr=0.1))
+    look_ahead(Noisy([param], lr=0.1), [param], [torch.ones(1)], out=[torch.empty(1)])
     assert torch.equal(torch.get_rng_state(), before)

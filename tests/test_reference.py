@@ -116,7 +116,7 @@ def toy_run(method, x, steps=400, lr=0.1, **kwargs):
     """f(x) = ||x||^2 by the engine itself, without Trainer."""
     optimizer = torch.optim.SGD([x], lr=lr)
     model = nn.ParameterList([x])
-    engine = method(model, optimizer, Exchange(Mesh(1, 0, paired=False)), rho=0.1, clip=lambda: None, **kwargs)
+    engine = method(model, optimizer, Exchange(Mesh(1, 0, paired=False)), rho=0.1, **kwargs)
 
     def gradient(_):
         loss = (x**2).sum()

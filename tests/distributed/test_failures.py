@@ -139,5 +139,7 @@ def counted(folder):
 
 
 def test_a_step_sends_every_gradient_once(tmp_path):
-    for sent, size in run_ranks(counted, 2, tmp_path, folder=tmp_path):
-        assert sent == 5 * size  # four steps and the start
+    perturbed, lookahead = run_ranks(counted, 2, tmp_path, folder=tmp_path)
+    size = perturbed[1]
+    assert perturbed == (4 * size, size)
+    assert lookahead == (5 * size, size)  # four steps, and g_0
