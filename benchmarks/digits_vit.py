@@ -17,6 +17,7 @@ from transformers import HfArgumentParser, Trainer, ViTConfig, ViTForImageClassi
 from vit_arguments import ViTTrainingArguments
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.finetuning import train_and_score
 
 
 LABEL_NOISE = 0.4
@@ -66,10 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=test_rows,
         compute_metrics=compute_accuracy,
     )
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    return trainer.evaluate()
+    return train_and_score(trainer)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
-from glue_arguments import GlueArguments, GlueTrainingArguments, parse_args
+from glue_arguments import GlueArguments, parse_args
 from glue_metric import make_compute_metrics
 from glue_tsv import read_glue_folder
 from tasks import HUB_DATASET, TASKS, GlueTask
@@ -47,7 +47,8 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
+from hf_sampa.finetuning import train_and_score
 
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def select_eval_dataset(data: DatasetDict, task: GlueTask) -> Dataset | dict[str
     return {split.removeprefix("validation_"): data[split] for split in task.dev_files}
 
 
-def quiet_other_processes(training_args: GlueTrainingArguments) -> None:
+def quiet_other_processes(training_args: SAMPaTrainingArguments) -> None:
     """Leave warnings and progress bars to the main process, as Trainer does."""
     logging.basicConfig(level=logging.ERROR if training_args.process_index else logging.WARNING)
     if training_args.process_index or training_args.disable_tqdm:
@@ -128,29 +129,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # The heads return a mean, though they accept num_items_in_batch (transformers #47688): tell the plain Trainer.
     trainer.loss_is_scaled_for_ga = False
 
-    # 4. Train and save
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-
-    # 5. Score the dev sets
-    metrics = trainer.evaluate() if training_args.do_eval else {}
-    if training_args.do_eval:
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-
-    # 6. Model card, or publication
+    # 4. Train, save and score
     card = {"tasks": "text-classification", "dataset": f"GLUE {task.name}"}
     if glue_args.data_dir is None:
         card |= {"dataset_tags": HUB_DATASET, "dataset_args": task.name}
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif training_args.do_train:
-        trainer.create_model_card(**card)
-    return metrics
+    return train_and_score(trainer, **card)
 
 
 if __name__ == "__main__":

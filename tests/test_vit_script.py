@@ -104,15 +104,6 @@ def test_an_unknown_method_is_refused(capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            ["--batch_size", "9", "--gradient_accumulation_steps", "2"],
-            r"--batch_size: expected a positive multiple of 2 \(1 device.* 2 micro-batch\(es\) each\), got 9",
-        ),
-        (["--batch_size", "0"], "expected a positive multiple of 1 .* got 0"),
-        (
-            ["--batch_size", "8", "--per_device_train_batch_size", "4"],
-            "--batch_size 8 makes --per_device_train_batch_size 8 here, got 4. Leave it out",
-        ),
         (["--hidden_size", "64"], "--hidden_size would have no effect: google/.* Add --from_scratch"),
         (
             ["--from_scratch", "--model_name_or_path", "x"],
@@ -124,13 +115,6 @@ def test_an_unknown_method_is_refused(capsys):
 def test_contradictory_arguments_are_refused(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         parse_args(["--output_dir", str(tmp_path), "--use_cpu", *given])
-
-
-def test_accumulation_shares_the_batch(tmp_path):
-    given = ["--output_dir", str(tmp_path), "--use_cpu", "--batch_size", "64", "--gradient_accumulation_steps", "4"]
-    args = parse_args(given)[2]
-    assert args.per_device_train_batch_size == 16
-    assert dataclasses.replace(args).per_device_train_batch_size == 16
 
 
 # Models

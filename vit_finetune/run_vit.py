@@ -38,6 +38,7 @@ from vit_arguments import parse_args
 from vit_model import load_model
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.finetuning import train_and_score
 
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -50,7 +51,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Run the command line `argv` (the process's own by default) and return the metrics on the test images."""
     # 1. Arguments. The seed comes first, so that every process draws the same new weights.
     model_args, data_args, training_args = parse_args(argv)
-    training_args.check_output_dir()
     set_seed(training_args.seed)
 
     # 2. Images and labels. Only the training labels are corrupted.
@@ -78,28 +78,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         compute_metrics=compute_accuracy,
     )
 
-    # 5. Training.
-    if training_args.do_train:
-        resume = training_args.resume_from_checkpoint
-        result = trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-
-    # 6. Evaluation on the test images.
-    metrics = trainer.evaluate() if training_args.do_eval else {}
-    if training_args.do_eval:
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-
-    # 7. Model card, and the Hub if --push_to_hub asks for it.
+    # 5. Training, and evaluation on the test images.
     card = {"tasks": "image-classification", "dataset": data_args.dataset, "finetuned_from": model_args.finetuned_from}
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif training_args.do_train:
-        trainer.create_model_card(**card)
-    return metrics
+    return train_and_score(trainer, **card)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Arguments of run_vit.py: the paper's settings for fine-tuning a ViT, and where they come from.
-
-The SAMPa paper (arXiv 2410.10683) gives for ViT-B/16, in section 5.3: AdamW, gradients clipped at a global norm of 1, 10
-epochs, a peak learning rate of 1e-4. For the rest it refers to its CIFAR experiments in section 5.1, which are about
-convolutional networks under SGD. What is taken over from there is marked "section 5.1" in the help texts.
-"""
+"""Command line of run_vit.py: images, model, and the training arguments with the paper's settings as defaults."""
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from transformers import HfArgumentParser, SchedulerType
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_sampa import SAMPaTrainingArguments
+from hf_sampa.finetuning import FineTuningArguments, parse_arguments
 
+
+USAGE = r"""accelerate launch --config_file accelerate_configs/gpu_2.yaml \
+           vit_finetune/run_vit.py --dataset cifar10 --output_dir FOLDER [options]
+   or: python vit_finetune/run_vit.py --dataset cifar10 --output_dir FOLDER [options]"""
+DESCRIPTION = """Fine-tune a ViT on CIFAR-10, CIFAR-100 or a folder of images with SAMPa (or --method sam, adamw), save it,
+and score it on the test images. The first command starts a SAMPa pair of two processes (without GPUs:
+cpu_2_processes.yaml), the second one process, with the same numbers in about twice the time. More commands are at the
+top of vit_finetune/run_vit.py."""
+SOURCES = """The SAMPa paper (arXiv 2410.10683) gives for ViT-B/16, in section 5.3: AdamW, gradients clipped at a global
+norm of 1, 10 epochs, a peak learning rate of 1e-4. For the rest it refers to its CIFAR experiments in section 5.1, which
+are about convolutional networks under SGD. What is taken over from there is marked "section 5.1" above."""
 
 # Section 5.1 trains SAM with rho 0.05 on CIFAR-10 and SAMPa-0.2 with twice SAM's radius.
 DEFAULT_RHO = {"adamw": 0.0, "sam": 0.05, "sampa": 0.1}
@@ -104,25 +108,9 @@ class ModelArguments:
 
 
 @dataclass
-class ViTTrainingArguments(SAMPaTrainingArguments):
-    """`SAMPaTrainingArguments` with the paper's settings for ViT-B/16 as defaults.
+class ViTTrainingArguments(FineTuningArguments):
+    """`FineTuningArguments` with the paper's settings for ViT-B/16 as defaults."""
 
-    Beside the fields below, that differ from `TrainingArguments` or are new, every field of it is at hand.
-
-    Raises:
-        ValueError: The processes cannot share `batch_size` evenly.
-    """
-
-    METHODS: ClassVar[tuple[str, ...]] = ("adamw", "sam", "sampa")
-
-    method: str = field(
-        default="sampa",
-        metadata={
-            "help": "adamw: the plain Trainer. sam: two gradients per step, one after the other. sampa: two gradients "
-            "per step, at the same time on two processes.",
-            "choices": METHODS,
-        },
-    )
     rho: float = field(
         default=DEFAULT_RHO["sampa"],
         metadata={
@@ -133,16 +121,11 @@ class ViTTrainingArguments(SAMPaTrainingArguments):
     batch_size: int = field(
         default=128,
         metadata={
-            "help": "Samples per update, over all processes and accumulation steps; the two processes of a SAMPa pair "
-            "count once. Section 5.1."
+            "help": "Images per update, over all processes and micro-batches; the two processes of a SAMPa pair count "
+            "once. Section 5.1."
         },
     )
-    per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Follows from --batch_size; an error if it contradicts it."}
-    )
-    per_device_eval_batch_size: int = field(
-        default=128, metadata={"help": "Samples per evaluation batch and process."}
-    )
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per device for evaluation."})
     learning_rate: float = field(
         default=1e-4,
         metadata={"help": "Peak learning rate of AdamW. Whether it warms up (--warmup_steps) is left open."},
@@ -159,70 +142,21 @@ class ViTTrainingArguments(SAMPaTrainingArguments):
         default=5e-4,
         metadata={"help": "Weight decay of AdamW. Section 5.1, where it is SGD's: the paper leaves it open."},
     )
-    eval_strategy: IntervalStrategy | str = field(
-        default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."}
-    )
-    save_strategy: SaveStrategy | str = field(
-        default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
-    )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints to keep; older ones are deleted. One of ViT-B/16 takes 1 GB."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Updates between two log lines."})
-    report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "Where to report besides the terminal: none, tensorboard, wandb, ..."}
-    )
-    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to score the test images at the end."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into --output_dir although it holds something already."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint folder to continue from, or true for the last one in --output_dir."},
-    )
-
-    def __post_init__(self):
-        given = self.per_device_train_batch_size
-        # The base class wants a number, and knows the processes only when it is done.
-        self.per_device_train_batch_size = given or self.batch_size
-        super().__post_init__()
-        devices = self.num_replicas * max(1, self.n_gpu)
-        shares = devices * self.gradient_accumulation_steps
-        if self.batch_size < 1 or self.batch_size % shares:
-            raise ValueError(
-                f"--batch_size: expected a positive multiple of {shares} ({devices} device(s) share an update batch, in "
-                f"{self.gradient_accumulation_steps} micro-batch(es) each), got {self.batch_size}."
-            )
-        self.per_device_train_batch_size = self.batch_size // shares
-        if given not in (None, self.per_device_train_batch_size):
-            raise ValueError(
-                f"--batch_size {self.batch_size} makes --per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} here, got {given}. Leave it out, and set --batch_size and "
-                "--gradient_accumulation_steps."
-            )
-
-    def check_output_dir(self) -> None:
-        """Refuse to train into a folder that already holds something.
-
-        Raises:
-            FileExistsError: `output_dir` is not empty, and nothing says that this is meant.
-        """
-        folder = Path(self.output_dir)
-        meant = self.overwrite_output_dir or self.resume_from_checkpoint or not self.do_train
-        if not meant and folder.is_dir() and any(folder.iterdir()):
-            raise FileExistsError(
-                f"--output_dir {folder} is not empty. Choose another folder, add --overwrite_output_dir, or continue "
-                "the run in it with --resume_from_checkpoint true."
-            )
 
 
 def make_parser() -> HfArgumentParser:
-    return HfArgumentParser((ModelArguments, DataArguments, ViTTrainingArguments), description=__doc__)
+    """Parser with the defaults for SAMPa; `parse_args` puts in the method's rho."""
+    return HfArgumentParser(
+        (ModelArguments, DataArguments, ViTTrainingArguments), usage=USAGE, description=DESCRIPTION, epilog=SOURCES
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, ViTTrainingArguments]:
-    """Read the command line. The default of ``--rho`` is that of the ``--method`` it names; an explicit one wins."""
+    """Read the command line. The default of ``--rho`` is that of the ``--method`` it names; an explicit one wins.
+
+    Raises:
+        FileExistsError: the run would write into an `output_dir` that is not empty.
+    """
     parser = make_parser()
     parser.set_defaults(rho=DEFAULT_RHO[parser.parse_known_args(argv)[0].method])
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return parse_arguments(parser, argv)

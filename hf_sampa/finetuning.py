@@ -1,0 +1,168 @@
+"""What a script needs around the trainer to compare SAMPa, SAM and plain AdamW: settings, command line, the run itself.
+
+glue/run_glue.py and vit_finetune/run_vit.py are made with it; nothing else in this package uses it.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from accelerate.logging import get_logger
+from transformers import HfArgumentParser, Trainer
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from .training_args import SAMPaTrainingArguments
+
+
+logger = get_logger(__name__)
+
+# Settings that a method does not read.
+UNUSED = {"adamw": ("rho", "lmbda"), "sam": ("lmbda",), "sampa": ()}
+
+
+@dataclass
+class FineTuningArguments(SAMPaTrainingArguments):
+    """`SAMPaTrainingArguments` with the baseline as a third method, and the batch size given per update.
+
+    So one command line makes updates of the same size with every method and number of processes. `do_train` and `do_eval`
+    are on, and every epoch is scored and saved.
+
+    Args:
+        method (`str`, defaults to `"sampa"`):
+            As before, or `"adamw"`: the script is to take the plain `Trainer`.
+        batch_size (`int`, defaults to 32):
+            Examples per update. `per_device_train_batch_size` follows from it.
+        overwrite_output_dir (`bool`, defaults to `False`):
+            Whether to train into an `output_dir` that is not empty; see `check_output_dir`.
+
+    Raises:
+        ValueError: the processes and micro-batches cannot share `batch_size` evenly.
+    """
+
+    _argument_group_name: ClassVar[str] = "training (as in transformers.TrainingArguments; SAMPa's own at the end)"
+    METHODS: ClassVar[tuple[str, ...]] = ("adamw", "sam", "sampa")
+
+    method: str = field(
+        default="sampa",
+        metadata={
+            "help": "adamw: the plain Trainer. sam: two gradients per step, one after the other. sampa: two gradients "
+            "per step, at the same time on two processes (or in turn on one).",
+            "choices": METHODS,
+        },
+    )
+    batch_size: int = field(
+        default=32,
+        metadata={
+            "help": "Examples per update, over all processes and micro-batches; the two processes of a SAMPa pair count "
+            "once."
+        },
+    )
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Follows from batch_size: leave it out."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per device for evaluation."})
+    do_train: bool = field(default=True, metadata={"help": "Whether to train."})
+    do_eval: bool = field(default=True, metadata={"help": "Whether to score the evaluation data at the end."})
+    eval_strategy: IntervalStrategy | str = field(
+        default="epoch", metadata={"help": "When to score the evaluation data: no, steps or epoch."}
+    )
+    save_strategy: SaveStrategy | str = field(
+        default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
+    )
+    save_total_limit: int | None = field(
+        default=2,
+        metadata={
+            "help": "Checkpoints to keep; older ones are deleted. With AdamW's state one takes 12 bytes per weight "
+            "(BERT-base: 1.3 GB), SAMPa's 16."
+        },
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many updates (below 1: share of all)."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A checkpoint folder to continue from, or true: the last whole one in output_dir."},
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+
+    def __post_init__(self) -> None:
+        if self.resume_from_checkpoint in ("true", "True"):
+            self.resume_from_checkpoint = True  # Trainer takes a bool or a path; the command line has only strings
+        given = self.per_device_train_batch_size
+        # The base class wants a number, and knows the processes only when it is done.
+        self.per_device_train_batch_size = given or self.batch_size
+        super().__post_init__()
+        devices = self.num_replicas * max(1, self.n_gpu)
+        shares = devices * self.gradient_accumulation_steps
+        if self.batch_size < 1 or self.batch_size % shares:
+            raise ValueError(
+                f"--batch_size: expected a positive multiple of {shares} ({devices} device(s) share an update batch, in "
+                f"{self.gradient_accumulation_steps} micro-batch(es) each), got {self.batch_size}. Change it, the "
+                "number of processes or --gradient_accumulation_steps."
+            )
+        self.per_device_train_batch_size = self.batch_size // shares
+        if given not in (None, self.per_device_train_batch_size):
+            raise ValueError(
+                f"--batch_size {self.batch_size} makes --per_device_train_batch_size {self.per_device_train_batch_size} "
+                f"here, got {given}. Leave it out, and set --batch_size and --gradient_accumulation_steps."
+            )
+
+    def check_output_dir(self) -> None:
+        """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant."""
+        folder = Path(self.output_dir)
+        meant = self.overwrite_output_dir or self.resume_from_checkpoint or not self.do_train
+        if not meant and folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"--output_dir {folder} is not empty. Choose another folder, add --overwrite_output_dir, or continue "
+                "the run in it with --resume_from_checkpoint true."
+            )
+
+
+def parse_arguments(parser: HfArgumentParser, argv: list[str] | None = None) -> tuple:
+    """Read `argv` (the process's own by default) into the parser's dataclasses, the last a `FineTuningArguments`.
+
+    Warns of a rho or lambda that the method does not use. No error, so that one command line can serve all methods.
+
+    Raises:
+        FileExistsError: the run would write into an `output_dir` that is not empty.
+    """
+    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    method = parsed[-1].method
+    # argparse leaves alone what a namespace holds already, so that a default does not look as if it had been given.
+    given = vars(parser.parse_known_args(argv, Namespace(**dict.fromkeys(UNUSED[method])))[0])
+    unused = [f"--{name} {given[name]}" for name in UNUSED[method] if given[name] is not None]
+    if unused:
+        logger.warning(
+            f"--method {method} does not use {' or '.join(unused)}. Leave out what has no effect, or choose another --method."
+        )
+    parsed[-1].check_output_dir()
+    return parsed
+
+
+def train_and_score(trainer: Trainer, **card) -> dict[str, float]:
+    """Do what the trainer's `FineTuningArguments` ask for: train and save, score, publish. Writes a model card.
+
+    Args:
+        trainer: with data for what it is to do; SAMPa's or a plain one.
+        card: what `Trainer.create_model_card` is to be told, by its names.
+
+    Returns:
+        The metrics on the evaluation data; empty without `do_eval`.
+    """
+    args = trainer.args
+    if args.do_train:
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+    metrics = trainer.evaluate() if args.do_eval else {}
+    if args.do_eval:
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    elif args.do_train:
+        trainer.create_model_card(**card)
+    return metrics

@@ -1,0 +1,182 @@
+"""`hf_sampa.finetuning`, on which both scripts stand: the batch of an update, what the command line refuses, the run."""
+
+import dataclasses
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import glue_arguments
+import pytest
+import run_glue
+import run_vit
+import vit_arguments
+from transformers import HfArgumentParser
+
+from hf_sampa import SAMPaTrainingArguments
+from hf_sampa.finetuning import UNUSED, FineTuningArguments, parse_arguments, train_and_score
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def training_arguments(tmp_path, **settings):
+    return FineTuningArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def parse(tmp_path, *given):
+    command = ["--output_dir", str(tmp_path), "--use_cpu", *given]
+    return parse_arguments(HfArgumentParser(FineTuningArguments), command)[-1]
+
+
+# The batch
+
+
+def test_the_batch_size_is_that_of_an_update(tmp_path):
+    assert training_arguments(tmp_path).per_device_train_batch_size == 32
+    args = training_arguments(tmp_path, batch_size=24, gradient_accumulation_steps=4)
+    assert args.per_device_train_batch_size == 6
+    assert dataclasses.replace(args).per_device_train_batch_size == 6
+
+
+@pytest.mark.parametrize(
+    ("method", "world_size", "per_device"),
+    [("adamw", 2, 8), ("sam", 2, 8), ("sampa", 2, 16), ("sampa", 4, 8), ("sampa", 1, 16)],
+)
+def test_the_processes_share_the_batch(method, world_size, per_device, tmp_path, monkeypatch):
+    monkeypatch.setattr(FineTuningArguments, "world_size", world_size)
+    monkeypatch.setattr(FineTuningArguments, "process_index", 0)
+    args = training_arguments(tmp_path, method=method, batch_size=32, gradient_accumulation_steps=2)
+    assert args.per_device_train_batch_size == per_device
+
+
+@pytest.mark.parametrize("batch_size", [0, 10])
+def test_a_batch_that_cannot_be_shared_is_refused(batch_size, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        training_arguments(tmp_path, batch_size=batch_size, gradient_accumulation_steps=4)
+    assert str(caught.value) == (
+        "--batch_size: expected a positive multiple of 4 (1 device(s) share an update batch, in 4 micro-batch(es) each), "
+        f"got {batch_size}. Change it, the number of processes or --gradient_accumulation_steps."
+    )
+
+
+def test_a_device_batch_size_that_contradicts_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="--batch_size 32 makes --per_device_train_batch_size 32 here, got 8. Leave it"
+    ):
+        training_arguments(tmp_path, per_device_train_batch_size=8)
+
+
+# The command line
+
+
+def test_the_docstring_and_the_help_name_what_is_new():
+    new = {field.name for field in dataclasses.fields(FineTuningArguments)}
+    new -= {field.name for field in dataclasses.fields(SAMPaTrainingArguments)}
+    assert new == {"batch_size", "overwrite_output_dir"}
+    assert all(f"{name} (`" in FineTuningArguments.__doc__ for name in new | {"method"})
+    assert set(UNUSED) == set(FineTuningArguments.METHODS)
+    text = HfArgumentParser(FineTuningArguments).format_help()
+    assert all(f"--{name}" in text for name in new)
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        (["--method", "adamw", "--rho", "0.3"], "--method adamw does not use --rho 0.3"),
+        (["--method=adamw", "--lmbda=0", "--rho=0"], "--method adamw does not use --rho 0.0 or --lmbda 0.0"),
+        (["--method", "sam", "--rho", "0.3", "--lmbda", "0.1"], "--method sam does not use --lmbda 0.1"),
+        (["--method", "sampa", "--rho", "0.3", "--lmbda", "0.1"], None),
+        (["--method", "adamw"], None),
+    ],
+)
+def test_a_setting_that_the_method_does_not_use_is_a_warning(given, unused, tmp_path, caplog):
+    parse(tmp_path, *given)
+    warning = f"[RANK 0] {unused}. Leave out what has no effect, or choose another --method."
+    assert [record.getMessage() for record in caplog.records] == ([warning] if unused else [])
+
+
+@pytest.mark.parametrize("method", FineTuningArguments.METHODS)
+def test_the_scripts_warn_of_what_is_given_and_not_of_their_defaults(method, tmp_path, caplog):
+    command = ["--method", method, "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    glue = ["--task_name", "rte", *command]
+    glue_arguments.parse_args(glue)
+    vit_arguments.parse_args(command)
+    assert not caplog.records
+    glue_arguments.parse_args([*glue, "--lmbda", "0.1"])
+    vit_arguments.parse_args([*command, "--lmbda", "0.1"])
+    assert [f"--method {method} does not use --lmbda 0.1" in record.getMessage() for record in caplog.records] == (
+        [] if method == "sampa" else [True, True]
+    )
+
+
+def test_an_output_dir_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileExistsError) as caught:
+        parse(tmp_path)
+    assert str(caught.value) == (
+        f"--output_dir {tmp_path} is not empty. Choose another folder, add --overwrite_output_dir, or continue the run "
+        "in it with --resume_from_checkpoint true."
+    )
+    assert parse(tmp_path, "--overwrite_output_dir").overwrite_output_dir
+    assert not parse(tmp_path, "--do_train", "false").do_train
+    assert parse(tmp_path, "--resume_from_checkpoint", "true").resume_from_checkpoint is True
+    assert parse(tmp_path, "--resume_from_checkpoint", "a/b").resume_from_checkpoint == "a/b"
+
+
+@pytest.mark.parametrize("script", [run_glue, run_vit])
+def test_the_help_opens_with_what_to_type_and_what_it_does(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    usage, purpose, *_ = capsys.readouterr().out.split("\n\n")
+    path = Path(script.__file__).relative_to(ROOT)
+    launched, alone = (" ".join(command.split()) for command in usage.removeprefix("usage: ").split("or: "))
+    config = re.match(rf"accelerate launch --config_file (\S+) \\ {path} --.* --output_dir FOLDER", launched)[1]
+    assert (ROOT / config).is_file() and (ROOT / "accelerate_configs" / "cpu_2_processes.yaml").is_file()
+    assert alone.startswith(f"python {path} --") and alone.endswith("--output_dir FOLDER [options]")
+    purpose = " ".join(purpose.split())
+    assert purpose.startswith("Fine-tune a") and "SAMPa (or --method sam, adamw)" in purpose
+    assert "cpu_2_processes.yaml" in purpose and purpose.endswith(f"at the top of {path}.")
+
+
+# The run
+
+
+class Recorder:
+    """Stands for a Trainer and notes what it is asked for."""
+
+    def __init__(self, **settings):
+        self.args = SimpleNamespace(resume_from_checkpoint="a/b", **settings)
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, *args, *kwargs.items()))
+            return {"eval_accuracy": 1.0} if name == "evaluate" else SimpleNamespace(metrics={"train_loss": 0.5})
+
+        return call
+
+
+TRAIN = [
+    ("train", ("resume_from_checkpoint", "a/b")),
+    ("save_model",),
+    ("save_state",),
+    ("log_metrics", "train", {"train_loss": 0.5}),
+    ("save_metrics", "train", {"train_loss": 0.5}),
+]
+SCORE = [("evaluate",), *((f"{verb}_metrics", "eval", {"eval_accuracy": 1.0}) for verb in ("log", "save"))]
+CARD = ("dataset", "GLUE rte")
+
+
+@pytest.mark.parametrize(
+    ("do_train", "do_eval", "push_to_hub", "calls"),
+    [
+        (True, True, False, [*TRAIN, *SCORE, ("create_model_card", CARD)]),
+        (True, False, True, [*TRAIN, ("push_to_hub", CARD)]),
+        (False, True, False, SCORE),
+        (False, True, True, [*SCORE, ("push_to_hub", CARD)]),
+    ],
+)
+def test_a_run_does_what_the_arguments_ask_for(do_train, do_eval, push_to_hub, calls):
+    trainer = Recorder(do_train=do_train, do_eval=do_eval, push_to_hub=push_to_hub)
+    assert train_and_score(trainer, dataset="GLUE rte") == ({"eval_accuracy": 1.0} if do_eval else {})
+    assert trainer.calls == calls
