@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -112,7 +113,8 @@ class SAMPaMixin(ResumeMixin):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self._stream.peek().epoch != self._epoch_in_stream:
             return [], None  # an epoch of unknown length is over
-        self._batch = self._stream.advance()
+        with record_function("SAMPa.data"):
+            self._batch = self._stream.advance()
         inputs = iter([micro_batch.inputs for micro_batch in self._batch])
         samples, num_items = super().get_batch_samples(inputs, num_batches, device)
         # A group that ends early without the loop's knowing still has to reach its optimizer step.
