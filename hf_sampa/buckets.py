@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 # Large enough that a bucket's latency does not matter, small enough that the first one leaves early in backward.
 BUCKET_BYTES = 4 * 2**20
+# At least about so many, so that a pair that shares its optimizer can share few adapters evenly, too.
+FEWEST_BUCKETS = 16
 
 
 class Buckets:
     """Flat storage for one tensor per parameter.
+
+    Args:
+        params: what the storage is for.
+        bucket_bytes: where to cut; a larger parameter has a bucket to itself. By default `BUCKET_BYTES`, or less for few
+            weights.
 
     Attributes:
         flats: 1-d tensors, each holding whole parameters of one dtype and device, in the order in which backward
@@ -24,22 +31,29 @@ class Buckets:
         members: per bucket, the indices of the parameters it holds, in the order of their places.
     """
 
-    def __init__(self, params: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES):
-        self.flats: list[Tensor] = []
+    def __init__(self, params: Sequence[Tensor], bucket_bytes: int | None = None):
+        if bucket_bytes is None:
+            bucket_bytes = min(BUCKET_BYTES, sum(param.nbytes for param in params) // FEWEST_BUCKETS)
         self.bucket_of: list[int] = [0] * len(params)
         self.members: list[list[int]] = _partition(params, bucket_bytes)
-        views: list[Tensor | None] = [None] * len(params)
+        self.flats: list[Tensor] = []
+        # Not contiguous where the parameter is not, so that a kernel does not see another layout in displaced weights.
+        self._layouts = [(param.shape, torch.empty_like(param, device="meta").stride()) for param in params]
+        self.views: list[Tensor] = list(params)
         for bucket, members in enumerate(self.members):
             first = params[members[0]]
             flat = torch.zeros(sum(params[i].numel() for i in members), dtype=first.dtype, device=first.device)
-            start = 0
-            for i in members:
-                layout = torch.empty_like(params[i], device="meta").stride()
-                views[i] = flat.as_strided(params[i].shape, layout, start)
-                self.bucket_of[i] = bucket
-                start += params[i].numel()
             self.flats.append(flat)
-        self.views: list[Tensor] = views
+            for i, view in zip(members, self.cut(bucket, flat), strict=True):
+                self.bucket_of[i], self.views[i] = bucket, view
+
+    def cut(self, bucket: int, flat: Tensor) -> list[Tensor]:
+        """Parts of `flat`, which is as long as the bucket, as the parameters of the bucket would have them."""
+        views, start = [], 0
+        for shape, stride in (self._layouts[i] for i in self.members[bucket]):
+            views.append(flat.as_strided(shape, stride, start))
+            start += shape.numel()
+        return views
 
     def swap(self, other: Buckets, buckets: Iterable[int]) -> None:
         """Exchange `buckets` with those of `other`, which must be cut alike; nothing is copied."""

@@ -96,7 +96,7 @@ class SharpnessAware:
         rho: radius of the perturbation, >= 0.
         overlap: whether gradients travel while backward is still running; that needs a model whose backward does not read
             a weight any more once its gradient is complete.
-        unscale: what to multiply gradients by before anything else sees them, a scalar tensor ``()``, or None.
+        unscale: gives what to multiply gradients by before anything else sees them, a scalar tensor ``()``.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SharpnessAware:
         *,
         rho: float,
         overlap: bool = True,
-        unscale: Callable[[], Tensor | None] = lambda: None,
+        unscale: Callable[[], Tensor] | None = None,
     ):
         trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self.names, self.params = list(trainable), list(trainable.values())
@@ -117,6 +117,7 @@ class SharpnessAware:
         self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
         self.ascent_grads = Buckets(self.params)  # g_t, then displaced weights, then the other role's gradient
         self.owned = range(len(self.ascent_grads.flats))  # buckets that this process updates
+        self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
         self.skipped_steps = self.skipped_in_a_row = 0
         self._recorder = GradientRecorder(self.params, overlap)
 
@@ -166,8 +167,8 @@ class SharpnessAware:
 
         def on_full(bucket: int) -> None:
             members, grad = into.members[bucket], into.flats[bucket]
-            if (scale := self.unscale()) is not None:
-                grad.mul_(scale)
+            if self.unscale:
+                grad.mul_(self.unscale())
             if weights is not None:
                 # Backward has read these weights for the last time. Should it read them after all, autograd will say so.
                 torch.autograd.graph.increment_version([self.params[i] for i in members])
@@ -221,11 +222,11 @@ class SharpnessAware:
                 f"in all of the last {self.skipped_in_a_row}. Lower the learning rate or rho, and look for bad values "
                 "in the data; the weights are those of the last good step."
             )
+        self.reached = {i for i, is_used in enumerate(used) if is_used and not skipped}
         for param in self.params:
             param.grad = None
-        for i in self._owned_params():
-            if used[i] and not skipped:
-                self.params[i].grad = self.perturbed_grads.views[i]
+        for i in self.reached.intersection(self._owned_params()):
+            self.params[i].grad = self.perturbed_grads.views[i]
         return StepReport(
             loss=loss,
             perturbed_loss=perturbed.loss,

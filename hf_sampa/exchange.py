@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -141,6 +142,13 @@ class Exchange:
         with self._peers_alive():
             dist.all_gather(rows, row, group=self._world_group)
         return torch.stack(rows)
+
+    def collect(self, item: Any) -> list[Any] | None:
+        """What every rank gave, by rank, on rank 0; None on the others. For checkpoints: items are pickled."""
+        found = [None] * self.mesh.world_size if self.mesh.rank == 0 else None
+        with self._peers_alive():
+            dist.gather_object(item, found, dst=0, group=self._world_group)
+        return found
 
     @staticmethod
     def _device() -> torch.device:

@@ -88,5 +88,5 @@ def interpolate_(perturbed_grads: Sequence[Tensor], lookahead_grads: Sequence[Te
     lambda = 0 leaves g~_t as it is and lambda = 1 gives g_{t+1}, bit for bit. `lookahead_grads` is only read: it is the
     next step's g_t.
     """
-    if lmbda != 0.0:
+    if lmbda != 0.0 and perturbed_grads:
         torch._foreach_lerp_(list(perturbed_grads), list(lookahead_grads), lmbda)

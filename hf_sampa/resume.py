@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from . import checkpoint
 from .batches import UpdateStream
 from .sampa import SAMPa
+from .sharding import ShardedSAMPa
 
 
 logger = get_logger(__name__)
@@ -47,6 +49,10 @@ class ResumeMixin:
         if self.args.should_save:
             checkpoint.invalidate(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        with self.sampa.whole_optimizer() if isinstance(self.sampa, ShardedSAMPa) else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir):
         # The last that Trainer writes before trainer_state.json: see `hf_sampa.checkpoint` for why then.

@@ -11,29 +11,27 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate.logging import get_logger
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from . import model_card
-from .batches import MicroBatch, UpdateBatch, UpdateStream
-from .checks import check_dataset, check_loader, check_model, check_optimizer, check_trainable, check_trainer
+from .batches import UpdateStream
+from .checks import check_dataset, check_loader, check_model, check_optimizer, check_trainer
 from .exchange import Exchange
 from .loaders import replica_loader, seeded_loader
 from .metrics import RunningMeans
-from .randomness import derive_seed, seeded
 from .resume import ResumeMixin
-from .roles import Role
 from .sampa import SAM, SAMPa
+from .step import StepMixin
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
 
 
 logger = get_logger(__name__)
 
 
-class SAMPaMixin(ResumeMixin):
+class SAMPaMixin(StepMixin, ResumeMixin):
     """Sharpness-aware steps for any `Trainer`: ``class Mine(SAMPaMixin, SomeTrainer)``.
 
     Takes what the Trainer below it takes; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
@@ -131,7 +129,7 @@ class SAMPaMixin(ResumeMixin):
         # Each role is a forward and a backward pass.
         return super().floating_point_ops(inputs) * len(self.args.mesh.roles)
 
-    # ---- The step ----
+    # ---- A run ----
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self.args.check_settings()
@@ -150,80 +148,6 @@ class SAMPaMixin(ResumeMixin):
         self.callback_handler.train_dataloader = self._loader
         self._resume(resume_from_checkpoint)
         return model, self._loader
-
-    def _engine(self) -> SAMPa | SAM:
-        common = {"rho": self.args.rho, "overlap": self.args.overlap_exchange}
-        if self.args.method == "sam":
-            return SAM(self.model, self.optimizer.optimizer, self._exchange, **common)
-        return SAMPa(
-            self.model,
-            self.optimizer.optimizer,
-            self._exchange,
-            lmbda=self.args.lmbda,
-            clip_scale=self._clip_scale,
-            **common,
-        )
-
-    def _clip_scale(self, norm: float) -> float:
-        """What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by."""
-        return min(1.0, self.args.max_grad_norm / (norm + 1e-6)) if self.args.max_grad_norm > 0 else 1.0
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
-        check_trainable(self.model, self.sampa.params)
-        # Before the weights are displaced: schedule-free optimizers move them when they change modes.
-        model.train()
-        if hasattr(self.optimizer, "train"):
-            self.optimizer.train()
-        batch, gradient = self._batch, partial(self._micro_gradient, model)
-        self._weigh(batch)
-        if isinstance(self.sampa, SAM):
-            report = self.sampa.step(batch, gradient)
-        else:
-            next_batch = self._stream.peek()
-            if Role.LOOKAHEAD in self.sampa.roles:
-                self._weigh(next_batch)
-            report = self.sampa.step(batch, next_batch, gradient)
-        if report.skipped:
-            logger.warning(
-                f"Step {self.state.global_step + 1} had a gradient that is not finite and is skipped; "
-                f"{self.sampa.skipped_steps} step(s) so far."
-            )
-        self._means.add(report, self.sampa.skipped_steps)
-        return torch.tensor(report.loss, dtype=torch.float32, device=self.args.device)
-
-    def _weigh(self, batch: UpdateBatch) -> None:
-        """Set every micro-batch's share, so that micro-batches and replicas add up to one large batch's mean.
-
-        Upstream divides by `num_items_in_batch` or by the accumulation steps, depending on whether the model says it
-        accepts the former; BERT's heads say so and ignore it (transformers #47688). Here every micro-batch is given its
-        own count, so that every loss is its mean, and is weighed by that count.
-        """
-        if batch.micro_batches[0].share is not None:
-            return
-        counts = []
-        for micro_batch in batch:
-            num_items = self._get_num_items_in_batch([micro_batch.inputs], torch.device("cpu"))
-            micro_batch.num_items = None if num_items is None else num_items.to(self.args.device)
-            counts.append(micro_batch.count_items() if num_items is None else float(num_items))
-        total = self._exchange.sum_within_role(sum(counts))
-        for micro_batch, count in zip(batch, counts, strict=True):
-            micro_batch.share = count * self.args.num_replicas / total if total else 1 / len(counts)
-
-    def _micro_gradient(self, model, micro_batch: MicroBatch) -> torch.Tensor:
-        """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""
-        if not micro_batch.share:
-            return torch.zeros((), device=self.args.device)  # no label counts, and the mean over none is not a number
-        # What `Trainer.training_step` divides the loss by.
-        self.current_gradient_accumulation_steps = 1 / micro_batch.share
-        seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self.args.mesh.replica)
-        with seeded(seed, self.args.device):
-            return super().training_step(model, micro_batch.inputs, micro_batch.num_items)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return float("nan") if self.sampa.skipped_in_a_row else norm
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:

@@ -37,6 +37,9 @@ class SAMPaArgumentsMixin:
             Radius of the perturbation, at least 0. Denoted as rho in the paper.
         lmbda (`float`, defaults to 0.2):
             Weight of the look-ahead gradient, 0 to 1. Denoted as lambda in the paper. SAM does not use it.
+        shard_optimizer (`bool`, defaults to `False`):
+            Whether the processes of a pair update, and hold the optimizer state of, half of the parameters each. Only for
+            `"sampa"`, and for optimizers that treat every parameter on its own.
         overlap_exchange (`bool`, defaults to `True`):
             Whether gradients travel while backward is still running.
 
@@ -64,6 +67,13 @@ class SAMPaArgumentsMixin:
         metadata={
             "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1). The paper: 0.2 in "
             "vision, 0.1 on GLUE; 0 is SAMPa-0, 1 is optimistic gradient descent. Unused by sam."
+        },
+    )
+    shard_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "Let each process of a SAMPa pair update half of the parameters and hold half of the optimizer state: "
+            "less memory than AdamW, the same numbers. One process alone has nothing to share."
         },
     )
     overlap_exchange: bool = field(
@@ -99,11 +109,6 @@ class SAMPaArgumentsMixin:
                     f"SAMPa needs whole weights and gradients in every process, but this run uses {name}, which shards "
                     "them. Launch it without, for instance with accelerate_configs/gpu_2.yaml."
                 )
-        if self.fp16:
-            raise ValueError(
-                "SAMPa carries gradients from step to step and does not unscale those of fp16's GradScaler. Use "
-                "bf16=True, or full precision."
-            )
 
     def check_settings(self) -> None:
         """Raise ValueError where a setting is out of range; a hyperparameter search sets them after construction."""
@@ -113,6 +118,11 @@ class SAMPaArgumentsMixin:
             raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho}. The paper uses 0.05.")
         if not 0 <= self.lmbda <= 1:
             raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda}. The paper uses 0.2 and 0.1.")
+        if self.shard_optimizer and self.method == "sam":
+            raise ValueError(
+                "shard_optimizer: expected method='sampa', whose processes work in pairs that can share an optimizer, got "
+                "method='sam'. Leave shard_optimizer out."
+            )
         if "lomo" in self.optim or self.optim.endswith("_layerwise"):
             raise ValueError(
                 f"optim: expected an optimizer whose step comes after backward, got {str(self.optim.value)!r}, which updates "

@@ -31,7 +31,6 @@ def trainer(folder, model=None, dataset=None, **changes):
         ({"lmbda": 1.5}, r"lmbda: expected a number from 0 to 1, got 1\.5"),
         ({"lmbda": float("nan")}, "lmbda: expected a number from 0 to 1, got nan"),
         ({"method": "asam"}, "method: expected one of sampa, sam, got 'asam'"),
-        ({"fp16": True}, "does not unscale those of fp16's GradScaler. Use bf16=True"),
         ({"deepspeed": "zero2.json"}, "this run uses DeepSpeed, which shards them. Launch it without"),
         ({"fsdp": "full_shard"}, "this run uses FSDP, which shards them. Launch it without"),
         ({"optim": "adalomo"}, "expected an optimizer whose step comes after backward, got 'adalomo'"),

@@ -168,6 +168,16 @@ class Recorder(TrainerCallback):
         self.weights.append([param.detach().clone() for param in model.parameters()])
 
 
+class Each(TrainerCallback):
+    """Calls a function after every step."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function()
+
+
 class Mean:
     """Collator that pads sentences and leaves everything else to stacking."""
 

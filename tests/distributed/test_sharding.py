@@ -1,0 +1,195 @@
+"""A pair that shares its optimizer: the same bits as unsharded, half of the state, checkpoints that anyone can read."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from hf_sampa import SAMPaTrainer
+from hf_sampa.roles import Role
+from hf_sampa.sharding import halves
+from tests import tiny
+from tests.ranks import RankFailed, run_ranks
+
+
+pytestmark = pytest.mark.distributed
+
+SCENARIOS = {
+    "dropout, accumulation, group cut short": {
+        "model": partial(tiny.bert, 0.1),
+        "dataset": tiny.sentences(19),
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 2,
+    },
+    "fused adamw, clipping that binds": {
+        "model": tiny.bert,
+        "dataset": tiny.sentences(18),
+        "optim": "adamw_torch_fused",
+        "max_grad_norm": 0.01,
+    },
+    "sgd, no clipping, lambda 0": {
+        "model": tiny.bert,
+        "dataset": tiny.sentences(18),
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "max_grad_norm": 0.0,
+        "lmbda": 0.0,
+    },
+    "an optimizer that takes a real step to look ahead": {
+        "model": tiny.bert,
+        "dataset": tiny.sentences(18),
+        "optim": "rmsprop",
+    },
+    "frozen layer": {"model": tiny.frozen_bert, "dataset": tiny.sentences(18)},
+    "batch norm": {"model": tiny.BatchNormNet, "dataset": tiny.images(18)},
+}
+SHARDED = {"shard_optimizer": True}
+
+
+def all_scenarios(folder, changes) -> dict:
+    return {
+        name: tiny.run(folder / name, **scenario, **changes, save_strategy="steps", save_steps=1)
+        for name, scenario in SCENARIOS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """By "one", "two" (processes) and "sharded"; and where each left its checkpoints."""
+    folder = tmp_path_factory.mktemp("sharding")
+    worlds = {"one": (1, {}), "two": (2, {}), "sharded": (2, SHARDED)}
+    found = {
+        kind: run_ranks(all_scenarios, n, folder / kind, changes, folder=folder / f"{kind}-ranks")
+        for kind, (n, changes) in worlds.items()
+    }
+    return found, folder
+
+
+def without_optimizer(outcome: dict) -> dict:
+    return {key: value for key, value in outcome.items() if key != "optimizer"}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_sharded_is_unsharded(outcomes, name):
+    found, _ = outcomes
+    whole = found["one"][0][name]
+    assert whole["steps"] > 4
+    for rank in range(2):
+        assert tiny.differing(without_optimizer(whole), without_optimizer(found["sharded"][rank][name])) == []
+        assert tiny.differing(whole, found["two"][rank][name]) == []
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_each_process_holds_its_own_part_of_the_state(outcomes, name):
+    found, _ = outcomes
+    whole = found["one"][0][name]["optimizer"]["state"]
+    parts = [found["sharded"][rank][name]["optimizer"]["state"] for rank in range(2)]
+    assert parts[0].keys().isdisjoint(parts[1])
+    assert tiny.differing({**parts[0], **parts[1]}, whole) == []
+    sizes = [sum(value.numel() for state in part.values() for value in state.values()) for part in parts]
+    if name != "batch norm":  # where one parameter is nearly all of the model
+        assert min(sizes) > 0.4 * sum(sizes)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_sharded_checkpoint_is_the_same_checkpoint(outcomes, name):
+    """Also for plain Trainer: one optimizer.pt with the state of all parameters."""
+    _, folder = outcomes
+    for file in ("optimizer.pt", "sampa.safetensors"):
+        one, sharded = (folder / kind / name / "checkpoint-3" / file for kind in ("one", "sharded"))
+        if file == "optimizer.pt":
+            one, sharded = (torch.load(each, weights_only=True) for each in (one, sharded))
+            assert tiny.differing(one, sharded) == []
+        else:
+            assert one.read_bytes() == sharded.read_bytes()
+
+
+def resumed(folder, written, changes) -> dict:
+    return {
+        name: tiny.run(folder / name, **scenario, **changes, resume=str(written / name / "checkpoint-3"))
+        for name, scenario in SCENARIOS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrote", "n", "changes"),
+    [("sharded", 2, SHARDED), ("sharded", 1, {}), ("sharded", 2, {}), ("one", 2, SHARDED), ("two", 2, SHARDED)],
+)
+def test_resumed_is_never_stopped(outcomes, tmp_path, wrote, n, changes):
+    found, folder = outcomes
+    ranks = run_ranks(resumed, n, tmp_path / "out", folder / wrote, changes, folder=tmp_path)
+    for rank in ranks:
+        for name, again in rank.items():
+            whole = found["one"][0][name]
+            for outcome in (whole, again):
+                outcome["logs"] = [{k: v for k, v in line.items() if k != "train_loss"} for line in outcome["logs"]]
+            assert tiny.differing(without_optimizer(whole), without_optimizer(again)) == []
+
+
+def two_pairs(folder, changes) -> dict:
+    return tiny.run(folder, tiny.bert, tiny.sentences(32), gradient_accumulation_steps=2, **changes)
+
+
+def test_two_pairs(tmp_path):
+    plain = run_ranks(two_pairs, 4, tmp_path, {}, folder=tmp_path / "plain")[0]
+    for rank in run_ranks(two_pairs, 4, tmp_path, SHARDED, folder=tmp_path / "sharded"):
+        assert tiny.differing(without_optimizer(plain), without_optimizer(rank)) == []
+
+
+def counted(folder) -> tuple[int, int]:
+    trainer = SAMPaTrainer(
+        model=tiny.bert(), args=tiny.arguments(folder, max_steps=4, **SHARDED), train_dataset=tiny.sentences(16)
+    )
+    sent = []
+    trainer.add_callback(tiny.Each(lambda: sent.append(trainer.sampa.exchange.bytes_sent)))
+    trainer.train()
+    return sent[-1] - sent[-2], sum(param.nbytes for param in trainer.model.parameters())
+
+
+def test_at_most_two_gradients_are_sent(tmp_path):
+    """Half of the displaced weights, of the gradient and of the updated weights."""
+    (first, size), (second, _) = run_ranks(counted, 2, tmp_path, folder=tmp_path)
+    assert first + second == 3 * size
+    assert max(first, second) < 2 * size
+
+
+def test_halves_are_even():
+    sizes = [5, 9, 1, 3, 4, 2]
+    owners = halves(sizes)
+    owned = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner is role) for role in Role]
+    assert owned == [12, 12]
+    assert halves([7]) == [Role.PERTURBED]
+
+
+def with_a_foreign_optimizer(folder):
+    class Coupled(torch.optim.SGD):
+        """Might do anything."""
+
+    model = tiny.bert()
+    SAMPaTrainer(
+        model=model,
+        args=tiny.arguments(folder, **SHARDED),
+        train_dataset=tiny.sentences(16),
+        optimizers=(Coupled(model.parameters(), lr=0.1), None),
+    ).train()
+
+
+def test_an_optimizer_that_may_couple_parameters_is_refused(tmp_path):
+    with pytest.raises(
+        RankFailed, match="shard_optimizer: expected an optimizer that treats every parameter.*Coupled"
+    ):
+        run_ranks(with_a_foreign_optimizer, 2, tmp_path, folder=tmp_path)
+
+
+def test_one_process_has_nothing_to_share(tmp_path):
+    plain, alone = (
+        tiny.run(tmp_path, tiny.bert, tiny.sentences(16), **changes, max_steps=3) for changes in ({}, SHARDED)
+    )
+    assert tiny.differing(plain, alone) == []
+
+
+def test_sam_has_no_pairs(tmp_path):
+    with pytest.raises(ValueError, match="shard_optimizer: expected method='sampa'.*got method='sam'"):
+        tiny.arguments(tmp_path, method="sam", **SHARDED)
