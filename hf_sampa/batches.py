@@ -31,14 +31,14 @@ class MicroBatch:
         update: t, the index of the update batch it belongs to.
         position: its place in the update batch.
         num_items: labels that count, as `Trainer` counts them; None where it cannot.
-        share: weight of its mean loss in the update batch's; set before the pass.
+        share: weight of its mean loss in the update batch's; set before the pass. A tensor ``()`` with several replicas.
     """
 
     inputs: dict[str, Any]
     update: int
     position: int
     num_items: Tensor | None = None
-    share: float | None = None
+    share: float | Tensor | None = None
 
     def count_items(self) -> float:
         """Labels that count or, without labels, samples: what a mean loss is taken to be the mean of."""

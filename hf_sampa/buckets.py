@@ -35,7 +35,7 @@ class Buckets:
         if bucket_bytes is None:
             bucket_bytes = min(BUCKET_BYTES, sum(param.nbytes for param in params) // FEWEST_BUCKETS)
         self.bucket_of: list[int] = [0] * len(params)
-        self.members: list[list[int]] = _partition(params, bucket_bytes)
+        self.members: list[list[int]] = partition(params, bucket_bytes)
         self.flats: list[Tensor] = []
         # Not contiguous where the parameter is not, so that a kernel does not see another layout in displaced weights.
         self._layouts = [(param.shape, torch.empty_like(param, device="meta").stride()) for param in params]
@@ -73,8 +73,8 @@ class Buckets:
             flat.untyped_storage().resize_(flat.nbytes)
 
 
-def _partition(params: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
-    """Indices of `params` from last to first, cut where a bucket is full or dtype or device change."""
+def partition(params: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
+    """Indices of `params` from last to first, cut where `bucket_bytes` are full or dtype or device change."""
     groups: list[list[int]] = []
     filled = 0
     for i in reversed(range(len(params))):

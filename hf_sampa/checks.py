@@ -60,7 +60,7 @@ def check_trainable(model: torch.nn.Module, params: list[torch.nn.Parameter]) ->
 
 
 def check_model(model: torch.nn.Module) -> None:
-    """Raise ValueError where `model` has nothing to train, or trains in half precision."""
+    """Raise ValueError where `model` has nothing to train, trains in half precision, or trains one memory twice."""
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not trainable:
         raise ValueError(
@@ -73,6 +73,14 @@ def check_model(model: torch.nn.Module) -> None:
                 f"Expected trainable weights in float32, but {name!r} is {param.dtype}: a perturbation of radius rho is "
                 "rounded away in it. Load the model with from_pretrained(..., dtype=torch.float32); bf16=True still "
                 "computes in half precision."
+            )
+    first_at: dict[int, str] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        other = first_at.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if other != name and (name in trainable or other in trainable):
+            raise ValueError(
+                f"Expected every trainable parameter to have memory of its own, but {other!r} and {name!r} share theirs: "
+                "when the one is moved to perturbed weights, the other would stay. Tie them as one Parameter."
             )
 
 

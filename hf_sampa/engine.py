@@ -1,16 +1,13 @@
 """What the sharpness-aware steps are made of: displaced weights, gradients in buckets, and the numbers of a step.
 
-Nothing here knows of Trainer: a batch is anything that iterates over micro-batches and has a `fingerprint`; `gradient`
-runs one micro-batch forward and backward and returns its share of the batch's mean loss.
+Nothing here knows of Trainer: `gradient` runs one micro-batch of a `Batch` forward and backward and returns its share of
+the batch's mean loss.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,66 +17,11 @@ from torch.profiler import record_function
 from .buckets import Buckets, GradientRecorder
 from .exchange import Exchange
 from .functional import NORM_GUARD, displacement_dot_
+from .passes import Batch, Found, Pass, StepReport
 from .roles import Role
 
 
 MAX_SKIPPED_IN_A_ROW = 20
-
-
-class Batch(Protocol):
-    """An update batch B_t: its micro-batches and a number that tells it from other batches."""
-
-    fingerprint: int
-
-    def __iter__(self) -> Any: ...
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a step saw, equal on all ranks. Losses are means over the update batch.
-
-    Attributes:
-        loss: f(y_{t+1}; B_{t+1}) for SAMPa, f(x_t; B_t) for SAM.
-        perturbed_loss: f(x~_t; B_t).
-        sharpness: f(x~_t; B_t) - f(y_t; B_t) for SAMPa, f(x~_t; B_t) - f(x_t; B_t) for SAM.
-        ascent_grad_norm: ||g_t||.
-        ascent_cosine: cosine of the angle between g~_t and the perturbation x~_t - x_t, as rounding left it, which has
-            the direction of g_t; 0 where rho is 0.
-        skipped: whether a gradient was not finite, so that the step leaves weights and optimizer as they are.
-    """
-
-    loss: float
-    perturbed_loss: float
-    sharpness: float
-    ascent_grad_norm: float
-    ascent_cosine: float
-    skipped: bool
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One gradient as all ranks know it after `_share`: mean loss, norm, and what belongs to it."""
-
-    loss: float
-    norm: float
-    dot: float  # with the perturbation x~_t - x_t; 0 in the LOOKAHEAD role
-    fingerprints: tuple[int, ...]  # per replica
-    used: tuple[bool, ...]  # per parameter: whether backward reached it
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.norm)
-
-
-@dataclass(frozen=True)
-class Found:
-    """One gradient as the process that computed it knows it: scalar tensors ``()``, see `Pass`."""
-
-    fingerprint: int
-    loss: Tensor
-    norm: Tensor
-    dot: Tensor
-    used: list[bool]
 
 
 class SharpnessAware:
@@ -146,8 +88,17 @@ class SharpnessAware:
 
     def _at(self, role: Role, weights: Buckets, batch: Batch, gradient: Callable, into: Buckets) -> Found:
         """Gradient of f on `batch` at `weights`, into `into`; `weights` then holds the other role's gradient."""
-        with self.displaced(role, weights) as x:
-            return self._gradient(role, batch, gradient, into, weights, x)
+        try:
+            with self.displaced(role, weights) as x:
+                return self._gradient(role, batch, gradient, into, weights, x)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "Backward read a weight whose gradient was complete, so that its memory had been given to the other "
+                "process's gradient (or backward read something that the model itself overwrote). Detached weights and "
+                "reentrant checkpointing do this: set overlap_exchange=False, which sends gradients after backward."
+            ) from error
 
     def _gradient(
         self,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from .buckets import BUCKET_BYTES, partition
 from .roles import Mesh, Role
 
 
@@ -47,21 +48,25 @@ class Exchange:
             self._role_group = groups[mesh.roles[0]]
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
-        """Give all ranks the tensors of rank `source`, in place."""
+        """Give all ranks the tensors of rank `source`, in place; small ones travel together."""
         if self.mesh.world_size == 1:
             return
-        with self._peers_alive():
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), src=source, group=self._world_group)
+        for members in partition(tensors, BUCKET_BYTES):
+            several = [tensors[i].detach() for i in members]
+            flat = torch.cat([tensor.reshape(-1) for tensor in several])
+            with self._peers_alive():
+                dist.broadcast(flat, src=source, group=self._world_group)
+            for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
-    def sum_within_role(self, value: float) -> float:
-        """Sum of one number over the replicas of this process's role."""
+    def sum_within_role(self, value: float) -> float | Tensor:
+        """Sum of one number over the replicas of this process's role; of several a tensor ``()``, not waited for."""
         if self.mesh.num_replicas == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self._device())
         with self._peers_alive():
             dist.all_reduce(total, group=self._role_group)
-        return total.item()
+        return total
 
     def start(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .engine import StepReport
+from .passes import StepReport
 
 
 LOGGED = ("perturbed_loss", "sharpness", "ascent_grad_norm", "ascent_cosine")

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .buckets import Buckets
-from .engine import Batch, Pass, SharpnessAware, StepReport
+from .engine import SharpnessAware
 from .functional import interpolate_, perturb
 from .lookahead import look_ahead
+from .passes import Batch, Pass, StepReport
 from .roles import Role
 
 

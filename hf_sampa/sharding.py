@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.profiler import record_function
 
 from .buckets import Buckets
-from .engine import Pass
+from .passes import Pass
 from .roles import Role
 from .sampa import SAMPa
 

@@ -90,11 +90,15 @@ class StepMixin:
             counts.append(micro_batch.count_items() if num_items is None else float(num_items))
         total = self._exchange.sum_within_role(sum(counts))
         for micro_batch, count in zip(batch, counts, strict=True):
-            micro_batch.share = count * self.args.num_replicas / total if total else 1 / len(counts)
+            if isinstance(total, torch.Tensor):
+                # Stays on the device: reading it would make the host wait. No micro-batch with a count has total 0.
+                micro_batch.share = (count * self.args.num_replicas / total).float() if count else 0.0
+            else:
+                micro_batch.share = count / total if total else 1 / len(counts)
 
     def _micro_gradient(self, model, micro_batch: MicroBatch) -> torch.Tensor:
         """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""
-        if not micro_batch.share:
+        if isinstance(micro_batch.share, float) and not micro_batch.share:
             return torch.zeros((), device=self.args.device)  # no label counts, and the mean over none is not a number
         # What `Trainer.training_step` divides the loss by.
         self.current_gradient_accumulation_steps = 1 / micro_batch.share

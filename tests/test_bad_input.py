@@ -108,6 +108,13 @@ def test_frozen_half_precision_weights_are_fine(tmp_path):
     trainer(tmp_path, model, max_steps=1).train()
 
 
+def test_weights_in_the_same_memory(tmp_path):
+    model = tiny.bert()
+    model.register_buffer("seen", model.classifier.weight.detach())
+    with pytest.raises(ValueError, match="but 'classifier.weight' and 'seen' share theirs.*Tie them as one Parameter"):
+        trainer(tmp_path, model).train()
+
+
 def test_nothing_to_train(tmp_path):
     with pytest.raises(ValueError, match="at least one trainable parameter, but requires_grad is False for all"):
         trainer(tmp_path, tiny.bert().requires_grad_(False)).train()

@@ -1,0 +1,92 @@
+"""What the engine promises of every step, whatever the model: overlap that is safe or says so, one host sync, one copy of x."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_sampa import SAMPaTrainer
+from tests import tiny
+
+
+class ReadsDetachedWeights(nn.Module):
+    """Its backward reads the weight of `middle` after that weight's gradient is complete."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle = nn.Linear(64, 8), nn.Linear(8, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, pixel_values, labels=None):
+        early = nn.functional.linear(self.first(pixel_values.flatten(1)), self.middle.weight.detach())
+        logits = self.head(self.middle(early.tanh()))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_weight_that_backward_reads_too_late_is_noticed(tmp_path):
+    """Its memory holds something else by then; autograd sees the version of the weight."""
+    with pytest.raises(RuntimeError, match="Backward read a weight whose gradient was complete.*overlap_exchange=False"):
+        tiny.run(tmp_path, ReadsDetachedWeights, tiny.images(12))
+
+
+def test_without_overlap_it_trains_and_overlap_changes_no_bit(tmp_path):
+    assert tiny.run(tmp_path, ReadsDetachedWeights, tiny.images(12), overlap_exchange=False)["steps"] == 6
+    one, other = (
+        tiny.run(tmp_path, tiny.bert, tiny.sentences(12), overlap_exchange=overlap) for overlap in (True, False)
+    )
+    assert tiny.differing(one, other) == []
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: reading an element of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+def test_the_step_reads_no_element_of_a_tensor(tmp_path, method):
+    """What the host has to know comes by the one copy in `_share`."""
+    counts, copies = [], []
+
+    class Counted(SAMPaTrainer):
+        def training_step(self, *args, **kwargs):
+            gather = self.sampa.exchange.gather
+            self.sampa.exchange.gather = lambda row: copies.append(1) or gather(row)
+            with HostReads() as reads:
+                loss = super().training_step(*args, **kwargs)
+            self.sampa.exchange.gather = gather
+            counts.append(reads.count)
+            return loss
+
+    args = tiny.arguments(tmp_path, method=method, optim="adamw_torch_fused", max_steps=4)
+    Counted(model=tiny.bert(0.1), args=args, train_dataset=tiny.sentences(16)).train()
+    # Counting the labels that matter reads the batch, which is on the CPU; the first step takes g_0 on top.
+    assert counts[1:] == [counts[1]] * 3 and counts[1] <= 1
+    assert len(copies) == (5 if method == "sampa" else 4)
+
+
+def test_displaced_weights_are_other_memory(tmp_path):
+    """x_t itself is not written to during a step, and a process holds two buffers beside it (one process: three)."""
+    seen = []
+
+    class Watched(SAMPaTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            seen.append(model.classifier.weight.data_ptr())
+            return super().compute_loss(model, *args, **kwargs)
+
+    trainer = Watched(
+        model=tiny.bert(), args=tiny.arguments(tmp_path, max_steps=3), train_dataset=tiny.sentences(16)
+    )
+    own = trainer.model.classifier.weight.data_ptr()
+    trainer.train()
+    assert trainer.model.classifier.weight.data_ptr() == own == seen[0]  # g_0 is taken at x_0
+    assert own not in seen[1:] and len(seen) == 7
