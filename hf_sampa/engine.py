@@ -86,7 +86,7 @@ class SharpnessAware:
             for each, before in zip(self.statistics, kept, strict=False):
                 each.copy_(before)
 
-    def _at(self, role: Role, weights: Buckets, batch: Batch, gradient: Callable, into: Buckets) -> Found:
+    def _gradient_at(self, weights: Buckets, role: Role, batch: Batch, gradient: Callable, into: Buckets) -> Found:
         """Gradient of f on `batch` at `weights`, into `into`; `weights` then holds the other role's gradient."""
         try:
             with self.displaced(role, weights) as x:

@@ -25,12 +25,14 @@ class SAM(SharpnessAware):
 
     def step(self, batch: Batch, gradient: Callable[[Any], Tensor]) -> StepReport:
         """One step; leaves G_t = g~_t in ``.grad``."""
-        g, perturbed = self.ascent_grads, self.perturbed_grads
-        found = {Role.LOOKAHEAD: self._gradient(Role.LOOKAHEAD, batch, gradient, g)}  # g_t = grad f(x_t; B_t)
-        norm = found[Role.LOOKAHEAD].norm
+        g, g_tilde, found = self.ascent_grads, self.perturbed_grads, {}
+        # g_t = grad f(x_t; B_t)
+        found[Role.LOOKAHEAD] = self._gradient(Role.LOOKAHEAD, batch, gradient, g)
+        # x~_t = x_t + rho g_t / ||g_t||, in the place of g_t
         with record_function("SAMPa.displace"):
-            perturb(self.params, g.views, self.rho, norm, out=g.views)  # x~_t = x_t + rho g_t / ||g_t||
-        found[Role.PERTURBED] = self._at(Role.PERTURBED, g, batch, gradient, perturbed)  # g~_t = grad f(x~_t; B_t)
+            perturb(self.params, g.views, self.rho, found[Role.LOOKAHEAD].norm, out=g.views)
+        # g~_t = grad f(x~_t; B_t)
+        found[Role.PERTURBED] = self._gradient_at(g, Role.PERTURBED, batch, gradient, g_tilde)
         shared = self._share(found)
         ascent, perturbed = shared[Role.LOOKAHEAD], shared[Role.PERTURBED]
         skipped = not (ascent.finite and perturbed.finite)
@@ -68,32 +70,35 @@ class SAMPa(SharpnessAware):
             return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
         found = {}
         if Role.PERTURBED in self.roles:
-            x_tilde = self._perturb(ascent)  # x~_t = x_t + rho g_t / ||g_t||
-            g_tilde = self.perturbed_grads
-            found[Role.PERTURBED] = self._at(Role.PERTURBED, x_tilde, batch, gradient, g_tilde)  # grad f(x~_t; B_t)
+            # x~_t = x_t + rho g_t / ||g_t||
+            x_tilde, g_tilde = self._perturb(ascent), self.perturbed_grads
+            # g~_t = grad f(x~_t; B_t)
+            found[Role.PERTURBED] = self._gradient_at(x_tilde, Role.PERTURBED, batch, gradient, g_tilde)
         if Role.LOOKAHEAD in self.roles:
-            y = self._look_ahead(ascent)  # y_{t+1} = U_{m_t}(x_t, g_t)
-            g_next = self._lookahead_grads
-            found[Role.LOOKAHEAD] = self._at(
-                Role.LOOKAHEAD, y, next_batch, gradient, g_next
-            )  # grad f(y_{t+1}; B_{t+1})
-            self.ascent_grads.swap(self._lookahead_grads, self.owned)
+            # y_{t+1} = U_{m_t}(x_t, g_t), m_t kept as it was
+            y, g_next = self._look_ahead(ascent), self._lookahead_grads
+            # g_{t+1} = grad f(y_{t+1}; B_{t+1})
+            found[Role.LOOKAHEAD] = self._gradient_at(y, Role.LOOKAHEAD, next_batch, gradient, g_next)
+            self.ascent_grads.swap(g_next, self.owned)
         shared = self._share(found)
         perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
         self._check_pairing(ascent, perturbed)
-        with record_function("SAMPa.combine"):
-            g_tilde, g_next = (
-                [grads.flats[b] for b in self.owned] for grads in (self.perturbed_grads, self.ascent_grads)
-            )
-            interpolate_(g_tilde, g_next, self.lmbda)  # G_t = (1 - lambda) g~_t + lambda g_{t+1}
-        used = [
-            (p and self.lmbda < 1) or (n and self.lmbda > 0)
-            for p, n in zip(perturbed.used, lookahead.used, strict=True)
-        ]
+        # G_t = (1 - lambda) g~_t + lambda g_{t+1}, in the place of g~_t
+        used = self._combine(perturbed, lookahead)
         if lookahead.finite:
             self.ascent = lookahead
         skipped = not (perturbed.finite and lookahead.finite)
         return self._finish(ascent, perturbed, lookahead.loss, used, skipped)
+
+    def _combine(self, perturbed: Pass, lookahead: Pass) -> list[bool]:
+        """Mix the gradients of the owned parameters; returns, for all parameters, whether G_t has a part of them."""
+        with record_function("SAMPa.combine"):
+            g_tilde, g_next = self.perturbed_grads.flats, self.ascent_grads.flats
+            interpolate_([g_tilde[b] for b in self.owned], [g_next[b] for b in self.owned], self.lmbda)
+        return [
+            (p and self.lmbda < 1) or (n and self.lmbda > 0)
+            for p, n in zip(perturbed.used, lookahead.used, strict=True)
+        ]
 
     def forget(self) -> None:
         """Drop g_t: the next step computes it at x_t, as the first one does."""
