@@ -119,7 +119,9 @@ class Branches(nn.Module):
     def __init__(self, dropout: float = 0.1):
         super().__init__()
         torch.manual_seed(0)
-        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Dropout(dropout)) for _ in range(3))
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Dropout(dropout)) for _ in range(3)
+        )
         self.head = nn.Linear(8, 3)
         self.chosen: list[int] = []
 

@@ -192,9 +192,7 @@ def test_a_branch_without_gradient_counts_as_zero(tmp_path, accumulation):
 def test_a_branch_never_taken_is_left_alone(tmp_path):
     """As plain Trainer does: no weight decay, no moments."""
     model = models.Branches()
-    trainer = SAMPaTrainer(
-        model=model, args=tiny.arguments(tmp_path, weight_decay=0.1), train_dataset=tiny.images(18)
-    )
+    trainer = SAMPaTrainer(model=model, args=tiny.arguments(tmp_path, weight_decay=0.1), train_dataset=tiny.images(18))
     trainer.train()
     assert set(model.chosen) == {0, 1}
     differing = tiny.differing(dict(model.named_parameters()), dict(models.Branches().named_parameters()))

@@ -28,7 +28,9 @@ class ReadsDetachedWeights(nn.Module):
 
 def test_a_weight_that_backward_reads_too_late_is_noticed(tmp_path):
     """Its memory holds something else by then; autograd sees the version of the weight."""
-    with pytest.raises(RuntimeError, match="Backward read a weight whose gradient was complete.*overlap_exchange=False"):
+    with pytest.raises(
+        RuntimeError, match="Backward read a weight whose gradient was complete.*overlap_exchange=False"
+    ):
         tiny.run(tmp_path, ReadsDetachedWeights, tiny.images(12))
 
 
@@ -83,9 +85,7 @@ def test_displaced_weights_are_other_memory(tmp_path):
             seen.append(model.classifier.weight.data_ptr())
             return super().compute_loss(model, *args, **kwargs)
 
-    trainer = Watched(
-        model=tiny.bert(), args=tiny.arguments(tmp_path, max_steps=3), train_dataset=tiny.sentences(16)
-    )
+    trainer = Watched(model=tiny.bert(), args=tiny.arguments(tmp_path, max_steps=3), train_dataset=tiny.sentences(16))
     own = trainer.model.classifier.weight.data_ptr()
     trainer.train()
     assert trainer.model.classifier.weight.data_ptr() == own == seen[0]  # g_0 is taken at x_0
