@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench test-gpu clean
+.PHONY: help demo test lint bench bench-scaling bench-memory test-gpu clean
 
 help: ## Show the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -32,8 +32,14 @@ lint: .venv ## Check style and formatting
 bench: .venv ## Measure seconds per step, memory and traffic of AdamW, SAM and SAMPa
 	$(BIN)/python benchmarks/step_time.py
 
+bench-scaling: .venv ## Measure the same for 2 to 12 layers and 8 to 128 tokens; a table and a picture
+	$(BIN)/python benchmarks/scaling.py
+
+bench-memory: .venv ## Measure the memory of AdamW, SAM and SAMPa, in fp32 and under bf16 autocast
+	$(BIN)/python benchmarks/memory.py
+
 test-gpu: .venv ## The tests that need two CUDA devices
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 clean: ## Remove the virtual environment and what the targets wrote
-	rm -rf .venv demo .pytest_cache .ruff_cache
+	rm -rf .venv demo scaling .pytest_cache .ruff_cache

@@ -5,177 +5,182 @@
 
 All steps are steps of the real Trainer or SAMPaTrainer with AdamW beneath, one thread per process. AdamW and SAM run as
 two independent processes at once, so that two cores are as busy as under SAMPa's two processes, and every process works
-on a whole batch. All six processes stay alive and take turns: a round of AdamW, a round of SAM, a round of SAMPa, and
-again, so that a machine that slows down slows all three. The first round of each is a warm-up and is not counted.
+on a whole batch. All processes stay alive and take turns: a round of AdamW, a round of SAM, a round of SAMPa, and
+again, so that a machine that slows down slows all of them. The first round of each is a warm-up and is not counted. One
+more round of each, which is not counted either, is profiled: it tells where the milliseconds go.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
-import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
+
+from bench_processes import METHODS, PAIRED, ROLES, Group
+from step_phases import PHASES
 
 
-METHODS = {"adamw": "AdamW", "sam": "SAM", "sampa": "SAMPa"}
 WORKER = Path(__file__).with_name("step_time_worker.py")
+COMPARED = ("adamw", "sam", "sampa")
+Report = dict[str, Any]  # of one process about one round; see step_time_worker
 
 
-class Group:
-    """Two processes with one method, each waiting for its next round."""
-
-    def __init__(self, method: str, settings: dict[str, int], stack: ExitStack):
-        self.method = method
-        port = _free_port()
-        self.logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
-        self.processes = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, str(WORKER), json.dumps({"method": method, **settings})],
-                    env=_environment(method, rank, port),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=self.logs[rank],
-                    bufsize=0,  # nothing is left to flush into the pipe of a process that has died
-                )
-            )
-            for rank in range(2)
-        ]
-        # Runs before the processes are waited for, also when one of them has failed.
-        stack.callback(self.kill)
-
-    def round(self) -> dict[str, float]:
-        """Let both processes run one round at the same time; the mean of their figures."""
-        self._tell(b"go\n")
-        lines = [process.stdout.readline() for process in self.processes]
-        if not all(lines):
-            raise SystemExit(f"A process of {METHODS[self.method]} expected to train ended early. {self._read_logs()}")
-        reports = [json.loads(line) for line in lines]
-        return {key: mean(report[key] for report in reports) for key in reports[0]}
-
-    def stop(self) -> None:
-        self._tell(b"stop\n")
-
-    def kill(self) -> None:
-        for process in self.processes:
-            process.kill()
-
-    def _tell(self, line: bytes) -> None:
-        for process in self.processes:
-            # A process that is gone is noticed by its missing answer.
-            with suppress(BrokenPipeError):
-                process.stdin.write(line)
-
-    def _read_logs(self) -> str:
-        parts = []
-        for rank, log in enumerate(self.logs):
-            log.seek(0)
-            parts.append(f"\n--- log of process {rank}\n{log.read()}")
-        return "".join(parts)
+def print_progress(line: str) -> None:
+    """To where it does not mix with the figures."""
+    print(line, file=sys.stderr)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def measure(
+    settings: dict[str, Any], methods: Sequence[str] = COMPARED, tell: Callable[[str], None] = print_progress
+) -> dict[str, Any]:
+    """All rounds of all `methods`; see `summarise` for what comes back.
 
-
-def _environment(method: str, rank: int, port: int) -> dict[str, str]:
-    """What the launcher would set: a world of two for SAMPa, none for the independent processes."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if method == "sampa":
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return env
-
-
-def measure(settings: dict[str, int]) -> dict:
-    """All rounds of all methods; see `summarise` for what comes back."""
-    rounds = {method: [] for method in METHODS}
+    Args:
+        settings: layers, hidden, batch, seq, rounds, steps and bf16, as on the command line.
+        methods: of `bench_processes.METHODS`; those of `COMPARED` at least.
+        tell: called with a line after each of `count_rounds` rounds.
+    """
+    rounds: dict[str, list[list[Report]]] = {method: [] for method in methods}
     with ExitStack() as stack:
-        groups = [Group(method, settings, stack) for method in METHODS]
-        for number in range(settings["rounds"] + 1):
-            for group in groups:
-                figures = group.round()
-                if number > 0:
-                    rounds[group.method].append(figures)
-                label = f"round {number} of {settings['rounds']}" if number else "warm-up"
-                print(f"{label}: {METHODS[group.method]} {figures['seconds_per_step']:.3f} s/step", file=sys.stderr)
-        for group in groups:
-            group.stop()
-    return summarise(rounds)
+        groups = {
+            method: Group(WORKER, {"method": method, **settings}, stack, processes=2, together=method in PAIRED)
+            for method in methods
+        }
+        names = ["warm-up", *(f"round {n + 1} of {settings['rounds']}" for n in range(settings["rounds"])), "profile"]
+        for name in names:
+            for method, group in groups.items():
+                reports = group.ask("profile" if name == "profile" else "go")
+                rounds[method].append(reports)
+                tell(f"{name}: {METHODS[method]} {_mean(reports, 'seconds_per_step'):.3f} s/step")
+        for group in groups.values():
+            group.tell("stop")
+    return summarise({method: reports[1:] for method, reports in rounds.items()})
 
 
-def summarise(rounds: dict[str, list[dict[str, float]]]) -> dict:
-    """Medians over the rounds. A ratio is the median of the ratios of neighbouring rounds, so that drift cancels."""
-    seconds = {method: [figures["seconds_per_step"] for figures in rounds[method]] for method in METHODS}
-
-    def ratio(above: str, below: str) -> float:
-        return median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
-
-    return {
-        "parameters": int(rounds["sampa"][0]["parameters"]),
-        "methods": {
-            method: {
-                "seconds_per_step": median(seconds[method]),
-                "rounds": seconds[method],
-                "peak_bytes_per_process": max(figures["peak_bytes"] for figures in rounds[method]),
-                "bytes_sent_per_step_and_process": median(figures["bytes_per_step"] for figures in rounds[method]),
-            }
-            for method in METHODS
-        },
-        "sampa_over_adamw": ratio("sampa", "adamw"),
-        "sam_over_sampa": ratio("sam", "sampa"),
-        "sam_over_adamw": ratio("sam", "adamw"),
-    }
+def count_rounds(settings: dict[str, Any], methods: Sequence[str] = COMPARED) -> int:
+    """Rounds that `measure` runs, with those that are not counted."""
+    return (settings["rounds"] + 2) * len(methods)
 
 
-def format_table(settings: dict[str, int], result: dict) -> str:
-    """The figures as a person reads them."""
-    to_adamw = {"adamw": 1.0, "sam": result["sam_over_adamw"], "sampa": result["sampa_over_adamw"]}
+def _mean(reports: list[Report], key: str) -> float:
+    return mean(report[key] for report in reports)
+
+
+def summarise(rounds: dict[str, list[list[Report]]]) -> dict[str, Any]:
+    """Figures of a whole measurement, ready for JSON.
+
+    Args:
+        rounds: by method, a list by round of the reports by rank; the last round is the one that was profiled.
+
+    Returns:
+        parameters; by method, median seconds per step, those of all rounds, the highest peak memory of a process, and by
+        rank what it sent per step and its milliseconds by phase; and ratios of seconds per step, a list by round and
+        their median. Ratios are between neighbouring rounds, so that drift cancels.
+    """
+    timed = {method: reports[:-1] for method, reports in rounds.items()}
+    seconds = {method: [_mean(reports, "seconds_per_step") for reports in timed[method]] for method in rounds}
+    result: dict[str, Any] = {"parameters": rounds["sampa"][0][0]["parameters"], "methods": {}, "ratios_by_round": {}}
+    for method, by_round in timed.items():
+        result["methods"][method] = {
+            "seconds_per_step": median(seconds[method]),
+            "rounds": seconds[method],
+            "peak_bytes_per_process": max(report["peak_bytes"] for reports in by_round for report in reports),
+            "processes": [
+                {"bytes_sent_per_step": report["bytes_per_step"], "milliseconds": report["milliseconds"]}
+                for report in rounds[method][-1]
+            ],
+        }
+    pairs = [("sampa", "adamw"), ("sam", "sampa"), ("sam", "adamw")]
+    pairs += [(method, "adamw") for method in rounds if method not in COMPARED]
+    for above, below in pairs:
+        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+        result["ratios_by_round"][f"{above}_over_{below}"] = ratios
+        result[f"{above}_over_{below}"] = median(ratios)
+    return result
+
+
+def format_table(settings: dict[str, Any], result: dict[str, Any]) -> str:
+    """The figures as a person reads them: methods against each other, then where the milliseconds go."""
+    precision = "bf16 autocast" if settings["bf16"] else "fp32"
     lines = [
-        f"BERT, {settings['layers']} layers x {settings['hidden']} units, {result['parameters'] / 1e6:.1f} M weights; "
-        f"{settings['batch']} x {settings['seq']} tokens and one thread per process",
+        f"BERT, {settings['layers']} layers x {settings['hidden']} units, {result['parameters'] / 1e6:.1f} M weights, "
+        f"{precision}; {settings['batch']} x {settings['seq']} tokens and one thread per process",
         f"medians of {settings['rounds']} interleaved rounds of {settings['steps']} steps",
         "",
-        f"{'method':<8}{'processes':<18}{'s/step':>8}{'/ AdamW':>10}{'peak memory':>14}{'sent per step':>16}",
-        f"{'':<8}{'':<18}{'':>8}{'':>10}{'per process':>14}{'and process':>16}",
+        f"{'method':<15}{'processes':<18}{'s/step':>8}{'/ AdamW':>10}{'peak memory':>14}",
+        f"{'':<15}{'':<18}{'':>8}{'':>10}{'per process':>14}",
     ]
-    for method, name in METHODS.items():
-        figures = result["methods"][method]
-        processes = "2, one pair" if method == "sampa" else "2, independent"
+    for method, figures in result["methods"].items():
+        processes = "2, one pair" if method in PAIRED else "2, independent"
+        to_adamw = 1.0 if method == "adamw" else result[f"{method}_over_adamw"]
         memory = f"{figures['peak_bytes_per_process'] / 1e9:.2f} GB"
-        sent = f"{figures['bytes_sent_per_step_and_process'] / 1e6:.1f} MB"
         lines.append(
-            f"{name:<8}{processes:<18}{figures['seconds_per_step']:>8.3f}{to_adamw[method]:>10.2f}{memory:>14}{sent:>16}"
+            f"{METHODS[method]:<15}{processes:<18}{figures['seconds_per_step']:>8.3f}{to_adamw:>10.2f}{memory:>14}"
         )
-    lines += [
+    lines += ["", f"SAMPa / AdamW {result['sampa_over_adamw']:.2f}    SAM / SAMPa {result['sam_over_sampa']:.2f}"]
+    return "\n".join([*lines, "", *_format_phases(result)])
+
+
+def _format_phases(result: dict[str, Any]) -> list[str]:
+    gradient = 4 * result["parameters"]
+    header = f"{'method':<15}{'process':<13}" + "".join(f"{phase:>{len(phase) + 2}}" for phase in PHASES)
+    lines = [
+        f"milliseconds per step, one profiled round; sent per step, and as a multiple of one gradient, {gradient / 1e6:.1f} MB",
         "",
-        f"SAMPa / AdamW {result['sampa_over_adamw']:.2f}    SAM / SAMPa {result['sam_over_sampa']:.2f}    "
-        f"one gradient is {4 * result['parameters'] / 1e6:.1f} MB",
+        f"{header}{'total':>9}{'sent':>12}{'':>7}",
     ]
-    return "\n".join(lines)
+    for method, figures in result["methods"].items():
+        for rank, process in enumerate(figures["processes"]):
+            spent, sent = process["milliseconds"], process["bytes_sent_per_step"]
+            role = ROLES[rank] if method in PAIRED else str(rank)
+            cells = "".join(f"{spent[phase]:>{len(phase) + 2}.1f}" for phase in PHASES)
+            lines.append(
+                f"{METHODS[method]:<15}{role:<13}{cells}{sum(spent.values()):>9.1f}{sent / 1e6:>9.1f} MB{sent / gradient:>7.3f}"
+            )
+    return lines
+
+
+SIZES = {"layers": 6, "hidden": 384, "batch": 32, "seq": 128, "rounds": 7, "steps": 2}
+HELPS = {
+    "layers": "layers of the BERT",
+    "hidden": "its units; a multiple of 32, the size of a head",
+    "batch": "sequences per process and step",
+    "seq": "tokens per sequence, at most 512",
+    "rounds": "rounds that count, per method",
+    "steps": "steps per round",
+}
+
+
+def add_size(parser: argparse.ArgumentParser, name: str, default: int | None = None) -> None:
+    """An option for one of `SIZES`."""
+    default = SIZES[name] if default is None else default
+    parser.add_argument(f"--{name}", type=int, default=default, help=f"{HELPS[name]} (default {default})")
+
+
+def check_sizes(parser: argparse.ArgumentParser, sizes: dict[str, int]) -> None:
+    """End with a message where a size cannot be measured."""
+    for name, value in sizes.items():
+        if value < 1:
+            parser.error(f"--{name} expects a whole number of at least 1, got {value}")
+    if sizes["hidden"] % 32:
+        parser.error(f"--hidden expects a multiple of 32, the size of an attention head, got {sizes['hidden']}")
+    if sizes["seq"] > 512:
+        parser.error(f"--seq expects at most 512 tokens, the places that BERT has, got {sizes['seq']}")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"layers": 6, "hidden": 384, "batch": 32, "seq": 128, "rounds": 7, "steps": 2}
-    helps = {
-        "layers": "layers of the BERT",
-        "hidden": "its units; a multiple of 32, the size of a head",
-        "batch": "sequences per process and step",
-        "seq": "tokens per sequence, at most 512",
-        "rounds": "rounds that count, per method",
-        "steps": "steps per round",
-    }
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{helps[name]} (default {default})")
+    for name in SIZES:
+        add_size(parser, name)
+    parser.add_argument("--bf16", action="store_true", help="forward passes under bf16 autocast")
+    parser.add_argument(
+        "--shard_optimizer", action="store_true", help="measure SAMPa with sharded optimizer state, too"
+    )
     parser.add_argument("--json", type=Path, help="also write the settings and figures to this file")
     return parser
 
@@ -183,13 +188,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = make_parser()
     settings = vars(parser.parse_args())
-    json_path = settings.pop("json")
-    for name, value in settings.items():
-        if value < 1:
-            parser.error(f"--{name} expects a whole number of at least 1, got {value}")
-    if settings["hidden"] % 32:
-        parser.error(f"--hidden expects a multiple of 32, the size of an attention head, got {settings['hidden']}")
-    result = measure(settings)
+    json_path, sharded = settings.pop("json"), settings.pop("shard_optimizer")
+    check_sizes(parser, {name: settings[name] for name in SIZES})
+    result = measure(settings, [*COMPARED, "sampa_sharded"] if sharded else COMPARED)
     print(format_table(settings, result))
     if json_path is not None:
         json_path.write_text(json.dumps({"settings": settings, **result}, indent=2) + "\n")

@@ -62,6 +62,16 @@ class Buckets:
             for i in self.members[bucket]:
                 self.views[i], other.views[i] = other.views[i], self.views[i]
 
+    def take(self, i: int, grad: Tensor) -> None:
+        """Put the gradient of parameter `i` into its place; a bucket of its own becomes `grad` itself, without a copy."""
+        bucket = self.bucket_of[i]
+        own = len(self.members[bucket]) == 1 and grad.stride() == self.views[i].stride()
+        if own and grad.untyped_storage().nbytes() == grad.nbytes:
+            self.flats[bucket], self.views[i] = grad.as_strided((grad.numel(),), (1,)), grad
+        else:
+            self.ensure(bucket)
+            self.views[i].copy_(grad)
+
     def release(self, bucket: int) -> None:
         """Give the memory of a bucket back until it is `ensure`d; its content is lost."""
         self.flats[bucket].untyped_storage().resize_(0)
@@ -111,11 +121,15 @@ class GradientRecorder:
             for i, param in enumerate(params)
         ]
 
-    def start(self) -> None:
-        """Forget gradients, so that the next backward starts a new sum."""
+    def start(self, into: Buckets) -> None:
+        """Forget gradients, so that the next backward starts a new sum in `into`."""
         self.used = [False] * len(self.params)
         for param in self.params:
             param.grad = None
+        for bucket, members in enumerate(into.members):
+            if len(members) == 1:
+                # Backward will bring memory for it: large gradients need not be there twice.
+                into.release(bucket)
 
     @contextmanager
     def record(self, into: Buckets, on_full: Callable[[int], None] | None = None):
@@ -153,12 +167,10 @@ class GradientRecorder:
                 "checkpointing does this: set overlap_exchange=False, which sends gradients after the backward pass, or "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        self._into.ensure(bucket)
-        view = self._into.views[i]
-        if param.grad is not view:
+        if param.grad is not self._into.views[i]:
             # From here on autograd adds further micro-batches in place.
-            view.copy_(param.grad)
-            param.grad = view
+            self._into.take(i, param.grad)
+            param.grad = self._into.views[i]
         self.used[i] = True
         if not self._fired[i]:
             self._fired[i] = True

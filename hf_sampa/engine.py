@@ -128,7 +128,7 @@ class SharpnessAware:
                     dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
             self._start_exchange(bucket, into, weights, ready=lambda: norms.append(torch.linalg.vector_norm(grad)))
 
-        self._recorder.start()
+        self._recorder.start(into)
         micro_batches = list(batch)
         losses = []
         with record_function("SAMPa.gradient"):

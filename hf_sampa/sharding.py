@@ -61,6 +61,8 @@ class ShardedSAMPa(SAMPa):
     def _displace(self, ascent: Pass, mine: Callable, theirs: Callable) -> Buckets:
         """Write the weights of both roles for the owned half, and exchange them for the other half of one's own."""
         lent = self.perturbed_grads  # nothing is in the owned buckets before the pass
+        for bucket in self.owned:
+            lent.ensure(bucket)  # a pass that failed leaves large ones released
         with record_function("SAMPa.displace"):
             theirs(ascent, lent)
             mine(ascent, self.ascent_grads)

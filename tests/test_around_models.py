@@ -66,16 +66,27 @@ def test_adapters_load_with_plain_peft(tmp_path):
     assert tiny.differing(loaded.state_dict(), model.state_dict()) == []
 
 
-@pytest.mark.parametrize("model", [partial(tiny.bert, 0.1), models.gpt2], ids=["bert", "gpt2"])
-@pytest.mark.parametrize("kind", [models.CHECKPOINTED, models.CHECKPOINTED_REENTRANT], ids=["", "reentrant"])
-def test_checkpointed_layers_compute_the_same(tmp_path, kind, model):
+CHECKPOINTED = {
+    "bert": (partial(tiny.bert, 0.1), partial(tiny.bert, 0.1), models.CHECKPOINTED),
+    "bert, reentrant": (partial(tiny.bert, 0.1), partial(tiny.bert, 0.1), models.CHECKPOINTED_REENTRANT),
+    "gpt2": (models.gpt2, models.gpt2, models.CHECKPOINTED),
+    "albert": (models.albert, models.checkpointed_albert, {}),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpointed_layers_compute_the_same(tmp_path, name):
     """Bit for bit, since the second forward draws the first one's dropout masks."""
-    dataset = models.texts(18) if model is models.gpt2 else tiny.sentences(18)
-    settings = {"gradient_accumulation_steps": 2, "max_steps": 4}
-    stored, recomputed = (tiny.run(tmp_path, model, dataset, **settings, **more) for more in ({}, kind))
-    for outcome in (stored, recomputed):
-        outcome["logs"] = [{k: v for k, v in line.items() if k != "total_flos"} for line in outcome["logs"]]
-    assert tiny.differing(stored, recomputed) == []
+    *builders, more = CHECKPOINTED[name]
+    dataset = models.texts(18) if name == "gpt2" else tiny.sentences(18)
+    outcomes, calls = [], []
+    for model, settings in zip((build() for build in builders), ({}, more), strict=True):
+        calls.append([])
+        for module in model.modules():
+            module.register_forward_hook(lambda *_, calls=calls[-1]: calls.append(1))
+        outcomes.append(tiny.run(tmp_path, model, dataset, gradient_accumulation_steps=2, max_steps=4, **settings))
+    assert len(calls[1]) > len(calls[0])
+    assert tiny.differing(*outcomes) == []
 
 
 class Compilations(TrainerCallback):
@@ -199,6 +210,28 @@ def test_a_branch_never_taken_is_left_alone(tmp_path):
     assert len(differing) == 6
     assert not any(name.startswith("/branches.2") for name in differing)
     assert not any(param in trainer.optimizer.state for param in model.branches[2].parameters())
+
+
+def test_a_branch_without_gradient_is_not_displaced(tmp_path):
+    """Neither perturbed nor, as in a real step, decayed or pushed on by its moments in the look-ahead."""
+    model, recorder, steps = models.Branches(), tiny.Recorder(), 8
+    x = [[param.detach().clone() for param in model.parameters()]]
+    trainer = Watching(
+        model=model,
+        args=tiny.arguments(tmp_path, max_steps=steps, weight_decay=0.1),
+        train_dataset=tiny.images(18),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    x += recorder.weights
+    names = [name for name, _ in model.named_parameters()]
+    # Pass 0 is the start; step t perturbs in pass 2t + 1 and looks ahead in pass 2t + 2. g_t comes from pass 2t.
+    for t in range(steps):
+        weights = dict(zip(names, x[t], strict=True))
+        for seen in trainer.seen[2 * t + 1 : 2 * t + 3]:
+            moved = {path.split(".")[1] for path in tiny.differing(seen, weights) if "branches" in path}
+            assert moved == {str(model.chosen[2 * t])}
+    assert {model.chosen[2 * t] for t in range(steps)} == {0, 1}
 
 
 def test_autocast_computes_in_half_and_keeps_in_full_precision(tmp_path):

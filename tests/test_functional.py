@@ -85,7 +85,7 @@ def test_recorder_sums_micro_batches_zeroes_the_unused_and_keeps_one_order():
     params = [first, unused, last]
     buckets, recorder, full = Buckets(params, bucket_bytes=8), GradientRecorder(params), []
     buckets.views[1].fill_(7.0)
-    recorder.start()
+    recorder.start(buckets)
     with recorder.record(buckets):
         (first * 2 + last).sum().backward()
     with recorder.record(buckets, full.append):
@@ -105,7 +105,7 @@ def test_recorder_sums_micro_batches_zeroes_the_unused_and_keeps_one_order():
 def test_recorder_without_overlap_reports_after_backward():
     param = torch.nn.Parameter(torch.ones(1))
     buckets, recorder, full = Buckets([param]), GradientRecorder([param], overlap=False), []
-    recorder.start()
+    recorder.start(buckets)
     with recorder.record(buckets, full.append):
         param.sum().backward()
         param.sum().backward()  # a second piece, as reentrant checkpointing makes
@@ -116,7 +116,7 @@ def test_recorder_without_overlap_reports_after_backward():
 def test_a_gradient_that_comes_after_its_bucket_was_sent_is_refused():
     param = torch.nn.Parameter(torch.ones(1))
     buckets, recorder = Buckets([param]), GradientRecorder([param])
-    recorder.start()
+    recorder.start(buckets)
     with (
         pytest.raises(RuntimeError, match="more than one piece.*overlap_exchange=False.*use_reentrant"),
         recorder.record(buckets, lambda _: None),

@@ -1,0 +1,111 @@
+"""Groups of training processes that the benchmarks start: a worker per process, told line by line what to do next.
+
+A worker is a script that takes its settings as JSON, reads one line of its input for each thing to do (`stop` ends it)
+and answers each with one line of JSON on its output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+
+METHODS = {"adamw": "AdamW", "sam": "SAM", "sampa": "SAMPa", "sampa_sharded": "SAMPa sharded"}
+PAIRED = ("sampa", "sampa_sharded")
+ROLES = ("PERTURBED", "LOOKAHEAD")  # of the two processes of a pair, by rank
+
+
+class Group:
+    """Processes with one method, each waiting for what to do next.
+
+    Args:
+        worker: the script.
+        settings: what the worker is given; its `method` is one of `METHODS`.
+        stack: ends the processes when it is closed.
+        processes: how many.
+        together: whether they are one world, as a launcher would start it, or independent of each other.
+        variables: of their environment, beside one thread and, where they are `together`, what a launcher sets.
+    """
+
+    def __init__(
+        self,
+        worker: Path,
+        settings: dict[str, Any],
+        stack: ExitStack,
+        *,
+        processes: int,
+        together: bool,
+        variables: Mapping[str, str] | None = None,
+    ):
+        self.name = METHODS[settings["method"]]
+        self.logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
+        env, port = _environment() | (variables or {}), _free_port()
+        self.processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, str(worker), json.dumps(settings)],
+                    env=env | (_world(rank, processes, port) if together else {}),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    bufsize=0,  # nothing is left to flush into the pipe of a process that has died
+                )
+            )
+            for rank, log in enumerate(self.logs)
+        ]
+        # Runs before the processes are waited for, also when one of them has failed.
+        stack.callback(self._kill)
+
+    def ask(self, line: str) -> list[dict[str, Any]]:
+        """Let all processes do what `line` says at the same time; their answers, by rank."""
+        self.tell(line)
+        answers = [process.stdout.readline() for process in self.processes]
+        if not all(answers):
+            raise SystemExit(f"A process of {self.name} expected to train ended early. {self._read_logs()}")
+        return [json.loads(answer) for answer in answers]
+
+    def tell(self, line: str) -> None:
+        """Say `line` to all processes."""
+        for process in self.processes:
+            # A process that is gone is noticed by its missing answer.
+            with suppress(BrokenPipeError):
+                process.stdin.write(f"{line}\n".encode())
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def _read_logs(self) -> str:
+        parts = []
+        for rank, log in enumerate(self.logs):
+            log.seek(0)
+            parts.append(f"\n--- log of process {rank}\n{log.read()}")
+        return "".join(parts)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, for workers with one thread and, until `_world` says otherwise, without a launcher."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        env.pop(name, None)
+    return env
+
+
+def _world(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What a launcher would set."""
+    env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    return env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

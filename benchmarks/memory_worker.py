@@ -1,0 +1,98 @@
+"""One training process of memory.py: trains a few steps and answers with the highest memory it took, in bytes.
+
+Either what tensors held (`counted`), from the allocator's own reports, or what the process took of the machine
+(`measured`). One run cannot tell both on the CPU, since the reports take memory themselves. On a GPU, it is the
+allocator's two figures: what tensors asked for, and what they were given.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+from bench_trainer import make_trainer
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+
+
+def resident(field: str) -> int:
+    """Bytes of the machine's memory that this process has, now (`VmRSS`) or at most (`VmHWM`); Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
+
+
+class CountedOnCPU:
+    """Peak of what tensors hold on the CPU: the sum of all allocations and releases, each as it happens."""
+
+    def __enter__(self) -> CountedOnCPU:
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.profiler.stop()
+
+    def peak(self) -> int:
+        events = self.profiler.profiler.kineto_results.events()
+        held = peak = 0
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+
+class MeasuredOnCPU:
+    """Growth of the process."""
+
+    def __enter__(self) -> MeasuredOnCPU:
+        gc.collect()
+        self.before = resident("VmRSS")
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.after = resident("VmHWM")
+
+    def peak(self) -> int:
+        return self.after - self.before
+
+
+class OnGPU:
+    """Peak of the CUDA allocator: `requested_bytes` of tensors, or `allocated_bytes`, rounded up to whole blocks."""
+
+    def __init__(self, figure: str):
+        self.figure = figure
+
+    def __enter__(self) -> OnGPU:
+        return self  # a fresh process has taken nothing yet
+
+    def __exit__(self, *error) -> None: ...
+
+    def peak(self) -> int:
+        return torch.cuda.memory_stats()[f"{self.figure}.all.peak"]
+
+
+METERS = {
+    ("cpu", "counted"): CountedOnCPU,
+    ("cpu", "measured"): MeasuredOnCPU,
+    ("cuda", "counted"): lambda: OnGPU("requested_bytes"),
+    ("cuda", "measured"): lambda: OnGPU("allocated_bytes"),
+}
+
+
+def main(device: str, figure: str, method: str, steps: int, **settings) -> None:
+    torch.set_num_threads(1)
+    with METERS[device, figure]() as meter:
+        # So few tokens that activations hardly count beside the weights.
+        use_cpu = device == "cpu"
+        trainer = make_trainer(method, TrainerCallback(), batch=1, seq=8, max_steps=steps, use_cpu=use_cpu, **settings)
+        trainer.train()
+    parameters = sum(param.numel() for param in trainer.model.parameters() if param.requires_grad)
+    print(json.dumps({"peak_bytes": meter.peak(), "parameters": parameters}), flush=True)
+
+
+if __name__ == "__main__":
+    sys.stdin.readline()  # the word to begin
+    main(**json.loads(sys.argv[1]))

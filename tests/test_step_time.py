@@ -1,0 +1,140 @@
+"""The step-time benchmark: what it reports, on a tiny model. How fast anything is, is not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import step_time
+from step_phases import PHASES, milliseconds_by_phase
+
+
+SCRIPT = Path(step_time.__file__)
+TINY = "--layers 1 --hidden 32 --batch 2 --seq 8 --rounds 2 --steps 2".split()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.distributed
+def test_tiny_model_gives_every_figure(tmp_path):
+    done = run(*TINY, "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "figures.json").read_text())
+    sizes = {"layers": 1, "hidden": 32, "batch": 2, "seq": 8, "rounds": 2, "steps": 2}
+    assert result["settings"] == {**sizes, "bf16": False}
+    assert list(result["methods"]) == ["adamw", "sam", "sampa"]
+    for figures in result["methods"].values():
+        assert len(figures["rounds"]) == 2 and min(figures["rounds"]) > 0
+        assert figures["peak_bytes_per_process"] > 100e6  # torch alone takes more
+    processes = {method: figures["processes"] for method, figures in result["methods"].items()}
+    sent = {method: [process["bytes_sent_per_step"] for process in processes[method]] for method in processes}
+    # One gradient in fp32; the independent processes exchange nothing.
+    assert sent == {"adamw": [0, 0], "sam": [0, 0], "sampa": [4 * result["parameters"]] * 2}
+    assert "SAMPa / AdamW" in done.stdout and "SAM / SAMPa" in done.stdout
+    check_phases(processes)
+
+
+def check_phases(processes: dict[str, list[dict]]) -> None:
+    """Every label was found in the profiles, where it belongs, and none of them in another's time."""
+    always = {"data", "forward and backward", "base step"}
+    expected = {
+        "adamw": always,
+        "sam": always | {"displace", "exposed exchange"},  # SAM tells its losses by the same small gather
+        "sampa": always | {"displace", "exposed exchange", "combine"},
+    }
+    for method, by_rank in processes.items():
+        for process in by_rank:
+            spent = process["milliseconds"]
+            assert list(spent) == list(PHASES)
+            assert {phase for phase in PHASES if spent[phase] > 0} - {"rest"} == expected[method], method
+            # The labels' intervals are disjoint and within the time of the clock.
+            assert 0 < spent["rest"] < sum(spent.values())
+
+
+def test_phases_are_taken_apart_and_add_up():
+    intervals = [
+        ("SAMPa.data", 0, 1000),
+        ("enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__", 100, 900),
+        ("SAMPa.gradient", 2000, 8000),
+        ("SAMPa.exchange", 3000, 3500),  # waits for room to send, during backward
+        ("SAMPa.exchange", 7000, 8000),
+        ("SAMPa.exchange", 8000, 8600),  # begins where the one before ends
+        ("Optimizer.step#AdamW.step", 9000, 9800),
+        ("aten::mm", 2100, 2900),
+    ]
+    spent = milliseconds_by_phase(reversed(intervals), total=6.0, steps=2)
+    assert spent == pytest.approx(
+        {
+            "data": 0.5,
+            "displace": 0.0,
+            "forward and backward": (6.0 - 0.5 - 1.0) / 2,
+            "exposed exchange": (0.5 + 1.0 + 0.6) / 2,
+            "combine": 0.0,
+            "base step": 0.4,
+            "rest": 6.0 - 0.5 - 2.25 - 1.05 - 0.4,
+        }
+    )
+    assert sum(spent.values()) == pytest.approx(6.0)
+
+
+def reports(*seconds: float, peaks: tuple[int, int] = (1, 1)) -> list[list[dict]]:
+    """By round and rank, as workers tell them; the last round is the profiled one."""
+    milliseconds = dict.fromkeys(PHASES, 1.0)
+    return [
+        [
+            {"seconds_per_step": s, "peak_bytes": peak, "bytes_per_step": 4.0, "parameters": 1}
+            | ({"milliseconds": milliseconds} if i + 1 == len(seconds) else {})
+            for peak in peaks
+        ]
+        for i, s in enumerate(seconds)
+    ]
+
+
+def test_ratios_are_medians_over_neighbouring_rounds():
+    # The machine slows down fourfold in the middle: the ratios do not show it. The profiled round, 9.0, does not count.
+    result = step_time.summarise(
+        {
+            "adamw": reports(1.0, 4.0, 1.0, 9.0),
+            "sam": reports(2.0, 8.0, 2.2, 9.0),
+            "sampa": reports(1.1, 4.4, 1.1, 9.0, peaks=(5, 7)),
+            "sampa_sharded": reports(1.2, 4.8, 1.3, 9.0),
+        }
+    )
+    assert result["sampa_over_adamw"] == pytest.approx(1.1)
+    assert result["sam_over_adamw"] == pytest.approx(2.0)
+    assert result["sam_over_sampa"] == pytest.approx(2.0 / 1.1)
+    assert result["ratios_by_round"]["sam_over_adamw"] == pytest.approx([2.0, 2.0, 2.2])
+    assert result["methods"]["sam"]["seconds_per_step"] == pytest.approx(2.2)
+    assert result["methods"]["sampa"]["peak_bytes_per_process"] == 7
+    table = step_time.format_table({**step_time.SIZES, "bf16": False}, result)
+    assert "SAMPa sharded  2, one pair          1.300      1.20" in table
+    assert table.count("PERTURBED") == table.count("LOOKAHEAD") == 2
+
+
+def test_help_answers():
+    done = run("--help")
+    assert done.returncode == 0 and "--rounds" in done.stdout and "two independent processes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hidden", "100"], "--hidden expects a multiple of 32, the size of an attention head, got 100"),
+        (["--rounds", "0"], "--rounds expects a whole number of at least 1, got 0"),
+        (["--seq", "513"], "--seq expects at most 512 tokens, the places that BERT has, got 513"),
+    ],
+)
+def test_wrong_settings_are_refused(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_process_that_fails_shows_its_log(tmp_path, monkeypatch):
+    broken = tmp_path / "worker.py"
+    broken.write_text("raise RuntimeError('out of memory')\n")
+    monkeypatch.setattr(step_time, "WORKER", broken)
+    with pytest.raises(SystemExit, match="(?s)A process of AdamW .*ended early.*log of process 0.*out of memory"):
+        step_time.measure({"rounds": 1, "steps": 1})
