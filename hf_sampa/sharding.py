@@ -121,18 +121,26 @@ class ShardedSAMPa(SAMPa):
         """Exchange the halves of x_{t+1}, a bucket at a time."""
         if self._looking_ahead:
             return
-        cut, params = self.ascent_grads, self.params
+        free = self.ascent_grads  # in the buckets of the other process
         for own, foreign in zip_longest(self.owned, self.foreign):
-            mine = theirs = None
-            if own is not None:
-                mine = torch.empty_like(cut.flats[own])
-                torch._foreach_copy_(cut.cut(own, mine), [params[i] for i in cut.members[own]])
-            if foreign is not None:
-                theirs = cut.flats[foreign]
-            self.exchange.transfer(mine, theirs)
+            self.exchange.transfer(
+                None if own is None else self._packed(own), None if foreign is None else free.flats[foreign]
+            )
             self.exchange.finish()
             if foreign is not None:
-                torch._foreach_copy_([params[i] for i in cut.members[foreign]], cut.cut(foreign, theirs))
+                torch._foreach_copy_(self._in_bucket(foreign, self.params), self._in_bucket(foreign, free.views))
+
+    def _packed(self, bucket: int) -> Tensor:
+        """The weights of a bucket, ``(n,)``; those of a large parameter where they are, without a copy."""
+        params, views = self._in_bucket(bucket, self.params), self._in_bucket(bucket, self.ascent_grads.views)
+        if len(params) == 1 and params[0].stride() == views[0].stride():
+            return params[0].detach().as_strided((params[0].numel(),), (1,))
+        packed = torch.empty_like(self.ascent_grads.flats[bucket])
+        torch._foreach_copy_(self.ascent_grads.cut(bucket, packed), params)
+        return packed
+
+    def _in_bucket(self, bucket: int, per_param: list[Tensor]) -> list[Tensor]:
+        return [per_param[i] for i in self.ascent_grads.members[bucket]]
 
     # ---- Checkpoints: whole, whoever wrote them ----
 
