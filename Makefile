@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help demo test lint bench bench-scaling bench-memory test-gpu clean
 
 help: ## Show the targets
-	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
 .venv: .venv/.installed ## Create the virtual environment with the pinned packages
 

@@ -33,7 +33,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_sampa.functional import perturb_
+from hf_sampa.functional import global_norm, perturb
 
 
 METHODS = ("adamw", "sam", "sampa")
@@ -107,7 +107,8 @@ def sharpness(model: PreTrainedModel, batch: dict[str, torch.Tensor], rho: float
     model.eval()
     params = [param for param in model.parameters() if param.requires_grad]
     loss = model(**batch).loss
-    perturb_(params, torch.autograd.grad(loss, params), rho)
+    grads = torch.autograd.grad(loss, params)
+    perturb(params, grads, rho, global_norm(grads), out=params)
     with torch.no_grad():
         return (model(**batch).loss - loss).item()
 

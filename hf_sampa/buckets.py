@@ -66,7 +66,9 @@ class Buckets:
         """Put the gradient of parameter `i` into its place; a bucket of its own becomes `grad` itself, without a copy."""
         bucket = self.bucket_of[i]
         own = len(self.members[bucket]) == 1 and grad.stride() == self.views[i].stride()
-        if own and grad.untyped_storage().nbytes() == grad.nbytes:
+        memory = grad.untyped_storage()
+        # Held by `grad` and `memory` alone: autograd hands one tensor to several parameters where views of them are added.
+        if own and memory.nbytes() == grad.nbytes and torch._C._storage_Use_Count(memory._cdata) == 2:
             self.flats[bucket], self.views[i] = grad.as_strided((grad.numel(),), (1,)), grad
         else:
             self.ensure(bucket)

@@ -1,4 +1,4 @@
-"""Models that ask more of a step than `tests.tiny`'s: adapters, tied and shared weights, branches, checkpointed layers."""
+"""Models that ask more of a step than `tests.tiny`'s: adapters, tied and shared weights, branches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is put around a model stays what it is: adapters, checkpointed layers, compilation, running statistics, branches, autocast."""
+"""On one process: adapters, checkpointed layers, compilation, running statistics, branches, autocast."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Compilations(TrainerCallback):
 
 
 def test_a_model_is_compiled_once(tmp_path):
-    """One graph serves the start, both roles and every step; displaced weights reach it, and the checkpoint is as ever."""
+    """One graph serves the start, both roles and every step; numbers are those of eager, the checkpoint is plain."""
     torch._dynamo.reset()
     counters.clear()
     compilations, outcomes = Compilations(), []

@@ -5,9 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_processes
 import pytest
 import step_time
+from bench_trainer import make_trainer
 from step_phases import PHASES, milliseconds_by_phase
+from transformers import TrainerCallback
+
+from hf_sampa import SAMPaTrainer
 
 
 SCRIPT = Path(step_time.__file__)
@@ -112,6 +117,19 @@ def test_ratios_are_medians_over_neighbouring_rounds():
     table = step_time.format_table({**step_time.SIZES, "bf16": False}, result)
     assert "SAMPa sharded  2, one pair          1.300      1.20" in table
     assert table.count("PERTURBED") == table.count("LOOKAHEAD") == 2
+
+
+@pytest.mark.parametrize("method", bench_processes.METHODS)
+def test_workers_train_what_the_tables_name(method):
+    sizes = {"layers": 1, "hidden": 32, "batch": 2, "seq": 8, "max_steps": 3}
+    trainer = make_trainer(method, TrainerCallback(), **sizes, bf16=True, use_cpu=True)
+    args = trainer.args
+    assert isinstance(trainer, SAMPaTrainer) == (method != "adamw")
+    assert getattr(args, "method", "adamw") == method.removesuffix("_sharded")
+    assert getattr(args, "shard_optimizer", False) == (method == "sampa_sharded")
+    # What Trainer takes by default, and what the phases' label of the base step belongs to.
+    assert args.optim == "adamw_torch_fused" and args.bf16
+    assert len(trainer.train_dataset) == 2 * (3 + 1)
 
 
 def test_help_answers():

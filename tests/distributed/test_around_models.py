@@ -1,4 +1,4 @@
-"""P2, P3, P5 with what users put around a model: compilation, checkpointed layers, adapters, tied and shared weights, autocast."""
+"""P2, P3, P5 with what is put around a model: compilation, checkpointed layers, adapters, tied weights, autocast."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ RESUMED_AT = {(1, 1): 4, (2, 2): 2, (1, 2): 2, (2, 1): 4}
 
 
 def runs(folder, n, to_write, to_resume) -> dict:
-    """Outcomes on `n` processes by scenario and by the number of processes that wrote the checkpoint, 0 without one."""
+    """Outcomes on `n` processes, by scenario and by how many processes wrote the checkpoint, 0 without one."""
     gc.freeze()  # Trainer collects garbage when a run begins, which takes longer than the run
     outcomes = {}
     for name, scenario in SCENARIOS.items():
