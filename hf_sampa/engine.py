@@ -53,7 +53,7 @@ class SharpnessAware:
     ):
         trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self.names, self.params = list(trainable), list(trainable.values())
-        self.statistics = _running_statistics(model)
+        self.statistics = _statistics(model)
         self.base_optimizer, self.exchange, self.rho, self.unscale = base_optimizer, exchange, rho, unscale
         self.roles = exchange.mesh.roles
         self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
@@ -71,8 +71,8 @@ class SharpnessAware:
     def displaced(self, role: Role, weights: Buckets):
         """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit.
 
-        Running statistics of normalisation layers come from the LOOKAHEAD pass, once per batch: those that the
-        PERTURBED pass leaves behind are undone.
+        Running statistics, and whatever else forward changes in the model's buffers, come from the LOOKAHEAD pass, once
+        per batch: what the PERTURBED pass leaves behind is undone.
         """
         kept = [each.clone() for each in self.statistics] if role is Role.PERTURBED else []
         x = [param.data for param in self.params]
@@ -195,7 +195,7 @@ class SharpnessAware:
         return tuple([entries[i] for i in self._owned_params()] for entries in per_param)
 
 
-def _running_statistics(model: nn.Module) -> list[Tensor]:
-    """Buffers of BatchNorm and its like, which forward changes in training."""
-    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    return [buffer for layer in layers if layer.track_running_stats for buffer in layer.buffers(recurse=False)]
+def _statistics(model: nn.Module) -> list[Tensor]:
+    """Buffers that a checkpoint holds: running statistics and whatever else forward may change."""
+    saved = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name in saved]

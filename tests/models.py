@@ -140,3 +140,36 @@ def texts(count: int, seed: int = 1) -> list[dict]:
         ids = torch.randint(0, 60, (8,), generator=generator)
         items.append({"input_ids": ids, "labels": torch.where(torch.rand(8, generator=generator) < 0.3, -100, ids)})
     return items
+
+
+class Drifting(nn.Module):
+    """A layer whose own buffers follow the weights and count the forward passes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(64, 3)
+        self.register_buffer("mean", torch.zeros(64))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def forward(self, pixel_values, labels=None):
+        pixels = pixel_values.flatten(1)
+        if self.training:
+            self.mean.lerp_(pixels.mean(0) * self.head.weight.detach().mean(), 0.1)
+            self.passes += 1
+        logits = self.head(pixels - self.mean)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Spectral(nn.Module):
+    """A layer with spectral norm, whose power iteration goes on by one in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 8))
+        self.body = nn.Sequential(nn.Flatten(), layer, nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.body(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}

@@ -50,6 +50,8 @@ SCENARIOS = {
         **ACCUMULATION,
     },
     "batch norm, accumulation": {"model": tiny.BatchNormNet, "dataset": tiny.images(19), **ACCUMULATION},
+    "buffers of its own": {"model": models.Drifting, "dataset": tiny.images(14)},
+    "spectral norm": {"model": models.Spectral, "dataset": tiny.images(14)},
     "branches": {"model": models.Branches, "dataset": tiny.images(14)},
     "branches, accumulation": {"model": models.Branches, "dataset": tiny.images(19), **ACCUMULATION},
     "bf16": {**BERT, "bf16": True},
