@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch.optim.sgd import sgd
 
 # Numbers per piece: on a CPU its copies stay in the caches, while a GPU wants few launches.
 CPU_PIECE, DEVICE_PIECE = 2**18, 2**23
-Piece = list[tuple[Tensor, Tensor, slice]]  # parameter, where g_t is and y_{t+1} goes, rows
+Reached = dict[Tensor, tuple[Tensor, Tensor]]  # parameter: g_t, where y_{t+1} goes
+Rows = slice | EllipsisType  # of a parameter
 
 
 @torch.no_grad()
@@ -44,18 +46,16 @@ def look_ahead(
         scale: what clipping multiplies g_t by, in (0, 1].
     """
     held = {param for group in base_optimizer.param_groups for param in group["params"]}
-    reached = {}
+    reached: Reached = {}
     for param, grad, moved in zip(params, ascent_grads, out, strict=True):
         if grad is None or param not in held:
             moved.copy_(param)
-            continue
-        if scale != 1.0 or moved is not grad:
-            torch.mul(grad, scale, out=moved)
-        reached[param] = moved
+        else:
+            reached[param] = (grad, moved)
     if not reached:
         return
     in_pieces = type(base_optimizer) in PIECEWISE and all(map(_is_plain, base_optimizer.param_groups))
-    (_step_in_pieces if in_pieces else _step_and_undo)(base_optimizer, reached)
+    (_step_in_pieces if in_pieces else _step_and_undo)(base_optimizer, reached, scale)
 
 
 def _is_plain(group: dict) -> bool:
@@ -68,17 +68,20 @@ def _is_plain(group: dict) -> bool:
     )
 
 
-def _step_in_pieces(optimizer: Optimizer, reached: dict[Tensor, Tensor]) -> None:
-    step = PIECEWISE[type(optimizer)]
+def _step_in_pieces(optimizer: Optimizer, reached: Reached, scale: float) -> None:
     for group in optimizer.param_groups:
-        for piece in _pieces([(param, reached[param]) for param in group["params"] if param in reached]):
-            step(piece, optimizer.state, group)
+        for piece in _pieces([param for param in group["params"] if param in reached]):
+            # g_t may be where y_{t+1} goes: it is out of the way before x_t is put there.
+            grads = _copies([reached[param][0][rows] for param, rows in piece], scale)
+            moved = [reached[param][1][rows] for param, rows in piece]
+            torch._foreach_copy_(moved, [param[rows] for param, rows in piece])
+            PIECEWISE[type(optimizer)](moved, grads, [_state_of(optimizer, *each) for each in piece], group)
 
 
-def _pieces(members: list[tuple[Tensor, Tensor]]) -> Iterator[Piece]:
+def _pieces(params: list[Tensor]) -> Iterator[list[tuple[Tensor, Rows]]]:
     """Cut parameters into rows and gather small ones, so that a piece holds about as many numbers as it should."""
     piece, filled = [], 0
-    for param, moved in members:
+    for param in params:
         limit = CPU_PIECE if param.device.type == "cpu" else DEVICE_PIECE
         length = param.shape[0] if param.dim() else 1
         rows = max(1, limit * length // max(1, param.numel()))
@@ -87,64 +90,58 @@ def _pieces(members: list[tuple[Tensor, Tensor]]) -> Iterator[Piece]:
             if piece and filled + size > limit:
                 yield piece
                 piece, filled = [], 0
-            piece.append((param, moved, slice(start, start + rows)))
+            piece.append((param, slice(start, start + rows) if param.dim() else ...))
             filled += size
     if piece:
         yield piece
 
 
-def _rows(tensor: Tensor, rows: slice) -> Tensor:
-    return tensor[rows] if tensor.dim() else tensor
+def _copies(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
+    """Scaled clones; on a GPU by one launch for all."""
+    return torch._foreach_mul(tensors, scale)
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Clones; on a GPU by one launch for all."""
-    return torch._foreach_mul(tensors, 1.0)
+def _state_of(optimizer: Optimizer, param: Tensor, rows: Rows) -> dict[str, Tensor]:
+    """What the optimizer keeps of these rows, empty before its first step. The tensors are not copies."""
+    state = optimizer.state.get(param, {})
+    return {
+        name: value[rows] if value.shape == param.shape and name != "step" else value
+        for name, value in state.items()
+        if value is not None
+    }
 
 
-def _sgd(piece: Piece, state: dict, group: dict) -> None:
+def _sgd(weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict) -> None:
     """U of `torch.optim.SGD`, with momentum, Nesterov, dampening and weight decay as the group says."""
-    weights = _copies([_rows(param, rows) for param, _, rows in piece])
-    moved = [_rows(moved, rows) for _, moved, rows in piece]
-    buffers = [state.get(param, {}).get("momentum_buffer") for param, _, _ in piece]
-    velocities = [b if b is None else _rows(b, rows).clone() for b, (_, _, rows) in zip(buffers, piece, strict=True)]
+    velocities = [state["momentum_buffer"].clone() if "momentum_buffer" in state else None for state in states]
     names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
-    sgd(weights, moved, velocities, **{name: group[name] for name in names})
-    torch._foreach_copy_(moved, weights)
+    sgd(weights, grads, velocities, **{name: group[name] for name in names})
 
 
-def _adam(piece: Piece, state: dict, group: dict) -> None:
+def _adam(weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict) -> None:
     """U of `torch.optim.Adam` and `AdamW`; always the fused form, which is one pass over memory."""
 
     def moments(name: str) -> list[Tensor]:
-        # An optimizer that has not stepped yet has no state.
-        found = [
-            _rows(state[param][name], rows) if state.get(param) else torch.zeros_like(_rows(param, rows))
-            for param, _, rows in piece
-        ]
-        return _copies(found)
+        found = zip(weights, states, strict=True)
+        return _copies([state[name] if state else torch.zeros_like(weight) for weight, state in found])
 
-    weights = _copies([_rows(param, rows) for param, _, rows in piece])
-    moved = [_rows(moved, rows) for _, moved, rows in piece]
-    counts = [_count(state.get(param), param.device) for param, _, _ in piece]
     names = ("amsgrad", "lr", "weight_decay", "eps", "maximize")
     adam(
         weights,
-        moved,
+        grads,
         moments("exp_avg"),
         moments("exp_avg_sq"),
         moments("max_exp_avg_sq") if group["amsgrad"] else [],
-        counts,
+        [_count(state, weight.device) for weight, state in zip(weights, states, strict=True)],
         fused=True,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
         decoupled_weight_decay=group["decoupled_weight_decay"],
         **{name: group[name] for name in names},
     )
-    torch._foreach_copy_(moved, weights)
 
 
-def _count(state: dict | None, device: torch.device) -> Tensor:
+def _count(state: dict[str, Tensor], device: torch.device) -> Tensor:
     """A copy of the step count on `device`; a count that is there already stays, since reading it stalls the queue."""
     if not state:
         return torch.zeros((), device=device)
@@ -153,19 +150,23 @@ def _count(state: dict | None, device: torch.device) -> Tensor:
 
 
 # Exact types: a subclass may have overridden `step`.
-PIECEWISE: dict[type[Optimizer], Callable[[Piece, dict, dict], None]] = {SGD: _sgd, Adam: _adam, AdamW: _adam}
+PIECEWISE: dict[type[Optimizer], Callable[[list[Tensor], list[Tensor], list[dict], dict], None]] = {
+    SGD: _sgd,
+    Adam: _adam,
+    AdamW: _adam,
+}
 
 
-def _step_and_undo(optimizer: Optimizer, reached: dict[Tensor, Tensor]) -> None:
+def _step_and_undo(optimizer: Optimizer, reached: Reached, scale: float) -> None:
     """Step for real and put everything back; costs a copy of weights and state."""
     for group in optimizer.param_groups:
         for param in group["params"]:
-            param.grad = reached.get(param)
+            param.grad = reached[param][0].mul(scale) if param in reached else None
     before = _copies(list(reached))
     try:
         with _state_restored(optimizer):
             optimizer.step()
-        torch._foreach_copy_(list(reached.values()), list(reached))
+        torch._foreach_copy_([moved for _, moved in reached.values()], list(reached))
     finally:
         torch._foreach_copy_(list(reached), before)
         for param in reached:
