@@ -65,7 +65,7 @@ class Buckets:
     def take(self, i: int, grad: Tensor) -> None:
         """Put the gradient of parameter `i` into its place; a bucket of its own becomes `grad` itself, without a copy."""
         bucket = self.bucket_of[i]
-        own = len(self.members[bucket]) == 1 and grad.stride() == self.views[i].stride()
+        own = len(self.members[bucket]) == 1 and grad.stride() == self._layouts[i][1]
         memory = grad.untyped_storage()
         # Held by `grad` and `memory` alone: autograd hands one tensor to several parameters where views of them are added.
         if own and memory.nbytes() == grad.nbytes and torch._C._storage_Use_Count(memory._cdata) == 2:
@@ -75,14 +75,20 @@ class Buckets:
             self.views[i].copy_(grad)
 
     def release(self, bucket: int) -> None:
-        """Give the memory of a bucket back until it is `ensure`d; its content is lost."""
-        self.flats[bucket].untyped_storage().resize_(0)
+        """Let go of a bucket's memory until it is `ensure`d. Whoever still holds a part of it, a callback perhaps, keeps it."""
+        self._place(bucket, self.flats[bucket].new_empty(0))
 
     def ensure(self, bucket: int) -> None:
         """Take memory for a bucket that was released; one that was not keeps its content."""
-        flat = self.flats[bucket]
-        if flat.untyped_storage().nbytes() == 0:
-            flat.untyped_storage().resize_(flat.nbytes)
+        size = sum(self._layouts[i][0].numel() for i in self.members[bucket])
+        if self.flats[bucket].numel() != size:
+            self._place(bucket, self.flats[bucket].new_empty(size))
+
+    def _place(self, bucket: int, flat: Tensor) -> None:
+        self.flats[bucket] = flat
+        empty = [flat] * len(self.members[bucket])
+        for i, view in zip(self.members[bucket], self.cut(bucket, flat) if flat.numel() else empty, strict=True):
+            self.views[i] = view
 
 
 def partition(params: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:

@@ -63,7 +63,7 @@ class Exchange:
         """Sum of one number over the replicas of this process's role; of several a tensor ``()``, not waited for."""
         if self.mesh.num_replicas == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=self._device())
+        total = torch.full((), value, dtype=torch.float64, device=self._device())
         with self._peers_alive():
             dist.all_reduce(total, group=self._role_group)
         return total

@@ -72,7 +72,8 @@ class StepMixin:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.overflow = report.skipped
         self._means.add(report, self.sampa.skipped_steps)
-        return torch.tensor(report.loss, dtype=torch.float32, device=self.args.device)
+        # Filled by the device: a copy from the host would wait for it.
+        return torch.full((), report.loss, dtype=torch.float32, device=self.args.device)
 
     def _weigh(self, batch: UpdateBatch) -> None:
         """Set every micro-batch's share, so that micro-batches and replicas add up to one large batch's mean.
