@@ -67,6 +67,22 @@ class SharpnessAware:
         """Take the hooks off the model."""
         self._recorder.close()
 
+    def check_state(self) -> None:
+        """Raise ValueError, on all ranks, where optimizer state is missing that another process has. A collective.
+
+        So it is after a run that shared the optimizer, if another one, or one with other frozen layers, goes on with it.
+        """
+        has = torch.tensor([bool(self.base_optimizer.state.get(param)) for param in self.params])
+        known = self.exchange.gather(has.long().to(self.params[0].device)).cpu().any(dim=0)
+        own = self._owned_params()
+        whole = torch.equal(has[own], known[own])
+        if not self.exchange.gather(torch.tensor([whole]).long().to(self.params[0].device)).all():
+            raise ValueError(
+                "Expected every process to hold the optimizer state of the parameters that it updates, but some of it is "
+                "in another process, where a run with shard_optimizer=True left it. Resume from a checkpoint of that run, "
+                "or give this one a new trainer."
+            )
+
     @contextmanager
     def displaced(self, role: Role, weights: Buckets):
         """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit.

@@ -21,7 +21,7 @@ from .buckets import BUCKET_BYTES, partition
 from .roles import Mesh, Role
 
 
-# Of transfers whose memory is given back afterwards: enough to keep the wire busy.
+# Transfers under way when memory is to be given back after them: enough to keep the wire busy.
 MOST_UNSENT = 4
 
 
@@ -106,7 +106,7 @@ class Exchange:
         Args:
             mine: ``(n,)``, or None to send nothing.
             theirs: ``(m,)``, or None to receive nothing.
-            sent: called when both are through; at most `MOST_UNSENT` transfers with it are under way at a time.
+            sent: called when both are through. Waits for the oldest transfer where more than `MOST_UNSENT` are under way.
         """
         if not self.mesh.paired:
             return
@@ -165,6 +165,8 @@ class Exchange:
     def _peers_alive(self) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # gloo reports closed connections and timeouts as plain RuntimeErrors, nccl as a subclass.
             raise self._lost(error) from error

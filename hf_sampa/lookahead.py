@@ -164,7 +164,7 @@ def _step_and_undo(optimizer: Optimizer, reached: Reached, scale: float) -> None
             param.grad = reached[param][0].mul(scale) if param in reached else None
     before = _copies(list(reached))
     try:
-        with _state_restored(optimizer):
+        with _state_restored(optimizer), _hooks_muted(optimizer):
             optimizer.step()
         torch._foreach_copy_([moved for _, moved in reached.values()], list(reached))
     finally:
@@ -187,6 +187,20 @@ def _state_restored(optimizer: Optimizer):
             optimizer.state.update(state)
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update(saved)
+
+
+@contextmanager
+def _hooks_muted(optimizer: Optimizer):
+    """Within the block nobody is told of steps: this one is undone, and averages or counters should not see it."""
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, before in zip(hooks, kept, strict=True):
+            each.update(before)
 
 
 def _copied(value):

@@ -40,6 +40,9 @@ class ResumeMixin:
             checkpoint.inspect(Path(resume_from_checkpoint))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            self._exchange = None  # what it had begun to send would reach the next run
+            raise
         finally:
             self._stream = None  # ends the workers that read ahead
 

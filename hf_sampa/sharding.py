@@ -42,13 +42,15 @@ class ShardedSAMPa(SAMPa):
         self.foreign = [bucket for bucket, role in enumerate(owners) if role is not self.roles[0]]
         for bucket in self.foreign:
             self.perturbed_grads.release(bucket)
-        self._drop_foreign_state()
-        self._looking_ahead = False
         self._step_hook = self.base_optimizer.register_step_post_hook(lambda *_: self._share_weights())
 
     def close(self) -> None:
         super().close()
         self._step_hook.remove()
+
+    def check_state(self) -> None:
+        super().check_state()
+        self._drop_foreign_state()
 
     # ---- Displaced weights ----
 
@@ -68,13 +70,6 @@ class ShardedSAMPa(SAMPa):
             mine(ascent, self.ascent_grads)
         self._swap_halves(lent)
         return self.ascent_grads
-
-    def _write_lookahead(self, ascent: Pass, out: Buckets) -> None:
-        self._looking_ahead = True
-        try:
-            super()._write_lookahead(ascent, out)
-        finally:
-            self._looking_ahead = False
 
     def _swap_halves(self, source: Buckets) -> None:
         """Give the owned buckets of `source` for the others, which go where displaced weights are kept."""
@@ -119,8 +114,6 @@ class ShardedSAMPa(SAMPa):
     @torch.no_grad()
     def _share_weights(self) -> None:
         """Exchange the halves of x_{t+1}, a bucket at a time."""
-        if self._looking_ahead:
-            return
         free = self.ascent_grads  # in the buckets of the other process
         for own, foreign in zip_longest(self.owned, self.foreign):
             self.exchange.transfer(

@@ -144,6 +144,7 @@ class SAMPaMixin(StepMixin, ResumeMixin):
         self._exchange.bytes_sent = 0
         self._exchange.broadcast([*self.model.parameters(), *self.model.buffers()])
         self.sampa = self._engine()
+        self.sampa.check_state()
         self._stream, self._means = None, RunningMeans()
         self.callback_handler.train_dataloader = self._loader
         self._resume(resume_from_checkpoint)

@@ -129,3 +129,15 @@ def test_random_state_and_global_generators_survive_a_stochastic_optimizer():
     before = torch.get_rng_state()
     look_ahead(Noisy([param], lr=0.1), [param], [torch.ones(1)], out=[torch.empty(1)])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_hooks_are_not_told_of_a_step_that_is_undone():
+    param, seen = nn.Parameter(torch.ones(1)), []
+    optimizer = torch.optim.RMSprop([param], lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    look_ahead(optimizer, [param], [torch.ones(1)], out=[torch.empty(1)])
+    assert seen == []
+    param.grad = torch.ones(1)
+    optimizer.step()
+    assert seen == ["before", "after"]

@@ -237,6 +237,11 @@ def run(output_dir, model, dataset, trainer_class=SAMPaTrainer, resume=None, tra
     return outcome(trainer, resume)
 
 
+def comparable(outcome: dict[str, Any]) -> dict[str, Any]:
+    """`outcome` without what belongs to one call of train(): its mean loss."""
+    return {**outcome, "logs": [{k: v for k, v in line.items() if k != "train_loss"} for line in outcome["logs"]]}
+
+
 def differing(left: Any, right: Any, path: str = "") -> list[str]:
     """Where two nested results differ in any bit; empty where they are equal."""
     if isinstance(left, torch.Tensor):

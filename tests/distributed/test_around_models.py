@@ -102,17 +102,12 @@ def test_both_ranks_hold_the_same_bits(outcomes, name):
     assert tiny.differing(*(of_rank[name, 0] for of_rank in outcomes[2])) == []
 
 
-def comparable(outcome: dict) -> dict:
-    """Without what belongs to one call of train(): its mean loss."""
-    return {**outcome, "logs": [{k: v for k, v in line.items() if k != "train_loss"} for line in outcome["logs"]]}
-
-
 @pytest.mark.parametrize(("wrote", "n"), RESUMED_AT)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_resumed_is_never_stopped(outcomes, name, wrote, n):
-    expected = comparable(outcomes[wrote][0][name, 0])
+    expected = tiny.comparable(outcomes[wrote][0][name, 0])
     for of_rank in outcomes[n]:
-        assert tiny.differing(expected, comparable(of_rank[name, wrote])) == []
+        assert tiny.differing(expected, tiny.comparable(of_rank[name, wrote])) == []
 
 
 class Traffic(TrainerCallback):

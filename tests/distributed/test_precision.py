@@ -80,8 +80,7 @@ def outcomes(tmp_path_factory):
 
 
 def comparable(outcome: dict) -> dict:
-    logs = [{k: v for k, v in line.items() if k != "train_loss"} for line in outcome["logs"]]
-    return {**outcome, "logs": logs, "optimizer": None, "scales": None}
+    return {**tiny.comparable(outcome), "optimizer": None, "scales": None}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -81,12 +81,6 @@ def continued(whole, tmp_path_factory):
     }
 
 
-def comparable(outcome: dict) -> dict:
-    """Without what belongs to one call of train(): its mean loss."""
-    logs = [{k: v for k, v in line.items() if k != "train_loss"} for line in outcome["logs"]]
-    return {**outcome, "logs": logs}
-
-
 CASES = [
     (name, step, wrote, n)
     for name in SCENARIOS
@@ -100,7 +94,7 @@ CASES = [
 def test_resumed_is_never_stopped(whole, continued, name, step, wrote, n):
     expected, found = whole[0][wrote][0][name], continued[wrote, n][0][name, step]
     assert expected["steps"] > max(RESUMED_AT)
-    assert tiny.differing(comparable(expected), comparable(found)) == []
+    assert tiny.differing(tiny.comparable(expected), tiny.comparable(found)) == []
 
 
 PAIRS = {"model": partial(tiny.bert, 0.1), "dataset": tiny.sentences(30), "gradient_accumulation_steps": 2}
@@ -114,4 +108,4 @@ def two_pairs(folder) -> tuple[dict, dict]:
 def test_two_pairs_resume(tmp_path):
     for whole, again in run_ranks(two_pairs, 4, tmp_path, folder=tmp_path / "ranks"):
         assert whole["steps"] == 4
-        assert tiny.differing(comparable(whole), comparable(again)) == []
+        assert tiny.differing(tiny.comparable(whole), tiny.comparable(again)) == []
