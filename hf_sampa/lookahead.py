@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from torch.optim.sgd import sgd
 # Numbers per piece: on a CPU its copies stay in the caches, while a GPU wants few launches.
 CPU_PIECE, DEVICE_PIECE = 2**18, 2**23
 Reached = dict[Tensor, tuple[Tensor, Tensor]]  # parameter: g_t, where y_{t+1} goes
-Rows = slice | EllipsisType  # of a parameter
 
 
 @torch.no_grad()
@@ -55,45 +53,63 @@ def look_ahead(
     if not reached:
         return
     in_pieces = type(base_optimizer) in PIECEWISE and all(map(_is_plain, base_optimizer.param_groups))
-    (_step_in_pieces if in_pieces else _step_and_undo)(base_optimizer, reached, scale)
+    if in_pieces and all(_is_flat(base_optimizer, param, *tensors) for param, tensors in reached.items()):
+        _step_in_pieces(base_optimizer, reached, scale)
+    else:
+        _step_and_undo(base_optimizer, reached, scale)
 
 
 def _is_plain(group: dict) -> bool:
     """Whether the piecewise steps cover this group; options held in tensors are left to the optimizer itself."""
     options = (group["lr"], *group.get("betas", ()))
-    return not (
-        group.get("differentiable")
-        or any(isinstance(option, Tensor) for option in options)
-        or any(param.is_complex() for param in group["params"])
-    )
+    return not (group.get("differentiable") or any(isinstance(option, Tensor) for option in options))
+
+
+def _is_flat(optimizer: Optimizer, param: Tensor, *others: Tensor) -> bool:
+    """Whether a parameter and all that belongs to it are dense and of one layout and precision.
+
+    torch's fused functions walk through memory and look at no strides.
+    """
+    tensors = (param, *others, *_state_of(optimizer, param).values())
+    layouts = {(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors}
+    dense = torch.empty_like(param, device="meta").stride() == param.stride()
+    return len(layouts) == 1 and dense and not param.is_complex()
 
 
 def _step_in_pieces(optimizer: Optimizer, reached: Reached, scale: float) -> None:
     for group in optimizer.param_groups:
         for piece in _pieces([param for param in group["params"] if param in reached]):
             # g_t may be where y_{t+1} goes: it is out of the way before x_t is put there.
-            grads = _copies([reached[param][0][rows] for param, rows in piece], scale)
-            moved = [reached[param][1][rows] for param, rows in piece]
-            torch._foreach_copy_(moved, [param[rows] for param, rows in piece])
-            PIECEWISE[type(optimizer)](moved, grads, [_state_of(optimizer, *each) for each in piece], group)
+            grads = _copies([_flat(reached[param][0])[part] for param, part in piece], scale)
+            moved = [_flat(reached[param][1])[part] for param, part in piece]
+            torch._foreach_copy_(moved, [_flat(param)[part] for param, part in piece])
+            states = [_state_of(optimizer, param, part) for param, part in piece]
+            PIECEWISE[type(optimizer)](moved, grads, states, group)
 
 
-def _pieces(params: list[Tensor]) -> Iterator[list[tuple[Tensor, Rows]]]:
-    """Cut parameters into rows and gather small ones, so that a piece holds about as many numbers as it should."""
-    piece, filled = [], 0
+def _pieces(params: list[Tensor]) -> Iterator[list[tuple[Tensor, slice]]]:
+    """Cut parameters and gather small ones, so that a piece holds at most as many numbers as it should."""
+    piece, filled, kind = [], 0, None
     for param in params:
-        limit = CPU_PIECE if param.device.type == "cpu" else DEVICE_PIECE
-        length = param.shape[0] if param.dim() else 1
-        rows = max(1, limit * length // max(1, param.numel()))
-        for start in range(0, length, rows):
-            size = param.numel() * min(rows, length - start) // length
-            if piece and filled + size > limit:
+        start = 0
+        while start < param.numel():
+            if piece and (filled == _longest(param) or kind != (param.device, param.dtype)):
                 yield piece
                 piece, filled = [], 0
-            piece.append((param, slice(start, start + rows) if param.dim() else ...))
-            filled += size
+            size = min(param.numel() - start, _longest(param) - filled)
+            piece.append((param, slice(start, start + size)))
+            start, filled, kind = start + size, filled + size, (param.device, param.dtype)
     if piece:
         yield piece
+
+
+def _longest(param: Tensor) -> int:
+    return CPU_PIECE if param.device.type == "cpu" else DEVICE_PIECE
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """All numbers of a dense tensor, ``(n,)``, in the order of their addresses."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _copies(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
@@ -101,24 +117,25 @@ def _copies(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
     return torch._foreach_mul(tensors, scale)
 
 
-def _state_of(optimizer: Optimizer, param: Tensor, rows: Rows) -> dict[str, Tensor]:
-    """What the optimizer keeps of these rows, empty before its first step. The tensors are not copies."""
-    state = optimizer.state.get(param, {})
-    return {
-        name: value[rows] if value.shape == param.shape and name != "step" else value
-        for name, value in state.items()
-        if value is not None
-    }
+def _state_of(optimizer: Optimizer, param: Tensor, part: slice | None = None) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter, or of a part of it; empty before its first step. No copies.
+
+    Without a `part` only what is kept per number, that is without the step count.
+    """
+    state = {name: value for name, value in optimizer.state.get(param, {}).items() if value is not None}
+    if part is None:
+        return {name: value for name, value in state.items() if name != "step"}
+    return {name: value if name == "step" else _flat(value)[part] for name, value in state.items()}
 
 
-def _sgd(weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict) -> None:
+def _sgd(weights: list[Tensor], grads: list[Tensor], states: list[dict], group: dict) -> None:
     """U of `torch.optim.SGD`, with momentum, Nesterov, dampening and weight decay as the group says."""
     velocities = [state["momentum_buffer"].clone() if "momentum_buffer" in state else None for state in states]
     names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
     sgd(weights, grads, velocities, **{name: group[name] for name in names})
 
 
-def _adam(weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], group: dict) -> None:
+def _adam(weights: list[Tensor], grads: list[Tensor], states: list[dict], group: dict) -> None:
     """U of `torch.optim.Adam` and `AdamW`; always the fused form, which is one pass over memory."""
 
     def moments(name: str) -> list[Tensor]:
@@ -150,7 +167,7 @@ def _count(state: dict[str, Tensor], device: torch.device) -> Tensor:
 
 
 # Exact types: a subclass may have overridden `step`.
-PIECEWISE: dict[type[Optimizer], Callable[[list[Tensor], list[Tensor], list[dict], dict], None]] = {
+PIECEWISE: dict[type[Optimizer], Callable[..., None]] = {
     SGD: _sgd,
     Adam: _adam,
     AdamW: _adam,

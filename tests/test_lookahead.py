@@ -79,6 +79,39 @@ def test_goes_where_the_optimizer_would_and_leaves_it_alone(name, steps_before, 
         assert torch.equal(param, expected)
 
 
+LAYOUTS = {
+    "transposed": lambda: torch.randn(3, 7).t(),
+    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "not dense": lambda: torch.randn(6, 5)[:, :3],
+    "one number": lambda: torch.randn(()),
+    "empty": lambda: torch.randn(0, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw", "adamw fused"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_walks_through_any_layout_of_weights_and_moments(name, layout, loaded, monkeypatch):
+    """In pieces smaller than the parameter; moments from a checkpoint may have lost the parameter's layout."""
+    monkeypatch.setattr(lookahead, "CPU_PIECE", 4)
+    torch.manual_seed(0)
+    optimizer_class, options = OPTIMIZERS[name]
+    param = nn.Parameter(LAYOUTS[layout]())
+    optimizer = optimizer_class([param], **options)
+    param.grad = torch.empty_like(param).copy_(torch.randn(param.shape))
+    optimizer.step()
+    if loaded:
+        for key, value in optimizer.state[param].items():
+            optimizer.state[param][key] = value.contiguous()
+
+    grad = torch.empty_like(param).copy_(torch.randn(param.shape))
+    out = torch.empty_like(param)
+    look_ahead(optimizer, [param], [grad], out=[out])
+    param.grad = grad
+    optimizer.step()
+    torch.testing.assert_close(out, param.detach())
+
+
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw", "radam"])
 def test_clips_its_own_copy_and_takes_some_of_the_parameters(name):
     params, optimizer = setup(name)
