@@ -33,7 +33,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_sampa.functional import global_norm, perturb
+from hf_sampa.functional import perturb
 
 
 METHODS = ("adamw", "sam", "sampa")
@@ -108,7 +108,7 @@ def sharpness(model: PreTrainedModel, batch: dict[str, torch.Tensor], rho: float
     params = [param for param in model.parameters() if param.requires_grad]
     loss = model(**batch).loss
     grads = torch.autograd.grad(loss, params)
-    perturb(params, grads, rho, global_norm(grads), out=params)
+    perturb(params, grads, rho, torch.nn.utils.get_total_norm(grads), out=params)
     with torch.no_grad():
         return (model(**batch).loss - loss).item()
 

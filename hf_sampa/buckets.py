@@ -66,9 +66,7 @@ class Buckets:
         """Put the gradient of parameter `i` into its place; a bucket of its own becomes `grad` itself, without a copy."""
         bucket = self.bucket_of[i]
         own = len(self.members[bucket]) == 1 and grad.stride() == self._layouts[i][1]
-        memory = grad.untyped_storage()
-        # Held by `grad` and `memory` alone: autograd hands one tensor to several parameters where views of them are added.
-        if own and memory.nbytes() == grad.nbytes and torch._C._storage_Use_Count(memory._cdata) == 2:
+        if own and _is_sole_owner(grad):
             self.flats[bucket], self.views[i] = grad.as_strided((grad.numel(),), (1,)), grad
         else:
             self.ensure(bucket)
@@ -89,6 +87,15 @@ class Buckets:
         empty = [flat] * len(self.members[bucket])
         for i, view in zip(self.members[bucket], self.cut(bucket, flat) if flat.numel() else empty, strict=True):
             self.views[i] = view
+
+
+def _is_sole_owner(grad: Tensor) -> bool:
+    """Whether nothing but `grad` holds its memory: autograd hands one tensor to several parameters where they are added."""
+    memory = grad.untyped_storage()
+    # Not public, though torch's own graph trees rest on it.
+    count_users = getattr(torch._C, "_storage_Use_Count", None)
+    # `grad` and `memory` are two.
+    return memory.nbytes() == grad.nbytes and count_users is not None and count_users(memory._cdata) == 2
 
 
 def partition(params: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
@@ -171,8 +178,9 @@ class GradientRecorder:
         if self._on_full is not None and bucket < self._next:
             raise RuntimeError(
                 f"A parameter of shape {tuple(param.shape)} received its gradient in more than one piece during one "
-                "backward pass, after the first piece had been sent to the other process. Reentrant activation "
-                "checkpointing does this: set overlap_exchange=False, which sends gradients after the backward pass, or "
+                "step, after the first piece had been sent to the other process. Reentrant activation checkpointing "
+                "does this, and so does a training_step of your own that calls backward twice: set "
+                "overlap_exchange=False, which sends gradients after all of them, or, for checkpointing, "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         if param.grad is not self._into.views[i]:

@@ -60,7 +60,10 @@ def check_trainable(model: torch.nn.Module, params: list[torch.nn.Parameter]) ->
 
 
 def check_model(model: torch.nn.Module) -> None:
-    """Raise ValueError where `model` has nothing to train, trains in half precision, or trains one memory twice."""
+    """Raise ValueError where `model` has nothing to train, or trains in a way that two processes could not share.
+
+    That is: in half precision, one memory under two names, or by sparse gradients.
+    """
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not trainable:
         raise ValueError(
@@ -73,6 +76,12 @@ def check_model(model: torch.nn.Module) -> None:
                 f"Expected trainable weights in float32, but {name!r} is {param.dtype}: a perturbation of radius rho is "
                 "rounded away in it. Load the model with from_pretrained(..., dtype=torch.float32); bf16=True still "
                 "computes in half precision."
+            )
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) and any(param.requires_grad for param in module.parameters(recurse=False)):
+            raise ValueError(
+                f"Expected dense gradients, but {name!r}, a {type(module).__name__} with sparse=True, makes sparse ones. "
+                "Build it with sparse=False, or freeze it."
             )
     first_at: dict[int, str] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

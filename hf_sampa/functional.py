@@ -31,16 +31,6 @@ NORM_GUARD = 1e-12
 
 
 @torch.no_grad()
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all entries of all `tensors`, as a scalar float64 tensor ``()`` on their device.
-
-    The partial norms are added in double precision, so that the number of buckets hardly shows in the result.
-    """
-    norms = torch.stack(torch._foreach_norm(list(tensors)))
-    return torch.linalg.vector_norm(norms.double())
-
-
-@torch.no_grad()
 def perturb(
     params: Sequence[Tensor],
     ascent_grads: Sequence[Tensor],

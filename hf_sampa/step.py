@@ -95,7 +95,7 @@ class StepMixin:
                 # Stays on the device: reading it would make the host wait. No micro-batch with a count has total 0.
                 micro_batch.share = (count * self.args.num_replicas / total).float() if count else 0.0
             else:
-                micro_batch.share = count / total if total else 1 / len(counts)
+                micro_batch.share = count / total if count else 0.0
 
     def _micro_gradient(self, model, micro_batch: MicroBatch) -> torch.Tensor:
         """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""

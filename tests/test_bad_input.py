@@ -115,6 +115,16 @@ def test_weights_in_the_same_memory(tmp_path):
         trainer(tmp_path, model).train()
 
 
+@pytest.mark.parametrize("layer", [torch.nn.Embedding, torch.nn.EmbeddingBag])
+def test_sparse_gradients(tmp_path, layer):
+    model = tiny.bert()
+    model.extra = layer(4, 2, sparse=True)
+    with pytest.raises(ValueError, match=f"dense gradients, but 'extra', a {layer.__name__}.*sparse=False, or freeze"):
+        trainer(tmp_path, model).train()
+    model.extra.requires_grad_(False)
+    trainer(tmp_path, model, max_steps=1).train()
+
+
 def test_nothing_to_train(tmp_path):
     with pytest.raises(ValueError, match="at least one trainable parameter, but requires_grad is False for all"):
         trainer(tmp_path, tiny.bert().requires_grad_(False)).train()

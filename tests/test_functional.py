@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from hf_sampa.buckets import Buckets, GradientRecorder
-from hf_sampa.functional import displacement_dot_, global_norm, interpolate_, perturb
-
-
-def test_global_norm_spans_all_tensors():
-    assert global_norm([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]).item() == 5.0
+from hf_sampa.functional import displacement_dot_, interpolate_, perturb
 
 
 @pytest.mark.parametrize("norm", [5.0, torch.tensor(5.0, dtype=torch.float64)], ids=["number", "tensor"])
@@ -104,6 +100,21 @@ def test_recorder_sums_micro_batches_zeroes_the_unused_and_keeps_one_order():
     assert buckets.views[0].tolist() == [5.0, 5.0]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_large_gradient_is_taken_over_where_torch_tells_that_nobody_else_holds_it(known, monkeypatch):
+    if not known:
+        monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    param = torch.zeros(3)
+    buckets, grad = Buckets([param], bucket_bytes=4), torch.ones(3)
+    buckets.take(0, grad)
+    assert (buckets.flats[0].data_ptr() == grad.data_ptr()) == known
+    assert buckets.views[0].tolist() == buckets.flats[0].tolist() == [1.0, 1.0, 1.0]
+    other, held = torch.ones(3), []
+    held.append(other.view(3))
+    buckets.take(0, other)
+    assert buckets.flats[0].data_ptr() != other.data_ptr()
+
+
 def test_recorder_without_overlap_reports_after_backward():
     param = torch.nn.Parameter(torch.ones(1))
     buckets, recorder, full = Buckets([param]), GradientRecorder([param], overlap=False), []
@@ -120,7 +131,9 @@ def test_a_gradient_that_comes_after_its_bucket_was_sent_is_refused():
     buckets, recorder = Buckets([param]), GradientRecorder([param])
     recorder.start(buckets)
     with (
-        pytest.raises(RuntimeError, match="more than one piece.*overlap_exchange=False.*use_reentrant"),
+        pytest.raises(
+            RuntimeError, match="more than one piece.*backward twice.*overlap_exchange=False.*use_reentrant"
+        ),
         recorder.record(buckets, lambda _: None),
     ):
         param.sum().backward()

@@ -13,10 +13,18 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 RAGGED, EVEN = 26, 24
+
+
+def with_a_batch_of_ignored_labels() -> list[dict]:
+    items = tiny.tagged_sentences(RAGGED)
+    return [{**item, "labels": torch.full((8,), -100)} if 8 <= i < 16 else item for i, item in enumerate(items)]
+
+
 MODELS = {
     "bert": (tiny.bert, tiny.sentences(RAGGED)),
     "vit": (tiny.vit, tiny.images(RAGGED)),
     "token-level bert": (tiny.token_bert, tiny.tagged_sentences(RAGGED)),
+    "a batch without labels": (tiny.token_bert, with_a_batch_of_ignored_labels()),
     "regression": (tiny.regression_bert, tiny.scored_sentences(RAGGED)),
 }
 # (samples, processes, batch per device, accumulation) for update batches of 8. With several replicas accelerate fills
