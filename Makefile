@@ -30,7 +30,7 @@ lint: .venv ## Check style and formatting
 	$(BIN)/ruff format --check .
 
 bench: .venv ## Measure seconds per step, memory and traffic of AdamW, SAM and SAMPa
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/step_time.py --ddp
 
 bench-scaling: .venv ## Measure the same for 2 to 12 layers and 8 to 128 tokens; a table and a picture
 	$(BIN)/python benchmarks/scaling.py

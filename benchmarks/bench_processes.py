@@ -18,8 +18,15 @@ from pathlib import Path
 from typing import Any
 
 
-METHODS = {"adamw": "AdamW", "sam": "SAM", "sampa": "SAMPa", "sampa_sharded": "SAMPa sharded"}
+METHODS = {
+    "adamw": "AdamW",
+    "adamw_ddp": "AdamW, DDP",
+    "sam": "SAM",
+    "sampa": "SAMPa",
+    "sampa_sharded": "SAMPa sharded",
+}
 PAIRED = ("sampa", "sampa_sharded")
+TOGETHER = ("adamw_ddp", *PAIRED)  # one world of two processes; of the others every process is one of its own
 ROLES = ("PERTURBED", "LOOKAHEAD")  # of the two processes of a pair, by rank
 
 

@@ -69,7 +69,7 @@ def make_trainer(
         "use_cpu": use_cpu,
         "bf16": bf16,
     }
-    if method == "adamw":
+    if method in ("adamw", "adamw_ddp"):
         trainer_class, args = LabelledTrainer, TrainingArguments(**settings)
     elif method == "sampa_sharded":
         trainer_class, args = SAMPaTrainer, SAMPaTrainingArguments(shard_optimizer=True, **settings)

@@ -5,9 +5,11 @@
 
 All steps are steps of the real Trainer or SAMPaTrainer with AdamW beneath, one thread per process. AdamW and SAM run as
 two independent processes at once, so that two cores are as busy as under SAMPa's two processes, and every process works
-on a whole batch. All processes stay alive and take turns: a round of AdamW, a round of SAM, a round of SAMPa, and
-again, so that a machine that slows down slows all of them. The first round of each is a warm-up and is not counted. One
-more round of each, which is not counted either, is profiled: it tells where the milliseconds go.
+on a whole batch. With --ddp, AdamW is measured a second time as one run of both processes, which torch's
+DistributedDataParallel makes of it: what a person with two devices has today, at the same batch per process. All
+processes stay alive and take turns, a round of each method and again, so that a machine that slows down slows all. The
+first round of each is a warm-up and is not counted. One more round of each, which is not counted either, is profiled:
+it tells where the milliseconds go.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from bench_processes import METHODS, PAIRED, ROLES, Group
+from bench_processes import METHODS, PAIRED, ROLES, TOGETHER, Group
 from step_phases import PHASES
 
 
@@ -48,7 +50,7 @@ def measure(
     rounds: dict[str, list[list[Report]]] = {method: [] for method in methods}
     with ExitStack() as stack:
         groups = {
-            method: Group(WORKER, {"method": method, **settings}, stack, processes=2, together=method in PAIRED)
+            method: Group(WORKER, {"method": method, **settings}, stack, processes=2, together=method in TOGETHER)
             for method in methods
         }
         names = ["warm-up", *(f"round {n + 1} of {settings['rounds']}" for n in range(settings["rounds"])), "profile"]
@@ -97,6 +99,7 @@ def summarise(rounds: dict[str, list[list[Report]]]) -> dict[str, Any]:
         }
     pairs = [("sampa", "adamw"), ("sam", "sampa"), ("sam", "adamw")]
     pairs += [(method, "adamw") for method in rounds if method not in COMPARED]
+    pairs += [("sampa", "adamw_ddp")] if "adamw_ddp" in rounds else []
     for above, below in pairs:
         ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
         result["ratios_by_round"][f"{above}_over_{below}"] = ratios
@@ -116,13 +119,17 @@ def format_table(settings: dict[str, Any], result: dict[str, Any]) -> str:
         f"{'':<15}{'':<18}{'':>8}{'':>10}{'per process':>14}",
     ]
     for method, figures in result["methods"].items():
-        processes = "2, one pair" if method in PAIRED else "2, independent"
+        processes = "2, one pair" if method in PAIRED else "2, one run" if method in TOGETHER else "2, independent"
         to_adamw = 1.0 if method == "adamw" else result[f"{method}_over_adamw"]
         memory = f"{figures['peak_bytes_per_process'] / 1e9:.2f} GB"
         lines.append(
             f"{METHODS[method]:<15}{processes:<18}{figures['seconds_per_step']:>8.3f}{to_adamw:>10.2f}{memory:>14}"
         )
-    lines += ["", f"SAMPa / AdamW {result['sampa_over_adamw']:.2f}    SAM / SAMPa {result['sam_over_sampa']:.2f}"]
+    names = {
+        ratio: " / ".join(METHODS[method] for method in ratio.split("_over_")) for ratio in result["ratios_by_round"]
+    }
+    shown = [ratio for ratio in names if ratio.startswith("sampa_over") or ratio.endswith("over_sampa")]
+    lines += ["", "    ".join(f"{names[ratio]} {result[ratio]:.2f}" for ratio in shown)]
     return "\n".join([*lines, "", *_format_phases(result)])
 
 
@@ -139,9 +146,8 @@ def _format_phases(result: dict[str, Any]) -> list[str]:
             spent, sent = process["milliseconds"], process["bytes_sent_per_step"]
             role = ROLES[rank] if method in PAIRED else str(rank)
             cells = "".join(f"{spent[phase]:>{len(phase) + 2}.1f}" for phase in PHASES)
-            lines.append(
-                f"{METHODS[method]:<15}{role:<13}{cells}{sum(spent.values()):>9.1f}{sent / 1e6:>9.1f} MB{sent / gradient:>7.3f}"
-            )
+            traffic = "  not counted" if sent is None else f"{sent / 1e6:>9.1f} MB{sent / gradient:>7.3f}"
+            lines.append(f"{METHODS[method]:<15}{role:<13}{cells}{sum(spent.values()):>9.1f}{traffic}")
     return lines
 
 
@@ -178,6 +184,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name in SIZES:
         add_size(parser, name)
     parser.add_argument("--bf16", action="store_true", help="forward passes under bf16 autocast")
+    parser.add_argument("--ddp", action="store_true", help="measure AdamW in data parallel over both processes, too")
     parser.add_argument(
         "--shard_optimizer", action="store_true", help="measure SAMPa with sharded optimizer state, too"
     )
@@ -188,9 +195,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     parser = make_parser()
     settings = vars(parser.parse_args())
-    json_path, sharded = settings.pop("json"), settings.pop("shard_optimizer")
+    json_path = settings.pop("json")
+    optional = {"adamw_ddp": settings.pop("ddp"), "sampa_sharded": settings.pop("shard_optimizer")}
     check_sizes(parser, {name: settings[name] for name in SIZES})
-    result = measure(settings, [*COMPARED, "sampa_sharded"] if sharded else COMPARED)
+    result = measure(settings, [method for method in METHODS if optional.get(method, True)])
     print(format_table(settings, result))
     if json_path is not None:
         json_path.write_text(json.dumps({"settings": settings, **result}, indent=2) + "\n")

@@ -53,7 +53,8 @@ class Rounds(TrainerCallback):
         seconds = (time.perf_counter() - self.started) / self.steps
         report = {
             "seconds_per_step": seconds,
-            "bytes_per_step": (self._bytes_sent() - self.bytes_before) / self.steps,
+            # DDP does not tell.
+            "bytes_per_step": None if self._in_ddp() else (self._bytes_sent() - self.bytes_before) / self.steps,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
             "parameters": sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad),
         }
@@ -67,6 +68,9 @@ class Rounds(TrainerCallback):
 
     def _bytes_sent(self) -> int:
         return self.trainer.sampa.exchange.bytes_sent if isinstance(self.trainer, SAMPaTrainer) else 0
+
+    def _in_ddp(self) -> bool:
+        return self.trainer.args.world_size > 1 and not isinstance(self.trainer, SAMPaTrainer)
 
 
 def main(method: str, rounds: int, steps: int, **settings) -> None:

@@ -25,20 +25,24 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.distributed
 def test_tiny_model_gives_every_figure(tmp_path):
-    done = run(*TINY, "--json", str(tmp_path / "figures.json"))
+    done = run(*TINY, "--ddp", "--json", str(tmp_path / "figures.json"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "figures.json").read_text())
     sizes = {"layers": 1, "hidden": 32, "batch": 2, "seq": 8, "rounds": 2, "steps": 2}
     assert result["settings"] == {**sizes, "bf16": False}
-    assert list(result["methods"]) == ["adamw", "sam", "sampa"]
+    assert list(result["methods"]) == ["adamw", "adamw_ddp", "sam", "sampa"]
     for figures in result["methods"].values():
         assert len(figures["rounds"]) == 2 and min(figures["rounds"]) > 0
         assert figures["peak_bytes_per_process"] > 100e6  # torch alone takes more
     processes = {method: figures["processes"] for method, figures in result["methods"].items()}
     sent = {method: [process["bytes_sent_per_step"] for process in processes[method]] for method in processes}
     # One gradient in fp32; the independent processes exchange nothing.
-    assert sent == {"adamw": [0, 0], "sam": [0, 0], "sampa": [4 * result["parameters"]] * 2}
-    assert "SAMPa / AdamW" in done.stdout and "SAM / SAMPa" in done.stdout
+    one_gradient = 4 * result["parameters"]
+    assert sent == {"adamw": [0, 0], "adamw_ddp": [None, None], "sam": [0, 0], "sampa": [one_gradient] * 2}
+    ratios = ("sampa_over_adamw", "sam_over_sampa", "sampa_over_adamw_ddp")
+    names = ("SAMPa / AdamW", "SAM / SAMPa", "SAMPa / AdamW, DDP")
+    assert "    ".join(f"{name} {result[r]:.2f}" for name, r in zip(names, ratios, strict=True)) in done.stdout
+    assert done.stdout.count("not counted") == 2
     check_phases(processes)
 
 
@@ -47,6 +51,7 @@ def check_phases(processes: dict[str, list[dict]]) -> None:
     always = {"data", "forward and backward", "base step"}
     expected = {
         "adamw": always,
+        "adamw_ddp": always,
         "sam": always | {"displace", "exposed exchange"},  # SAM tells its losses by the same small gather
         "sampa": always | {"displace", "exposed exchange", "combine"},
     }
@@ -124,8 +129,8 @@ def test_workers_train_what_the_tables_name(method):
     sizes = {"layers": 1, "hidden": 32, "batch": 2, "seq": 8, "max_steps": 3}
     trainer = make_trainer(method, TrainerCallback(), **sizes, bf16=True, use_cpu=True)
     args = trainer.args
-    assert isinstance(trainer, SAMPaTrainer) == (method != "adamw")
-    assert getattr(args, "method", "adamw") == method.removesuffix("_sharded")
+    assert isinstance(trainer, SAMPaTrainer) == (not method.startswith("adamw"))
+    assert getattr(args, "method", "adamw") == method.split("_")[0]
     assert getattr(args, "shard_optimizer", False) == (method == "sampa_sharded")
     # What Trainer takes by default, and what the phases' label of the base step belongs to.
     assert args.optim == "adamw_torch_fused" and args.bf16
