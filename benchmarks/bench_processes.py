@@ -22,11 +22,16 @@ METHODS = {
     "adamw": "AdamW",
     "adamw_ddp": "AdamW, DDP",
     "sam": "SAM",
+    "sam_replicas": "SAM, replicas",
     "sampa": "SAMPa",
     "sampa_sharded": "SAMPa sharded",
 }
 PAIRED = ("sampa", "sampa_sharded")
-TOGETHER = ("adamw_ddp", *PAIRED)  # one world of two processes; of the others every process is one of its own
+TOGETHER = (
+    "adamw_ddp",
+    "sam_replicas",
+    *PAIRED,
+)  # one world of two processes; of the others every process is one of its own
 ROLES = ("PERTURBED", "LOOKAHEAD")  # of the two processes of a pair, by rank
 
 

@@ -74,7 +74,7 @@ def make_trainer(
     elif method == "sampa_sharded":
         trainer_class, args = SAMPaTrainer, SAMPaTrainingArguments(shard_optimizer=True, **settings)
     else:
-        trainer_class, args = SAMPaTrainer, SAMPaTrainingArguments(method=method, **settings)
+        trainer_class, args = SAMPaTrainer, SAMPaTrainingArguments(method=method.split("_")[0], **settings)
     # One batch more than there are steps: SAMPa reads one ahead.
     dataset = build_dataset((max_steps + 1) * batch, seq)
     trainer = trainer_class(build_model(layers, hidden), args, train_dataset=dataset, callbacks=[callback])

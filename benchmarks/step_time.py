@@ -5,8 +5,8 @@
 
 All steps are steps of the real Trainer or SAMPaTrainer with AdamW beneath, one thread per process. AdamW and SAM run as
 two independent processes at once, so that two cores are as busy as under SAMPa's two processes, and every process works
-on a whole batch. With --ddp, AdamW is measured a second time as one run of both processes, which torch's
-DistributedDataParallel makes of it: what a person with two devices has today, at the same batch per process. All
+on a whole batch. With --ddp, they are measured a second time as one run of both processes at the same batch per process,
+AdamW by torch's DistributedDataParallel and SAM by this package: what a person with two devices has without pairs. All
 processes stay alive and take turns, a round of each method and again, so that a machine that slows down slows all. The
 first round of each is a warm-up and is not counted. One more round of each, which is not counted either, is profiled:
 it tells where the milliseconds go.
@@ -99,7 +99,7 @@ def summarise(rounds: dict[str, list[list[Report]]]) -> dict[str, Any]:
         }
     pairs = [("sampa", "adamw"), ("sam", "sampa"), ("sam", "adamw")]
     pairs += [(method, "adamw") for method in rounds if method not in COMPARED]
-    pairs += [("sampa", "adamw_ddp")] if "adamw_ddp" in rounds else []
+    pairs += [("sampa", "adamw_ddp"), ("sam_replicas", "sampa")] if "adamw_ddp" in rounds else []
     for above, below in pairs:
         ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
         result["ratios_by_round"][f"{above}_over_{below}"] = ratios
@@ -184,7 +184,9 @@ def make_parser() -> argparse.ArgumentParser:
     for name in SIZES:
         add_size(parser, name)
     parser.add_argument("--bf16", action="store_true", help="forward passes under bf16 autocast")
-    parser.add_argument("--ddp", action="store_true", help="measure AdamW in data parallel over both processes, too")
+    parser.add_argument(
+        "--ddp", action="store_true", help="measure AdamW and SAM in data parallel over both processes, too"
+    )
     parser.add_argument(
         "--shard_optimizer", action="store_true", help="measure SAMPa with sharded optimizer state, too"
     )
@@ -196,7 +198,8 @@ def main() -> None:
     parser = make_parser()
     settings = vars(parser.parse_args())
     json_path = settings.pop("json")
-    optional = {"adamw_ddp": settings.pop("ddp"), "sampa_sharded": settings.pop("shard_optimizer")}
+    optional = dict.fromkeys(("adamw_ddp", "sam_replicas"), settings.pop("ddp"))
+    optional["sampa_sharded"] = settings.pop("shard_optimizer")
     check_sizes(parser, {name: settings[name] for name in SIZES})
     result = measure(settings, [method for method in METHODS if optional.get(method, True)])
     print(format_table(settings, result))

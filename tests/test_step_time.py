@@ -30,7 +30,7 @@ def test_tiny_model_gives_every_figure(tmp_path):
     result = json.loads((tmp_path / "figures.json").read_text())
     sizes = {"layers": 1, "hidden": 32, "batch": 2, "seq": 8, "rounds": 2, "steps": 2}
     assert result["settings"] == {**sizes, "bf16": False}
-    assert list(result["methods"]) == ["adamw", "adamw_ddp", "sam", "sampa"]
+    assert list(result["methods"]) == ["adamw", "adamw_ddp", "sam", "sam_replicas", "sampa"]
     for figures in result["methods"].values():
         assert len(figures["rounds"]) == 2 and min(figures["rounds"]) > 0
         assert figures["peak_bytes_per_process"] > 100e6  # torch alone takes more
@@ -38,9 +38,16 @@ def test_tiny_model_gives_every_figure(tmp_path):
     sent = {method: [process["bytes_sent_per_step"] for process in processes[method]] for method in processes}
     # One gradient in fp32; the independent processes exchange nothing.
     one_gradient = 4 * result["parameters"]
-    assert sent == {"adamw": [0, 0], "adamw_ddp": [None, None], "sam": [0, 0], "sampa": [one_gradient] * 2}
-    ratios = ("sampa_over_adamw", "sam_over_sampa", "sampa_over_adamw_ddp")
-    names = ("SAMPa / AdamW", "SAM / SAMPa", "SAMPa / AdamW, DDP")
+    assert {method: sent[method] for method in ("adamw", "adamw_ddp", "sam", "sampa")} == {
+        "adamw": [0, 0],
+        "adamw_ddp": [None, None],
+        "sam": [0, 0],
+        "sampa": [one_gradient] * 2,
+    }
+    # Both of its gradients are averaged over the replicas.
+    assert sent["sam_replicas"] == [2 * one_gradient] * 2
+    ratios = ("sampa_over_adamw", "sam_over_sampa", "sampa_over_adamw_ddp", "sam_replicas_over_sampa")
+    names = ("SAMPa / AdamW", "SAM / SAMPa", "SAMPa / AdamW, DDP", "SAM, replicas / SAMPa")
     assert "    ".join(f"{name} {result[r]:.2f}" for name, r in zip(names, ratios, strict=True)) in done.stdout
     assert done.stdout.count("not counted") == 2
     check_phases(processes)
@@ -53,6 +60,7 @@ def check_phases(processes: dict[str, list[dict]]) -> None:
         "adamw": always,
         "adamw_ddp": always,
         "sam": always | {"displace", "exposed exchange"},  # SAM tells its losses by the same small gather
+        "sam_replicas": always | {"displace", "exposed exchange"},
         "sampa": always | {"displace", "exposed exchange", "combine"},
     }
     for method, by_rank in processes.items():
