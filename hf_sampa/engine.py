@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,8 @@ class SharpnessAware:
         self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
         self.skipped_steps = self.skipped_in_a_row = 0
         self._recorder = GradientRecorder(self.params, overlap)
+        # Until a step has shown that backward reads no weight whose gradient is complete: autograd cannot tell of them all.
+        self._on_trial = overlap
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -127,10 +130,12 @@ class SharpnessAware:
     ) -> Found:
         """Gradient of f on `batch` at the weights as they are, averaged over replicas, into `into`.
 
-        Where the weights are displaced, `weights` are their buckets and `x` is x_t.
+        Where the weights are displaced, `weights` are their buckets and `x` is x_t. On trial, a weight becomes NaN as soon
+        as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
         """
         norms: list[Tensor] = []
         dots: list[Tensor] = []
+        held_back: list[Callable[[], None]] = []
 
         def on_full(bucket: int) -> None:
             members, grad = into.members[bucket], into.flats[bucket]
@@ -142,7 +147,14 @@ class SharpnessAware:
                 if role is Role.PERTURBED:
                     moved = [weights.views[i] for i in members]
                     dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
-            self._start_exchange(bucket, into, weights, ready=lambda: norms.append(torch.linalg.vector_norm(grad)))
+            start = partial(
+                self._start_exchange, bucket, into, weights, lambda: norms.append(torch.linalg.vector_norm(grad))
+            )
+            if weights is not None and self._on_trial:
+                weights.flats[bucket].fill_(float("nan"))
+                held_back.append(start)
+            else:
+                start()
 
         self._recorder.start(into)
         micro_batches = list(batch)
@@ -151,6 +163,8 @@ class SharpnessAware:
             for i, micro_batch in enumerate(micro_batches):
                 with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
                     losses.append(gradient(micro_batch))
+        for start in held_back:
+            start()
         self.exchange.finish()
         loss, norm = torch.stack(losses).sum().double(), torch.linalg.vector_norm(torch.stack(norms).double())
         dot = torch.stack(dots).double().sum() if dots else torch.zeros_like(loss)
@@ -181,13 +195,14 @@ class SharpnessAware:
 
     def _finish(self, ascent: Pass, perturbed: Pass, loss: float, used: Sequence[bool], skipped: bool) -> StepReport:
         """Put G_t (or, where the step is skipped, nothing) into ``.grad``."""
+        self._on_trial = self._on_trial and skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.skipped_steps += skipped
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
                 f"Expected a finite gradient at least once in {MAX_SKIPPED_IN_A_ROW} steps, but got NaN or infinity "
                 f"in all of the last {self.skipped_in_a_row}. Lower the learning rate or rho, and look for bad values "
-                "in the data; the weights are those of the last good step."
+                f"in the data; the weights are those of the last good step.{self._late_reader()}"
             )
         self.reached = {i for i, is_used in enumerate(used) if is_used and not skipped}
         for param in self.params:
@@ -201,6 +216,14 @@ class SharpnessAware:
             ascent_grad_norm=ascent.norm,
             ascent_cosine=perturbed.dot / (self.rho * perturbed.norm + NORM_GUARD),
             skipped=skipped,
+        )
+
+    def _late_reader(self) -> str:
+        return (
+            " No step of this run has had finite gradients yet: if the run is well with overlap_exchange=False, the model's "
+            "backward reads a weight whose gradient is complete, as weight.data perhaps; leave it off then."
+            if self._on_trial
+            else ""
         )
 
     def _owned_params(self) -> list[int]:

@@ -80,8 +80,8 @@ class SAMPaArgumentsMixin:
         default=True,
         metadata={
             "help": "Send gradients to the other process while backward is still running. Turn it off for models whose "
-            "backward reads a weight after that weight's gradient is complete; PyTorch reports most of them in an error, "
-            "but not weights read as weight.data, kept on ctx by a custom Function, or detached in checkpointed layers."
+            "backward reads a weight after that weight's gradient is complete, as weight.data or detached perhaps: the "
+            "first steps try it out, and a message says so."
         },
     )
 

@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from hf_sampa import SAMPaTrainer
 from tests import tiny
+from tests.ranks import RankFailed, run_ranks
 
 
 class ReadsDetachedWeights(nn.Module):
     """Its backward reads the weight of `middle` after that weight's gradient is complete."""
+
+    early_weight = staticmethod(torch.Tensor.detach)
 
     def __init__(self):
         super().__init__()
@@ -21,7 +25,7 @@ class ReadsDetachedWeights(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, pixel_values, labels=None):
-        early = nn.functional.linear(self.first(pixel_values.flatten(1)), self.middle.weight.detach())
+        early = nn.functional.linear(self.first(pixel_values.flatten(1)), self.early_weight(self.middle.weight))
         logits = self.head(self.middle(early.tanh()))
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
@@ -32,6 +36,48 @@ def test_a_weight_that_backward_reads_too_late_is_noticed(tmp_path):
         RuntimeError, match="Backward read a weight whose gradient was complete.*overlap_exchange=False"
     ):
         tiny.run(tmp_path, ReadsDetachedWeights, tiny.images(12))
+
+
+class ReadsRawWeights(ReadsDetachedWeights):
+    """Autograd does not know that these are the weight's numbers."""
+
+    early_weight = staticmethod(lambda weight: weight.data)
+
+
+class ReadsInCheckpointedLayers(ReadsDetachedWeights):
+    """Computed once more in backward, so that autograd sees nothing saved."""
+
+    def forward(self, pixel_values, labels=None):
+        early = checkpoint(self.early, pixel_values, use_reentrant=False)
+        logits = self.head(self.middle(early))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    def early(self, pixel_values):
+        return nn.functional.linear(self.first(pixel_values.flatten(1)), self.middle.weight.detach()).tanh()
+
+
+def trained(folder, model, method="sampa", overlap=True):
+    return tiny.run(folder, model, tiny.images(12), max_steps=30, method=method, overlap_exchange=overlap)
+
+
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+@pytest.mark.parametrize("model", [ReadsRawWeights, ReadsInCheckpointedLayers])
+def test_a_late_reader_that_autograd_does_not_see_has_no_finite_gradient(tmp_path, model, method):
+    with pytest.raises(
+        RuntimeError, match="No step of this run has had finite.*run is well with overlap_exchange=False"
+    ):
+        trained(tmp_path / "overlap", model, method)
+    run = trained(tmp_path / "none", model, method, overlap=False)
+    assert run["steps"] == 30 and not any("skipped_steps" in line for line in run["logs"])
+
+
+@pytest.mark.distributed
+def test_two_processes_notice_a_late_reader_too(tmp_path):
+    with pytest.raises(RankFailed, match="run is well with overlap_exchange=False"):
+        run_ranks(trained, 2, tmp_path / "overlap", ReadsRawWeights, folder=tmp_path / "failed")
+    one = trained(tmp_path / "one", ReadsRawWeights, overlap=False)
+    for two in run_ranks(trained, 2, tmp_path / "two", ReadsRawWeights, "sampa", False, folder=tmp_path / "well"):
+        assert tiny.differing(one, two) == []
 
 
 def test_without_overlap_it_trains_and_overlap_changes_no_bit(tmp_path):
