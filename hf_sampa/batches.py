@@ -69,6 +69,11 @@ class UpdateBatch:
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
 
+    @property
+    def update(self) -> int:
+        """t, its index among the run's update batches."""
+        return self.micro_batches[0].update
+
 
 class UpdateStream:
     """Update batches, epoch after epoch without end, one of them visible ahead.

@@ -1,7 +1,8 @@
 """What SAMPa adds to a Trainer checkpoint: g_t, where the data stream is, the settings, and whether it is whole.
 
-Two files, written after the model, optimizer and scheduler and before ``trainer_state.json``, each put in place by one
-rename: ``sampa.safetensors`` holds g_t by parameter name, ``sampa.json`` the rest and the sizes of all files so far.
+Files written after the model, optimizer and scheduler and before ``trainer_state.json``, each put in place by one rename:
+``sampa.safetensors`` holds g_t by parameter name, ``sampa_recipe.pt`` the state of the variant, if it has any, and
+``sampa.json`` the rest and the sizes of all files so far.
 That order makes every cut visible: without a readable ``trainer_state.json`` a checkpoint is torn; with it, but without
 ``sampa.json``, it is one of plain Trainer; and a file whose size is not the recorded one was cut or replaced.
 """
@@ -14,27 +15,34 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 
-MANIFEST, TENSORS = "sampa.json", "sampa.safetensors"
+MANIFEST, TENSORS, RECIPE = "sampa.json", "sampa.safetensors", "sampa_recipe.pt"
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME
 FORMAT = 1
 
 
-def write(folder: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+def write(folder: Path, tensors: dict[str, Tensor], content: dict[str, Any], recipe: dict[str, Any]) -> None:
     """Add SAMPa's files to the checkpoint in `folder`, whose other files but ``trainer_state.json`` must be there.
 
     Args:
         folder: the checkpoint.
         tensors: g_t by parameter name; empty where there is none.
         content: anything that JSON holds.
+        recipe: state of the recipe: plain values, tensors, and lists and dicts of them.
     """
     partial = folder / f"{TENSORS}.partial"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     _put_in_place(partial, folder / TENSORS)
+    (folder / RECIPE).unlink(missing_ok=True)
+    if recipe:
+        partial = folder / f"{RECIPE}.partial"
+        torch.save(recipe, partial)
+        _put_in_place(partial, folder / RECIPE)
     # Other processes write their random states at this moment, and resuming does not need them.
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("rng_state")]
     manifest = {"format": FORMAT, **content, "files": {file.name: file.stat().st_size for file in files}}
@@ -99,6 +107,12 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors that `write` put into `folder`."""
     with safe_open(folder / TENSORS, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """The recipe's state that `write` put into `folder`; empty where it had none."""
+    file = folder / RECIPE
+    return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
 
 
 def last_whole(output_dir: Path) -> tuple[Path, list[str]]:

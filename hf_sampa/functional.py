@@ -57,6 +57,11 @@ def perturb(
             torch.add(param, grad, alpha=scale, out=moved)
 
 
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm ``()`` over all entries of `tensors`, added up in double precision."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))).double())
+
+
 @torch.no_grad()
 def displacement_dot_(moved: Sequence[Tensor], params: Sequence[Tensor], grad: Tensor, flat: Tensor) -> Tensor:
     """Inner product ``()`` of a displacement and a gradient, <x~_t - x_t, g~_t>, over one bucket.

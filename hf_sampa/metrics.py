@@ -11,28 +11,30 @@ LOGGED = ("perturbed_loss", "sharpness", "ascent_grad_norm", "ascent_cosine")
 
 
 class RunningMeans:
-    """Means of a step's numbers over the steps since they were last taken; skipped steps are counted, not averaged."""
+    """Means of a step's numbers over the steps since they were last taken; skipped steps are counted, not averaged.
+
+    A number that is not finite, because a step does not have it, does not count."""
 
     def __init__(self):
-        self.sums = dict.fromkeys(LOGGED, 0.0)
-        self.steps = 0
+        self.sums, self.steps = dict.fromkeys(LOGGED, 0.0), dict.fromkeys(LOGGED, 0)
         self.skipped_steps = 0
 
     def add(self, report: StepReport, skipped_steps: int) -> None:
         """Add one step; `skipped_steps` counts those of the whole run."""
         self.skipped_steps = skipped_steps
-        if report.skipped or not math.isfinite(report.perturbed_loss + report.sharpness):
+        if report.skipped:
             return
-        self.steps += 1
         for name in LOGGED:
-            self.sums[name] += getattr(report, name)
+            if math.isfinite(value := getattr(report, name)):
+                self.sums[name] += value
+                self.steps[name] += 1
 
     def take(self) -> dict[str, float]:
         """Means by name, and the number of skipped steps where there are any; starts anew."""
-        means = {name: total / self.steps for name, total in self.sums.items()} if self.steps else {}
+        means = {name: self.sums[name] / steps for name, steps in self.steps.items() if steps}
         if self.skipped_steps:
             means["skipped_steps"] = self.skipped_steps
-        self.sums, self.steps = dict.fromkeys(LOGGED, 0.0), 0
+        self.sums, self.steps = dict.fromkeys(LOGGED, 0.0), dict.fromkeys(LOGGED, 0)
         return means
 
     def state_dict(self) -> dict:
@@ -41,4 +43,5 @@ class RunningMeans:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken."""
-        self.sums, self.steps, self.skipped_steps = dict(state["sums"]), state["steps"], state["skipped_steps"]
+        self.sums, self.steps = dict(state["sums"]), dict(state["steps"])
+        self.skipped_steps = state["skipped_steps"]

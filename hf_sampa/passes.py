@@ -13,13 +13,15 @@ class Batch(Protocol):
     """An update batch B_t: its micro-batches and a number that tells it from other batches."""
 
     fingerprint: int
+    update: int  # t
+    epoch: int
 
     def __iter__(self) -> Any: ...
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step saw, equal on all ranks. Losses are means over the update batch.
+    """What a step saw, equal on all ranks; NaN what it did not need. Losses are means over the update batch.
 
     Attributes:
         loss: f(y_{t+1}; B_{t+1}) for SAMPa, f(x_t; B_t) for SAM.
@@ -45,7 +47,7 @@ class Pass:
 
     loss: float
     norm: float
-    dot: float  # with the perturbation x~_t - x_t; 0 in the LOOKAHEAD role
+    dot: float  # with (x~_t - x_t) / ||x~_t - x_t||; 0 in the LOOKAHEAD role
     fingerprints: tuple[int, ...]  # per replica
     used: tuple[bool, ...]  # per parameter: whether backward reached it
 

@@ -71,6 +71,7 @@ class ResumeMixin:
             return
         content = {
             "settings": self._settings(),
+            "recipe": self._recipe_settings(),
             "stream": self._stream_settings(),
             "position": position,
             "ascent": ascent,
@@ -81,7 +82,7 @@ class ResumeMixin:
                 "means": self._means.state_dict(),
             },
         }
-        checkpoint.write(Path(output_dir), grads, content)
+        checkpoint.write(Path(output_dir), grads, content, self.sampa.recipe.state_dict())
 
     def _fingerprints(self) -> list[int]:
         """Of the next update batch, by replica; a collective."""
@@ -90,6 +91,12 @@ class ResumeMixin:
 
     def _settings(self) -> dict[str, Any]:
         return {"method": self.args.method, "rho": self.args.rho, "lmbda": self.args.lmbda}
+
+    def _recipe_settings(self) -> dict[str, Any]:
+        """What the step is made of."""
+        if self._recipe is not None:
+            return {"recipe": {kind: type(part).__qualname__ for kind, part in self._recipe.parts().items()}}
+        return {"variant": self.args.variant, "variant_args": self.args.variant_args}
 
     def _stream_settings(self) -> dict[str, Any]:
         """What decides which samples are in B_t."""
@@ -134,11 +141,17 @@ class ResumeMixin:
                 f"Expected the data stream that {folder} was written with, but it changed: {'; '.join(differing)}. "
                 "Resume with the old values, or start a new run from these weights."
             )
+        if differing := checkpoint.changed(found["recipe"], self._recipe_settings()):
+            raise ValueError(
+                f"Expected the variant that {folder} was written with, but it changed: {'; '.join(differing)}. Resume with "
+                "the old one, or start a new run from these weights."
+            )
         for difference in checkpoint.changed(found["settings"], self._settings()):
             logger.warning(f"Resuming with a changed setting, {difference}.")
         self.sampa.skipped_steps, self.sampa.skipped_in_a_row = found["skipped"]["steps"], found["skipped"]["in_a_row"]
         self._unlogged = found["unlogged"]
         self._expected = None if self.args.ignore_data_skip else found["position"]["fingerprints"]
+        self.sampa.recipe.load_state_dict(checkpoint.read_recipe(Path(folder)), self.sampa.params)
         if self.args.ignore_data_skip:
             logger.warning("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
             return

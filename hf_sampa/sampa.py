@@ -1,4 +1,4 @@
-"""The algorithms: SAMPa (Algorithm 2) and sequential SAM, on any base optimizer, on one process or on several.
+"""SAMPa (Algorithm 2) on any base optimizer, on one process or on pairs of them.
 
 A step starts from the weights x_t and ends with them; what it leaves behind is G_t in ``.grad``, ready for clipping and
 the base optimizer's step x_{t+1} = U_{m_t}(x_t, G_t). Symbols: `hf_sampa.functional`.
@@ -9,34 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from .buckets import Buckets
 from .engine import SharpnessAware
-from .functional import interpolate_, perturb
+from .functional import interpolate_
 from .lookahead import look_ahead
 from .passes import Batch, Pass, StepReport
+from .recipe import Moment
 from .roles import Role
-
-
-class SAM(SharpnessAware):
-    """Sequential SAM (Foret et al. 2021): both gradients on B_t, one after the other. All processes are replicas."""
-
-    def step(self, batch: Batch, gradient: Callable[[Any], Tensor]) -> StepReport:
-        """One step; leaves G_t = g~_t in ``.grad``."""
-        g, g_tilde, found = self.ascent_grads, self.perturbed_grads, {}
-        # g_t = grad f(x_t; B_t)
-        found[Role.LOOKAHEAD] = self._gradient(Role.LOOKAHEAD, batch, gradient, g)
-        # x~_t = x_t + rho g_t / ||g_t||, in the place of g_t
-        with record_function("SAMPa.displace"):
-            perturb(self.params, g.views, self.rho, found[Role.LOOKAHEAD].norm, out=g.views)
-        # g~_t = grad f(x~_t; B_t)
-        found[Role.PERTURBED] = self._gradient_at(g, Role.PERTURBED, batch, gradient, g_tilde)
-        shared = self._share(found)
-        ascent, perturbed = shared[Role.LOOKAHEAD], shared[Role.PERTURBED]
-        skipped = not (ascent.finite and perturbed.finite)
-        return self._finish(ascent, perturbed, ascent.loss, perturbed.used, skipped)
 
 
 class SAMPa(SharpnessAware):
@@ -51,11 +34,15 @@ class SAMPa(SharpnessAware):
     def __init__(self, *args, lmbda: float, clip_scale: Callable[[float], float] = lambda norm: 1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.lmbda, self.clip_scale = lmbda, clip_scale
+        self.recipe.check_parallel()
         self.ascent: Pass | None = None  # what belongs to the g_t in `ascent_grads`; None: there is no g_t
         # One process that plays both roles needs g_t for the look-ahead after it has been at x~_t.
         paired = self.exchange.mesh.paired
         self._x_tilde = self.ascent_grads if paired else Buckets(self.params)
         self._lookahead_grads = self.perturbed_grads if paired else self._x_tilde
+        # A recipe that mixes g_t with g~_t needs it after its place was given away.
+        self._g = Buckets(self.params) if self.recipe.mixing.needs_ascent else None
+        self._moment = Moment()
 
     def step(self, batch: Batch, next_batch: Batch, gradient: Callable[[Any], Tensor]) -> StepReport:
         """One step from x_t with B_t and B_{t+1}; leaves G_t in ``.grad`` and carries g_{t+1}.
@@ -68,12 +55,16 @@ class SAMPa(SharpnessAware):
         ascent, self.ascent = self.ascent, None
         if not ascent.finite:
             return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
-        found = {}
+        found, self._moment = {}, self._now(batch)
+        if self._g:
+            torch._foreach_copy_(self._g.flats, self.ascent_grads.flats)
         if Role.PERTURBED in self.roles:
-            # x~_t = x_t + rho g_t / ||g_t||
+            # x~_t = x_t + eps_t; eps_t = rho g_t / ||g_t||, or what the recipe makes of g_t
             x_tilde, g_tilde = self._perturb(ascent), self.perturbed_grads
             # g~_t = grad f(x~_t; B_t)
-            found[Role.PERTURBED] = self._gradient_at(x_tilde, Role.PERTURBED, batch, gradient, g_tilde)
+            found[Role.PERTURBED] = self._gradient_at(
+                x_tilde, Role.PERTURBED, batch, gradient, g_tilde, keep_statistics=True
+            )
         if Role.LOOKAHEAD in self.roles:
             # y_{t+1} = U_{m_t}(x_t, g_t), m_t kept as it was
             y, g_next = self._look_ahead(ascent), self._lookahead_grads
@@ -83,22 +74,20 @@ class SAMPa(SharpnessAware):
         shared = self._share(found)
         perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
         self._check_pairing(ascent, perturbed)
+        skipped = not (perturbed.finite and lookahead.finite)
         # G_t = (1 - lambda) g~_t + lambda g_{t+1}, in the place of g~_t
-        used = self._combine(perturbed, lookahead)
+        used = perturbed.used if skipped else self._combine(ascent, perturbed, lookahead)
         if lookahead.finite:
             self.ascent = lookahead
-        skipped = not (perturbed.finite and lookahead.finite)
         return self._finish(ascent, perturbed, lookahead.loss, used, skipped)
 
-    def _combine(self, perturbed: Pass, lookahead: Pass) -> list[bool]:
+    def _combine(self, ascent: Pass, perturbed: Pass, lookahead: Pass) -> list[bool]:
         """Mix the gradients of the owned parameters; returns, for all parameters, whether G_t has a part of them."""
         with record_function("SAMPa.combine"):
+            reached = self._mix(ascent, perturbed, self._g, self._moment)
             g_tilde, g_next = self.perturbed_grads.flats, self.ascent_grads.flats
             interpolate_([g_tilde[b] for b in self.owned], [g_next[b] for b in self.owned], self.lmbda)
-        return [
-            (p and self.lmbda < 1) or (n and self.lmbda > 0)
-            for p, n in zip(perturbed.used, lookahead.used, strict=True)
-        ]
+        return [(p and self.lmbda < 1) or (n and self.lmbda > 0) for p, n in zip(reached, lookahead.used, strict=True)]
 
     def forget(self) -> None:
         """Drop g_t: the next step computes it at x_t, as the first one does."""
@@ -130,8 +119,7 @@ class SAMPa(SharpnessAware):
 
     def _write_perturbed(self, ascent: Pass, out: Buckets) -> None:
         """Write x~_t of the owned parameters into `out`."""
-        params, grads, moved = self._owned_of(self.params, self.ascent_grads.views, out.views)
-        perturb(params, grads, self.rho, ascent.norm, out=moved)
+        self._ascend(self.ascent_grads, ascent.norm, out, self._moment)
 
     def _write_lookahead(self, ascent: Pass, out: Buckets) -> None:
         """Write y_{t+1} of the owned parameters into `out`."""

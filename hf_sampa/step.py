@@ -12,7 +12,8 @@ from .checks import check_trainable
 from .precision import SharedGradScaler
 from .randomness import derive_seed, seeded
 from .roles import Role
-from .sampa import SAM, SAMPa
+from .sam import SAM
+from .sampa import SAMPa
 from .sharding import ShardedSAMPa
 
 
@@ -27,8 +28,14 @@ class StepMixin:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler = SharedGradScaler(self.accelerator.scaler, self.accelerator.device.type)
 
-    def _engine(self) -> SAMPa | SAM:
-        common = {"rho": self.args.rho, "overlap": self.args.overlap_exchange}
+    def _engine(self, max_steps: int) -> SAMPa | SAM:
+        common = {
+            "rho": self.args.rho,
+            "overlap": self.args.overlap_exchange,
+            "recipe": self._recipe or self.args.recipe(),
+            "max_steps": max_steps,
+            "seed": self.args.seed,
+        }
         if self.accelerator.scaler is not None:
             common["unscale"] = self.accelerator.scaler.inverse_scale
         if self.args.method == "sam":
@@ -57,13 +64,10 @@ class StepMixin:
             self.optimizer.train()
         batch, gradient = self._batch, partial(self._micro_gradient, model)
         self._weigh(batch)
-        if isinstance(self.sampa, SAM):
-            report = self.sampa.step(batch, gradient)
-        else:
-            next_batch = self._stream.peek()
-            if Role.LOOKAHEAD in self.sampa.roles:
-                self._weigh(next_batch)
-            report = self.sampa.step(batch, next_batch, gradient)
+        next_batch = self._stream.peek()
+        if isinstance(self.sampa, SAMPa) and Role.LOOKAHEAD in self.sampa.roles:
+            self._weigh(next_batch)
+        report = self.sampa.step(batch, next_batch, gradient)
         if report.skipped:
             logger.warning(
                 f"Step {self.state.global_step + 1} had a gradient that is not finite and is skipped; "

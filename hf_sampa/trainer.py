@@ -22,8 +22,10 @@ from .checks import check_dataset, check_loader, check_model, check_optimizer, c
 from .exchange import Exchange
 from .loaders import replica_loader, seeded_loader
 from .metrics import RunningMeans
+from .recipe import Recipe
 from .resume import ResumeMixin
-from .sampa import SAM, SAMPa
+from .sam import SAM
+from .sampa import SAMPa
 from .step import StepMixin
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
 
@@ -37,6 +39,9 @@ class SAMPaMixin(StepMixin, ResumeMixin):
     Takes what the Trainer below it takes; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
     it plays both roles in turn, by 2k processes it spreads them, with the same numbers.
 
+    Args:
+        recipe: what a step is made of, instead of the recipe of ``args.variant``; see `hf_sampa.recipe`.
+
     Attributes:
         sampa: the engine (`hf_sampa.sampa.SAMPa` or `SAM`) of the training run in progress or just ended.
 
@@ -46,7 +51,7 @@ class SAMPaMixin(StepMixin, ResumeMixin):
 
     sampa: SAMPa | SAM | None = None
 
-    def __init__(self, model=None, args=None, *other, **kwargs):
+    def __init__(self, model=None, args=None, *other, recipe: Recipe | None = None, **kwargs):
         args = SAMPaTrainingArguments("tmp_trainer") if args is None else args
         if not isinstance(args, SAMPaArgumentsMixin):
             raise ValueError(
@@ -55,6 +60,7 @@ class SAMPaMixin(StepMixin, ResumeMixin):
             )
         args.mesh  # refuses odd worlds before anything is built  # noqa: B018
         super().__init__(model, args, *other, **kwargs)
+        self._recipe = recipe
         check_trainer(self)
         # Every loss is the mean over one micro-batch here; `_micro_gradient` does the weighing.
         self.loss_is_scaled_for_ga = False
@@ -143,7 +149,7 @@ class SAMPaMixin(StepMixin, ResumeMixin):
             self._exchange = Exchange(self.args.mesh, timeout=timedelta(seconds=self.args.ddp_timeout))
         self._exchange.bytes_sent = 0
         self._exchange.broadcast([*self.model.parameters(), *self.model.buffers()])
-        self.sampa = self._engine()
+        self.sampa = self._engine(max_steps)
         self.sampa.check_state()
         self._stream, self._means = None, RunningMeans()
         self.callback_handler.train_dataloader = self._loader

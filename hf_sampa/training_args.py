@@ -10,7 +10,9 @@ from typing import ClassVar
 import torch
 from transformers import TrainingArguments
 
+from .recipe import Recipe
 from .roles import Mesh
+from .variants import Variant, find, parse_arguments
 
 
 # The variables by which torchrun, accelerate and the MPI launchers tell a process how many there are.
@@ -33,10 +35,15 @@ class SAMPaArgumentsMixin:
     Args:
         method (`str`, defaults to `"sampa"`):
             `"sampa"`: both gradients at once, on two processes or in turn on one. `"sam"`: sequential SAM.
-        rho (`float`, defaults to 0.05):
-            Radius of the perturbation, at least 0. Denoted as rho in the paper.
-        lmbda (`float`, defaults to 0.2):
-            Weight of the look-ahead gradient, 0 to 1. Denoted as lambda in the paper. SAM does not use it.
+        variant (`str`, defaults to `"sam"`):
+            What the step does, a name from the catalogue that ``python -m hf_sampa.variants`` prints; `method` is when its
+            gradients are computed.
+        variant_args (`dict` or list of ``"name=value"``, *optional*):
+            Arguments of the variant; those that are missing have the catalogue's defaults.
+        rho (`float`, *optional*):
+            Radius of the perturbation, at least 0. Denoted as rho in the paper. By default the variant's own: 0.05 for SAM.
+        lmbda (`float`, *optional*):
+            Weight of the look-ahead gradient, 0 to 1. Denoted as lambda in the paper. 0.2 by default. SAM does not use it.
         shard_optimizer (`bool`, defaults to `False`):
             Whether the processes of a pair update, and hold the optimizer state of, half of the parameters each. Only for
             `"sampa"`, and for optimizers that treat every parameter on its own.
@@ -56,16 +63,28 @@ class SAMPaArgumentsMixin:
             "sam: sequential SAM, two gradients on the same batch, all processes data parallel."
         },
     )
-    rho: float = field(
-        default=0.05,
+    variant: str = field(
+        default="sam",
         metadata={
-            "help": "Radius of the perturbation (rho, at least 0). The paper: 0.05 on CIFAR-10 and most of GLUE."
+            "help": "What the step does: a name from the catalogue of sharpness-aware methods, which "
+            "`python -m hf_sampa.variants` prints. method is when its gradients are computed."
         },
     )
-    lmbda: float = field(
-        default=0.2,
+    variant_args: list[str] | None = field(
+        default=None,
+        metadata={"help": "Arguments of the variant, as in `--variant vasso --variant_args theta=0.9`."},
+    )
+    rho: float | None = field(
+        default=None,
         metadata={
-            "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1). The paper: 0.2 in "
+            "help": "Radius of the perturbation (rho, at least 0). Default: the variant's, for sam 0.05, which the paper "
+            "uses on CIFAR-10 and most of GLUE."
+        },
+    )
+    lmbda: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1; default 0.2). The paper: 0.2 in "
             "vision, 0.1 on GLUE; 0 is SAMPa-0, 1 is optimistic gradient descent. Unused by sam."
         },
     )
@@ -87,6 +106,11 @@ class SAMPaArgumentsMixin:
 
     def __post_init__(self):
         self._refuse_sharding()
+        self.variant_args = parse_arguments(self.variant_args)
+        chosen = find(self.variant)
+        self.rho = chosen.rho if self.rho is None else self.rho
+        if self.lmbda is None:
+            self.lmbda = 0.2 if chosen.lmbda is None else chosen.lmbda
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
@@ -102,6 +126,10 @@ class SAMPaArgumentsMixin:
     def num_replicas(self) -> int:
         """Processes that share one update batch: half of them for SAMPa, all of them otherwise."""
         return self.mesh.num_replicas
+
+    def recipe(self) -> Recipe:
+        """What a step is made of. Raises ValueError for unknown or impossible arguments of the variant."""
+        return find(self.variant).recipe(self.variant_args)
 
     def _refuse_sharding(self) -> None:
         for name, setting in {"DeepSpeed": self.deepspeed, "FSDP": self.fsdp}.items():
@@ -119,6 +147,7 @@ class SAMPaArgumentsMixin:
             raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho}. The paper uses 0.05.")
         if not 0 <= self.lmbda <= 1:
             raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda}. The paper uses 0.2 and 0.1.")
+        self._check_variant(find(self.variant))
         if self.shard_optimizer and self.method == "sam":
             raise ValueError(
                 "shard_optimizer: expected method='sampa', whose processes work in pairs that can share an optimizer, got "
@@ -133,6 +162,24 @@ class SAMPaArgumentsMixin:
             raise ValueError(
                 "train_sampling_strategy: expected 'random', 'sequential' or 'group_by_length', got 'batch_rebalance', "
                 "which gives every process batches of its own, while both roles of SAMPa must read the same ones."
+            )
+
+    def _check_variant(self, chosen: Variant) -> None:
+        self.variant_args = chosen.complete(self.variant_args)
+        if self.method not in (*chosen.timings, "adamw"):
+            raise ValueError(
+                f"method: expected {chosen.timings[0]!r} for variant {chosen.name!r}, because {chosen.why}; got "
+                f"{self.method!r}. Set method={chosen.timings[0]!r}, or take another variant."
+            )
+        if chosen.lmbda not in (None, self.lmbda):
+            raise ValueError(
+                f"lmbda: expected {chosen.lmbda:g}, which is what variant {chosen.name!r} is, got {self.lmbda:g}. Leave it "
+                "out, or leave the variant out."
+            )
+        if self.shard_optimizer and not self.recipe().plain:
+            raise ValueError(
+                f"shard_optimizer: expected variant 'sam', whose perturbation each process can compute for half of the "
+                f"parameters, got {chosen.name!r}. Leave one of them out."
             )
 
 

@@ -1,0 +1,199 @@
+"""One gradient at a time: forward and backward at displaced weights, in buckets that travel while backward still runs.
+
+Nothing here knows of Trainer: `gradient` runs one micro-batch of a `Batch` forward and backward and returns its share of
+the batch's mean loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from .buckets import Buckets, GradientRecorder
+from .exchange import Exchange
+from .functional import NORM_GUARD, displacement_dot_
+from .passes import Batch, Found, Pass
+from .roles import Role
+
+
+Gradient = Callable[..., Tensor]
+
+
+class Gradients:
+    """What computes g_t and g~_t, and tells all processes what it found.
+
+    Weights are displaced by pointing the parameters to other memory: x_t itself is not written to before the base
+    optimizer's step. That memory is where g_t was, and receives the other role's gradient as soon as backward is done
+    with it, so that a process holds 5 d numbers with Adam: weights, displaced weights, gradient, two moments.
+
+    Args:
+        model: what is trained: its parameters with `requires_grad`.
+        exchange: connects the processes.
+        overlap: whether gradients travel while backward is still running; that needs a model whose backward does not read
+            a weight any more once its gradient is complete.
+        unscale: gives what to multiply gradients by before anything else sees them, a scalar tensor ``()``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        exchange: Exchange,
+        *,
+        overlap: bool = True,
+        unscale: Callable[[], Tensor] | None = None,
+    ):
+        trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self.names, self.params = list(trainable), list(trainable.values())
+        self.statistics = _statistics(model)
+        self.exchange, self.unscale = exchange, unscale
+        self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
+        self.ascent_grads = Buckets(self.params)  # g_t, then displaced weights, then the other role's gradient
+        self._recorder = GradientRecorder(self.params, overlap)
+        # Until a step has shown that backward reads no weight whose gradient is complete: autograd cannot tell of them all.
+        self._on_trial = overlap
+        self._displacement: float | Tensor = 0.0  # ||x~_t - x_t||
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._recorder.close()
+
+    @contextmanager
+    def displaced(self, weights: Buckets, keep_statistics: bool = False) -> Iterator[list[Tensor]]:
+        """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit.
+
+        Running statistics, and whatever else forward changes in the model's buffers, come from one pass per batch, that
+        of the LOOKAHEAD role: with `keep_statistics`, what the block leaves behind in them is undone.
+        """
+        kept = [each.clone() for each in self.statistics] if keep_statistics else []
+        x = [param.data for param in self.params]
+        try:
+            for param, moved in zip(self.params, weights.views, strict=True):
+                param.data = moved
+            yield x
+        finally:
+            for param, own in zip(self.params, x, strict=True):
+                param.data = own
+            for each, before in zip(self.statistics, kept, strict=False):
+                each.copy_(before)
+
+    def _gradient_at(
+        self,
+        weights: Buckets,
+        role: Role,
+        batch: Batch,
+        gradient: Gradient,
+        into: Buckets,
+        *,
+        only: Sequence[bool] | None = None,
+        keep_statistics: bool = False,
+    ) -> Found:
+        """As `_gradient`, at `weights`, which then holds the other role's gradient."""
+        try:
+            with self.displaced(weights, keep_statistics) as x:
+                return self._gradient(role, batch, gradient, into, weights, x, only)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "Backward read a weight whose gradient was complete, so that its memory had been given to the other "
+                "process's gradient (or backward read something that the model itself overwrote). Detached weights and "
+                "reentrant checkpointing do this: set overlap_exchange=False, which sends gradients after backward."
+            ) from error
+
+    def _gradient(
+        self,
+        role: Role,
+        batch: Batch,
+        gradient: Gradient,
+        into: Buckets,
+        weights: Buckets | None = None,
+        x: list[Tensor] | None = None,
+        only: Sequence[bool] | None = None,
+    ) -> Found:
+        """Gradient of f on `batch` at the weights as they are, averaged over replicas, into `into`.
+
+        Where the weights are displaced, `weights` are their buckets and `x` is x_t. Parameters that `only` leaves out are
+        taken for constants, their gradient for zero. On trial, a weight becomes NaN as soon
+        as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
+        """
+        norms: list[Tensor] = []
+        dots: list[Tensor] = []
+        held_back: list[Callable[[], None]] = []
+
+        def on_full(bucket: int) -> None:
+            members, grad = into.members[bucket], into.flats[bucket]
+            if self.unscale:
+                grad.mul_(self.unscale())
+            if weights is not None:
+                # Backward has read these weights for the last time. Should it read them after all, autograd will say so.
+                torch.autograd.graph.increment_version([self.params[i] for i in members])
+                if role is Role.PERTURBED:
+                    moved = [weights.views[i] for i in members]
+                    dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
+            start = partial(
+                self._start_exchange, bucket, into, weights, lambda: norms.append(torch.linalg.vector_norm(grad))
+            )
+            if weights is not None and self._on_trial:
+                weights.flats[bucket].fill_(float("nan"))
+                held_back.append(start)
+            else:
+                start()
+
+        self._recorder.start(into)
+        micro_batches = list(batch)
+        losses = []
+        with record_function("SAMPa.gradient"), self._frozen(only):
+            for i, micro_batch in enumerate(micro_batches):
+                with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
+                    losses.append(gradient(micro_batch))
+        for start in held_back:
+            start()
+        self.exchange.finish()
+        loss, norm = torch.stack(losses).sum().double(), torch.linalg.vector_norm(torch.stack(norms).double())
+        dot = torch.stack(dots).double().sum() / (self._displacement + NORM_GUARD) if dots else torch.zeros_like(loss)
+        return Found(batch.fingerprint, loss, norm, dot, self._recorder.used)
+
+    @contextmanager
+    def _frozen(self, only: Sequence[bool] | None) -> Iterator[None]:
+        frozen = [param for param, kept in zip(self.params, only, strict=True) if not kept] if only else []
+        try:
+            for param in frozen:
+                param.requires_grad_(False)
+            yield
+        finally:
+            for param in frozen:
+                param.requires_grad_(True)
+
+    def _start_exchange(self, bucket: int, into: Buckets, weights: Buckets | None, ready: Callable[[], None]) -> None:
+        theirs = None if weights is None else weights.flats[bucket]
+        self.exchange.start(into.flats[bucket], theirs, ready=ready)
+
+    def _share(self, passes: dict[Role, Found]) -> dict[Role, Pass]:
+        """Tell all ranks what this one found in each role it plays; one small all-gather and one host-device sync."""
+        device, count = self.params[0].device, len(self.params)
+        numbers, integers = torch.zeros(2, 3, dtype=torch.float64, device=device), torch.zeros(2, 1 + count).long()
+        for role, found in passes.items():
+            numbers[role] = torch.stack([found.loss, found.norm, found.dot])
+            integers[role] = torch.tensor([found.fingerprint, *found.used])
+        row = torch.cat([numbers.view(torch.int64), integers.to(device)], dim=1)
+        with record_function("SAMPa.exchange"):
+            rows = self.exchange.gather(row).cpu()
+            self.exchange.broadcast(self.statistics, source=self.exchange.mesh.ranks_of(Role.LOOKAHEAD)[0])
+        shared = {}
+        for role in Role if self.exchange.mesh.paired else passes:
+            of_role = rows[self.exchange.mesh.ranks_of(role), role]
+            loss, norm, dot = of_role[:, :3].contiguous().view(torch.float64).mean(dim=0).tolist()
+            used = of_role[:, 4:].any(dim=0).tolist()
+            shared[role] = Pass(loss, norm, dot, tuple(of_role[:, 3].tolist()), tuple(used))
+        return shared
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    """Buffers that a checkpoint holds: running statistics and whatever else forward may change."""
+    saved = model.state_dict().keys()
+    return [buffer for name, buffer in model.named_buffers() if name in saved]

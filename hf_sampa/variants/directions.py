@@ -1,0 +1,153 @@
+"""Directions: how g_t becomes the perturbation eps_t."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import global_norm
+from ..recipe import Direction, Moment
+
+
+class Unnormalized(Direction):
+    """eps_t = rho g_t (USAM, Andriushchenko and Flammarion 2022)."""
+
+    unit = False
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> float | Tensor:
+        return 1.0
+
+
+class ScheduledRadius(Direction):
+    """SAM's direction, with a radius that follows the learning rate (GSAM, Zhuang et al. 2022, section 4.3).
+
+    rho_t = rho (low + (1 - low) lr_t / lr_peak).
+
+    Args:
+        low: what part of rho is left where the learning rate is 0, in [0, 1].
+    """
+
+    def __init__(self, low: float):
+        self.low = low
+
+    def radius(self, now: Moment) -> float:
+        return self.low + (1 - self.low) * now.lr_fraction
+
+
+class Adaptive(Direction):
+    """eps_t = rho T^2 g_t / ||T g_t|| (ASAM, Kwon et al. 2021, eq. 8).
+
+    T = |x_t| + eta, entry by entry, for parameters that are called a weight, and 1 for the others.
+
+    Args:
+        eta: at least 0; keeps weights of zero from staying where they are.
+    """
+
+    changes_gradient = True
+    unit = False
+
+    def __init__(self, eta: float):
+        self.eta = eta
+        self.scaled: list[bool] = []
+
+    def bind(self, model: nn.Module, names: Sequence[str], params: Sequence[Tensor]) -> None:
+        self.scaled = ["weight" in name for name in names]
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> Tensor:
+        pairs = [(each, w) for each, w, scaled in zip(g, x, self.scaled, strict=True) if scaled]
+        for each, w in pairs:
+            each.mul_(w.abs().add_(self.eta))
+        norm = global_norm(g)
+        for each, w in pairs:
+            each.mul_(w.abs().add_(self.eta))
+        return norm
+
+
+class Smoothed(Direction):
+    """eps_t = rho v_t / ||v_t||, v_t = (1 - theta) v_{t-1} + theta g_t, v_0 = g_0 (VaSSO, Li and Giannakis 2023, eq. 4).
+
+    Args:
+        theta: in (0, 1]; 1 is SAM.
+    """
+
+    changes_gradient = True
+    state = ("v",)
+
+    def __init__(self, theta: float):
+        self.theta = theta
+        self.v: list[Tensor] | None = None
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> Tensor:
+        if self.v is None:
+            self.v = [each.clone() for each in g]
+        else:
+            torch._foreach_lerp_(self.v, g, self.theta)
+        torch._foreach_copy_(g, self.v)
+        return global_norm(g)
+
+
+class Friendly(Direction):
+    """eps_t = rho d_t / ||d_t||, d_t = g_t - sigma m_{t-1}, m_t = lam m_{t-1} + (1 - lam) g_t (F-SAM, Li et al. 2024).
+
+    In the first step d_0 = m_0 = g_0.
+
+    Args:
+        sigma: how much of the running mean is taken away; 0 is SAM.
+        lam: of the mean, in [0, 1).
+    """
+
+    changes_gradient = True
+    state = ("m",)
+
+    def __init__(self, sigma: float, lam: float):
+        self.sigma, self.lam = sigma, lam
+        self.m: list[Tensor] | None = None
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> Tensor:
+        if self.m is None:
+            self.m = [each.clone() for each in g]
+            return global_norm(g)
+        for each, m in zip(g, self.m, strict=True):
+            mean = torch.lerp(m, each, 1 - self.lam)
+            each.sub_(m, alpha=self.sigma)
+            m.copy_(mean)
+        return global_norm(g)
+
+
+class Random(Direction):
+    """eps_t = rho e_t / ||e_t||, e_t ~ N(0, I) over all parameters (RandSAM; a control in Xie et al. 2024, section 2.2)."""
+
+    needs_gradient = False
+    changes_gradient = True
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor | None, now: Moment) -> Tensor:
+        generator = now.generator("random direction", g[0].device)
+        for each in g:
+            each.normal_(generator=generator)
+        return global_norm(g)
+
+
+class Previous(Direction):
+    """eps_t = rho g~_{t-1} / ||g~_{t-1}||, eps_0 = 0 (OptSAM; a control in Xie et al. 2024, section 2.2)."""
+
+    needs_gradient = False
+    changes_gradient = True
+    state = ("last",)
+
+    def __init__(self):
+        self.last: list[Tensor] | None = None
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor | None, now: Moment) -> Tensor:
+        if self.last is None:
+            torch._foreach_zero_(g)
+        else:
+            torch._foreach_copy_(g, self.last)
+        return global_norm(g)
+
+    def observe(self, g_tilde: Sequence[Tensor]) -> None:
+        if self.last is None:
+            self.last = [each.clone() for each in g_tilde]
+        else:
+            torch._foreach_copy_(self.last, list(g_tilde))

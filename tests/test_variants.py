@@ -1,0 +1,93 @@
+"""The variants against serial transcriptions of their papers, and the limits in which they are SAM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+from transformers import Trainer
+
+from hf_sampa import SAMPaTrainer
+from hf_sampa.variants import VARIANTS
+from tests import tiny
+from tests import variants_reference as serial
+
+
+STEPS = 9
+
+RULES = {
+    "sam": serial.SAM,
+    "optsam": serial.OptSAM,
+    "gnp": serial.GNP,
+    "asam": serial.ASAM,
+    "vasso": serial.VaSSO,
+    "fsam": serial.FSAM,
+    "sam_on": serial.SAMON,
+    "looksam": serial.LookSAM,
+    "aesam": serial.AESAM,
+    "stable_sam": serial.StableSAM,
+    "gsam": serial.GSAM,
+}
+
+
+def loss(model, batch):
+    return model(**batch).loss
+
+
+def batches_in_order(dataset, size, count):
+    epoch = [dataset[i : i + size] for i in range(0, len(dataset), size)]
+    return [default_collate(epoch[t % len(epoch)]) for t in range(count)]
+
+
+def trained(folder, variant, method, **changes):
+    settings = {
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "max_steps": STEPS,
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+    }
+    args = tiny.arguments(folder, variant=variant, method=method, **{**settings, **changes})
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(18))
+    trainer.train()
+    return trainer
+
+
+def in_series(trainer, rule_class):
+    """What the serial transcription makes of the same model, data and settings; and which steps ascended."""
+    args, model = trainer.args, tiny.bert()
+    plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
+    plain.create_optimizer_and_scheduler(STEPS)
+    rule = rule_class(args.rho, model, STEPS)
+    run = (model, plain.optimizer, plain.lr_scheduler, loss)
+    if args.method == "sam":
+        return model, serial.sequential(rule, *run, batches_in_order(trainer.train_dataset, 4, STEPS))
+    serial.parallel(rule, *run, batches_in_order(trainer.train_dataset, 4, STEPS + 1), args.lmbda)
+    return model, None
+
+
+def assert_equal(model, expected, rtol=2e-4, atol=2e-6):
+    moved = max((a - b).abs().max().item() for a, b in zip(expected.parameters(), tiny.bert().parameters(), strict=True))
+    assert moved > 1e-2
+    torch.testing.assert_close(
+        dict(model.named_parameters()), dict(expected.named_parameters()), rtol=rtol, atol=atol
+    )
+
+
+CASES = [(name, method) for name in RULES for method in VARIANTS[name].timings]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_a_variant_is_its_serial_transcription(tmp_path, name, method):
+    trainer = trained(tmp_path, name, method)
+    expected, ascended = in_series(trainer, RULES[name])
+    assert_equal(trainer.model, expected)
+    if name != "sam":
+        plain = trained(tmp_path, "sam", method, rho=trainer.args.rho)
+        differs = max(
+            (a - b).abs().max().item() for a, b in zip(plain.model.parameters(), expected.parameters(), strict=True)
+        )
+        assert differs > 1e-4  # that is, this test would notice SAM in the variant's place
+    if name in ("looksam", "aesam"):
+        assert 0 < sum(ascended) < STEPS
