@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .loaders import parts_of
-from .randomness import OwnGenerators, derive_seed
+from .randomness import INDICES, OwnGenerators, derive_seed
 
 
 # Enough to tell any two batches apart, little enough for a batch of images to cost nothing.
@@ -30,15 +30,44 @@ class MicroBatch:
         inputs: as the collator made them.
         update: t, the index of the update batch it belongs to.
         position: its place in the update batch.
+        epoch: of the stream, from 0.
         num_items: labels that count, as `Trainer` counts them; None where it cannot.
         share: weight of its mean loss in the update batch's; set before the pass. A tensor ``()`` with several replicas.
+        indices: ``(n,)``, the samples' places in the dataset, where a variant needs them.
+        logits: ``(n, classes)``, what the model last said of the samples, where a variant needs it.
+        teacher: ``(n, classes)``, what a variant's teacher says of them.
     """
 
     inputs: dict[str, Any]
     update: int
     position: int
+    epoch: int = 0
     num_items: Tensor | None = None
     share: float | Tensor | None = None
+    indices: Tensor | None = None
+    logits: Tensor | None = None
+    teacher: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return find_batch_size(self.inputs) or 0
+
+    def narrowed(self, chosen: Tensor) -> MicroBatch:
+        """Those of its samples that `chosen` ``(n,)`` says, yet without a share."""
+        places = chosen.nonzero()[:, 0]
+
+        def part_of(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim and len(value) == len(chosen):
+                return value[places.to(value.device)]
+            if isinstance(value, list) and len(value) == len(chosen):
+                return [value[place] for place in places.tolist()]
+            return value
+
+        inputs = {name: part_of(value) for name, value in self.inputs.items()}
+        return MicroBatch(
+            inputs, self.update, self.position, self.epoch, indices=part_of(self.indices), logits=part_of(self.logits)
+        )
 
     def count_items(self) -> float:
         """Labels that count or, without labels, samples: what a mean loss is taken to be the mean of."""
@@ -136,7 +165,16 @@ class UpdateStream:
                 )
             self._begin(self._epoch + 1, 0)
             return self._read()
-        micro_batches = [MicroBatch(each, self._update, position) for position, each in enumerate(inputs)]
+        micro_batches = [
+            MicroBatch(
+                each,
+                self._update,
+                position,
+                self._epoch,
+                indices=each.pop(INDICES, None) if isinstance(each, MutableMapping) else None,
+            )
+            for position, each in enumerate(inputs)
+        ]
         batch = UpdateBatch(micro_batches, self._epoch, self._position)
         self._position += len(inputs)
         self._update += 1

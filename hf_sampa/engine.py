@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ class SharpnessAware(Gradients):
         exchange: connects the processes.
         rho: radius of the perturbation, >= 0.
         recipe: what the step is made of; by default SAM's.
-        max_steps: T, and
+        max_steps: T,
+        num_samples: in the dataset, and
         seed: of the run, for parts of the recipe that want to know.
         overlap: see `Gradients`, and
         unscale: see there.
@@ -44,13 +46,14 @@ class SharpnessAware(Gradients):
         rho: float,
         recipe: Recipe | None = None,
         max_steps: int = 1,
+        num_samples: int = 0,
         seed: int = 0,
         overlap: bool = True,
         unscale: Callable[[], Tensor] | None = None,
     ):
         super().__init__(model, exchange, overlap=overlap, unscale=unscale)
         self.base_optimizer, self.rho = base_optimizer, rho
-        self.recipe, self.max_steps, self.seed = recipe or Recipe(), max_steps, seed
+        self.recipe, self.max_steps, self.num_samples, self.seed = recipe or Recipe(), max_steps, num_samples, seed
         self.recipe.bind(model, self.names, self.params)
         self.roles = exchange.mesh.roles
         self.owned = range(len(self.ascent_grads.flats))  # buckets that this process updates
@@ -75,11 +78,12 @@ class SharpnessAware(Gradients):
 
     # ---- The recipe ----
 
-    def _now(self, batch: Batch) -> Moment:
+    def now(self, batch: Batch) -> Moment:
+        """Where the run is at `batch`, or at a micro-batch of it."""
         group = self.base_optimizer.param_groups[0]
         peak = group.get("initial_lr", group["lr"])
         fraction = float(group["lr"] / peak) if peak else 0.0
-        return Moment(batch.update, batch.epoch, self.max_steps, fraction, self.seed)
+        return Moment(batch.update, batch.epoch, self.max_steps, self.num_samples, fraction, self.seed)
 
     @torch.no_grad()
     def _ascend(self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment) -> None:
@@ -112,6 +116,14 @@ class SharpnessAware(Gradients):
         recipe.when.observe(kept, g_tilde, now)
         recipe.mixing(g_tilde, kept, norms, now)
         return recipe.mixing.reached(ascent.used if ascent else perturbed.used, perturbed.used)
+
+    def recipe_state(self) -> dict[str, Any]:
+        """What the parts of the recipe remember."""
+        return self.recipe.state_dict()
+
+    def load_recipe_state(self, state: dict[str, Any]) -> None:
+        """Go on where `recipe_state` was taken."""
+        self.recipe.load_state_dict(state, self.params)
 
     # ---- The end of a step ----
 

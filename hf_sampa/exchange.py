@@ -148,6 +148,17 @@ class Exchange:
             dist.all_gather(rows, row, group=self._world_group)
         return torch.stack(rows)
 
+    def concatenate(self, own: Tensor) -> Tensor:
+        """All ranks' ``(n_i, ...)`` one after the other; the n_i may differ. For what is small."""
+        if self.mesh.world_size == 1:
+            return own
+        own = own.to(self._device())
+        sizes = self.gather(torch.tensor([len(own)], device=own.device))[:, 0].tolist()
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: len(own)] = own
+        rows = self.gather(padded.flatten()).view(len(sizes), *padded.shape)
+        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
     def collect(self, item: Any) -> list[Any] | None:
         """What every rank gave, by rank, on rank 0; None on the others. For checkpoints: items are pickled."""
         found = [None] * self.mesh.world_size if self.mesh.rank == 0 else None

@@ -150,7 +150,7 @@ class Gradients:
         with record_function("SAMPa.gradient"), self._frozen(only):
             for i, micro_batch in enumerate(micro_batches):
                 with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
-                    losses.append(gradient(micro_batch))
+                    losses.append(gradient(micro_batch, role))
         for start in held_back:
             start()
         self.exchange.finish()

@@ -52,12 +52,19 @@ def replica_loader(loader: DataLoader, mesh: Mesh, split_batches: bool, data_see
     )
 
 
-def seeded_loader(loader: DataLoader, seed: int) -> DataLoader:
+def seeded_loader(loader: DataLoader, seed: int, with_indices: bool = False) -> DataLoader:
     """A plain CPU `DataLoader` like `loader` whose batches depend on (seed, epoch, indices) alone.
 
     Iterable datasets, and loaders without automatic batching, keep their own way of reading; their randomness follows
     the generators that `UpdateStream` lends them at the start of each epoch.
+
+    Raises ValueError where batches are to carry their samples' places in the dataset (`with_indices`) and there are none.
     """
+    if with_indices and (isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None):
+        raise ValueError(
+            "variant: expected a dataset with a length and a place for every sample, because the variant remembers single "
+            "samples, but got an iterable dataset or one that makes its own batches. Take another variant."
+        )
     options = _options(loader)
     if isinstance(loader.dataset, IterableDataset) or loader.generator is not None:
         # Workers, or a generator, that live on from epoch to epoch could not be resumed.
@@ -67,7 +74,7 @@ def seeded_loader(loader: DataLoader, seed: int) -> DataLoader:
     if loader.batch_sampler is None:
         return DataLoader(loader.dataset, sampler=loader.sampler, batch_size=None, **options)
     items = SeededItems(loader.dataset, seed, whole_batches=_draws_nothing(loader.dataset))
-    options["collate_fn"] = SeededCollate(options["collate_fn"])
+    options["collate_fn"] = SeededCollate(options["collate_fn"], with_indices)
     return DataLoader(items, batch_sampler=_TaggedBatches(loader.batch_sampler, seed), **options)
 
 

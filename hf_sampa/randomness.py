@@ -76,10 +76,15 @@ class OwnGenerators:
             before.restore()
 
 
+# Under this name a batch carries the places of its samples in the dataset, where a variant needs them.
+INDICES = "sampa_indices"
+
+
 class _Samples(list):
-    """Samples on their way to the collator, with the seed that the collator gets."""
+    """Samples on their way to the collator, with the seed that the collator gets and their places in the dataset."""
 
     seed: int
+    indices: list[Any]
 
 
 class SeededItems(Dataset):
@@ -115,15 +120,24 @@ class SeededItems(Dataset):
                 samples.append(self.dataset[index])
             before.restore()
         samples.seed = derive_seed(self.seed, "collate", tagged)
+        samples.indices = [index for _, index in tagged]
         return samples
 
 
 class SeededCollate:
-    """A collator whose randomness derives from the samples' epoch and indices."""
+    """A collator whose randomness derives from the samples' epoch and indices.
 
-    def __init__(self, collate: Callable[[list], Any]):
-        self.collate = collate
+    Args:
+        collate: makes a batch of samples.
+        with_indices: whether the batch, a dict then, is to carry the samples' places in the dataset as `INDICES`.
+    """
+
+    def __init__(self, collate: Callable[[list], Any], with_indices: bool = False):
+        self.collate, self.with_indices = collate, with_indices
 
     def __call__(self, samples: _Samples) -> Any:
         with seeded(samples.seed):
-            return self.collate(list(samples))
+            batch = self.collate(list(samples))
+        if self.with_indices:
+            batch[INDICES] = torch.tensor(samples.indices)
+        return batch

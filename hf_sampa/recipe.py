@@ -36,6 +36,7 @@ class Moment:
         step: t, from 0.
         epoch: of the data stream, from 0.
         max_steps: T.
+        num_samples: in the dataset; 0 where that is not known.
         lr_fraction: the learning rate in force, as a part of its first group's peak; 0 to 1.
         seed: of the run.
     """
@@ -43,6 +44,7 @@ class Moment:
     step: int = 0
     epoch: int = 0
     max_steps: int = 1
+    num_samples: int = 0
     lr_fraction: float = 1.0
     seed: int = 0
 
@@ -133,6 +135,88 @@ class Mask(Part):
         """See g_t, to be read only."""
 
 
+class Samples(Part):
+    """Both gradients are those of all samples of B_t.
+
+    Choices are per sample of the whole update batch, over its micro-batches and replicas.
+
+    Attributes:
+        next_batch: whether g_t is that of B_{t+1} instead.
+        looks_first: whether `choose` needs losses, for which all samples go forward once more.
+        looks_again: whether `narrow` chooses, for which all samples go forward once more, at x~_t.
+        reads_losses: whether per-sample losses are needed at all.
+        reads_indices: whether the samples' places in the dataset are needed.
+    """
+
+    next_batch: ClassVar[bool] = False
+    looks_first: ClassVar[bool] = False
+    looks_again: ClassVar[bool] = False
+    reads_losses: ClassVar[bool] = False
+    reads_indices: ClassVar[bool] = False
+
+    def choose(self, losses: Tensor | None, indices: Tensor | None, now: Moment) -> Tensor | None:
+        """Which samples both gradients see.
+
+        Args:
+            losses: ``(n,)`` at x_t, with `looks_first`.
+            indices: ``(n,)`` places in the dataset, with `reads_indices`.
+            now: the step.
+
+        Returns:
+            ``(n,)`` bool, at least one of them True; None for all.
+        """
+        return None
+
+    def narrow(self, before: Tensor, after: Tensor, now: Moment) -> Tensor:
+        """Which of these samples g~_t sees, ``(n,)`` bool, given their losses at x_t and at x~_t, ``(n,)``."""
+        raise NotImplementedError
+
+    def observe(self, indices: Tensor | None, before: Tensor, after: Tensor, now: Moment) -> None:
+        """See the losses of the samples of both gradients, ``(n,)``, at x_t and at x~_t, with `reads_losses`."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a loss may be made of, for the samples of one micro-batch.
+
+    Attributes:
+        logits: ``(n, classes)``.
+        labels: ``(n,)``, classes.
+        ascent: whether the gradient is g_t rather than g~_t.
+        teacher: ``(n, classes)``, logits that the loss asked for; None where there are none yet.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    ascent: bool
+    teacher: Tensor | None = None
+
+
+class Loss(Part):
+    """The trainer's own loss.
+
+    Attributes:
+        reads_logits: whether the call needs logits and labels; without, it is not made.
+        reads_indices: whether `recall` and `record` are to be called, with the samples' places in the dataset.
+        teacher_decay: of a running mean of the weights, whose logits (in evaluation mode) are `Seen.teacher`; None: of none.
+    """
+
+    reads_logits: ClassVar[bool] = False
+    reads_indices: ClassVar[bool] = False
+    teacher_decay: float | None = None
+
+    def __call__(self, loss: Tensor, seen: Seen, now: Moment) -> Tensor:
+        """The loss ``()`` to take the gradient of, given the trainer's own, a mean over the samples."""
+        return loss
+
+    def recall(self, indices: Tensor, now: Moment) -> Tensor | None:
+        """Teacher logits ``(n, classes)`` of these samples ``(n,)``; None where there are none yet."""
+        return None
+
+    def record(self, indices: Tensor, logits: Tensor, now: Moment) -> None:
+        """See the logits ``(n, classes)`` of these samples ``(n,)``."""
+
+
 class When(Part):
     """Every step ascends.
 
@@ -186,7 +270,9 @@ class Recipe:
 
     direction: Direction
     mask: Mask
+    samples: Samples
     when: When
+    loss: Loss
     mixing: Mixing
 
     def __init__(
@@ -194,11 +280,14 @@ class Recipe:
         *,
         direction: Direction | None = None,
         mask: Mask | None = None,
+        samples: Samples | None = None,
         when: When | None = None,
+        loss: Loss | None = None,
         mixing: Mixing | None = None,
     ):
         self.direction, self.mask = direction or Direction(), mask or Mask()
-        self.when, self.mixing = when or When(), mixing or Mixing()
+        self.samples, self.when = samples or Samples(), when or When()
+        self.loss, self.mixing = loss or Loss(), mixing or Mixing()
 
     def parts(self) -> dict[str, Part]:
         """By the name of their kind."""
@@ -207,7 +296,17 @@ class Recipe:
     @property
     def plain(self) -> bool:
         """Whether this is SAM itself."""
-        return all(type(part) in (Direction, Mask, When, Mixing) for part in self.parts().values())
+        return all(type(part) in (Direction, Mask, Samples, When, Loss, Mixing) for part in self.parts().values())
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a part needs to know the logits of single samples."""
+        return self.samples.reads_losses or self.samples.looks_first or self.loss.reads_logits or self.reads_indices
+
+    @property
+    def reads_indices(self) -> bool:
+        """Whether a part needs to know which samples of the dataset it sees."""
+        return self.samples.reads_indices or self.loss.reads_indices
 
     @property
     def needs_gradient(self) -> bool:
@@ -225,6 +324,8 @@ class Recipe:
             "when leaves out steps": type(self.when) is not When,
             "direction needs no g_t": not self.direction.needs_gradient,
             "mask keeps parameters out of the update": self.mask.descent,
+            "samples are chosen by losses or are not those of B_t": type(self.samples) is not Samples,
+            "loss has a teacher": self.loss.teacher_decay is not None or self.loss.reads_indices,
         }
         if found := [what for what, holds in problems.items() if holds]:
             raise ValueError(

@@ -82,7 +82,7 @@ class ResumeMixin:
                 "means": self._means.state_dict(),
             },
         }
-        checkpoint.write(Path(output_dir), grads, content, self.sampa.recipe.state_dict())
+        checkpoint.write(Path(output_dir), grads, content, self.sampa.recipe_state())
 
     def _fingerprints(self) -> list[int]:
         """Of the next update batch, by replica; a collective."""
@@ -151,7 +151,7 @@ class ResumeMixin:
         self.sampa.skipped_steps, self.sampa.skipped_in_a_row = found["skipped"]["steps"], found["skipped"]["in_a_row"]
         self._unlogged = found["unlogged"]
         self._expected = None if self.args.ignore_data_skip else found["position"]["fingerprints"]
-        self.sampa.recipe.load_state_dict(checkpoint.read_recipe(Path(folder)), self.sampa.params)
+        self.sampa.load_recipe_state(checkpoint.read_recipe(Path(folder)))
         if self.args.ignore_data_skip:
             logger.warning("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
             return

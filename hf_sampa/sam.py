@@ -5,39 +5,59 @@ Symbols: `hf_sampa.functional`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.profiler import record_function
 
 from .buckets import Buckets
 from .engine import SharpnessAware
 from .gradients import Gradient
 from .passes import Batch, Found, Pass, StepReport
+from .per_sample import SampleView
 from .recipe import Moment
 from .roles import Role
 
 
 class SAM(SharpnessAware):
-    """Both gradients on B_t, one after the other. All processes are replicas. Takes what `SharpnessAware` takes."""
+    """Both gradients on B_t, one after the other. All processes are replicas.
 
-    def __init__(self, *args, **kwargs):
+    Args:
+        samples: the single samples of a batch, for recipes that see them.
+        kwargs: see `SharpnessAware`.
+    """
+
+    def __init__(self, *args, samples: SampleView | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.samples = samples
         # x~_t takes the place of g_t, unless the recipe mixes g_t with g~_t.
         self._x_tilde = Buckets(self.params) if self.recipe.mixing.needs_ascent else self.ascent_grads
+        self._teacher: Buckets | None = None  # running mean of the weights, for losses that ask for it
+
+    @property
+    def reads_next_batch(self) -> bool:
+        """Whether g_t is taken on B_{t+1}."""
+        return self.recipe.samples.next_batch
 
     def step(self, batch: Batch, next_batch: Batch, gradient: Gradient) -> StepReport:
         """One step from x_t with B_t; leaves G_t in ``.grad``. B_{t+1} is for recipes that ask for it."""
-        recipe, now, found = self.recipe, self._now(batch), {}
+        recipe, now, found = self.recipe, self.now(batch), {}
         ascends = recipe.when.reads_gradient or recipe.when(now, None)
-        ascent = norm = None
+        ascent = norm = before = None
+        self._teach(batch)
+        batch = self._chosen(batch, now)
         if recipe.needs_gradient or not ascends:
             # g_t = grad f(x_t; B_t)
-            found[Role.LOOKAHEAD] = self._ascent_gradient(batch, gradient, ascends, now)
+            source = next_batch if recipe.samples.next_batch else batch
+            found[Role.LOOKAHEAD] = self._ascent_gradient(source, gradient, ascends, now)
             norm = found[Role.LOOKAHEAD].norm
+            before = self._seen(batch, now)
         if found and recipe.waits:
             ascent = self._share(found)[Role.LOOKAHEAD]
             if not ascent.finite:
                 return self._finish(ascent, None, ascent.loss, ascent.used, skipped=True)
-            ascends = ascends and (not recipe.when.reads_gradient or recipe.when(now, ascent.norm))
+            ascends = not recipe.when.reads_gradient or recipe.when(now, ascent.norm)
             recipe.mask.observe(self.ascent_grads.views, now)
         if not ascends:
             return self._base_step(ascent, found, now)
@@ -45,15 +65,7 @@ class SAM(SharpnessAware):
         with record_function("SAMPa.displace"):
             self._ascend(self.ascent_grads, norm, self._x_tilde, now)
         # g~_t = grad f(x~_t; B_t)
-        found[Role.PERTURBED] = self._gradient_at(
-            self._x_tilde,
-            Role.PERTURBED,
-            batch,
-            gradient,
-            self.perturbed_grads,
-            only=recipe.mask.keeps(now) if recipe.mask.descent else None,
-            keep_statistics=bool(found),
-        )
+        found[Role.PERTURBED] = self._perturbed_gradient(batch, gradient, before, now, keep_statistics=bool(found))
         return self._descend(found, now)
 
     def _ascent_gradient(self, batch: Batch, gradient: Gradient, ascends: bool, now: Moment) -> Found:
@@ -62,6 +74,28 @@ class SAM(SharpnessAware):
         alone = ascends and not recipe.when.reads_gradient and not recipe.mixing.needs_ascent
         only = recipe.mask.keeps(now) if alone or recipe.mask.descent else None
         return self._gradient(Role.LOOKAHEAD, batch, gradient, self.ascent_grads, only=only)
+
+    def _perturbed_gradient(
+        self, batch: Batch, gradient: Gradient, before: Tensor | None, now: Moment, keep_statistics: bool
+    ) -> Found:
+        recipe = self.recipe
+        if recipe.samples.looks_again:
+            with self.displaced(self._x_tilde, keep_statistics=True):
+                self.samples.look(batch)
+            batch = self.samples.narrowed(batch, recipe.samples.narrow(before, self.samples.losses(batch), now))
+        found = self._gradient_at(
+            self._x_tilde,
+            Role.PERTURBED,
+            batch,
+            gradient,
+            self.perturbed_grads,
+            only=recipe.mask.keeps(now) if recipe.mask.descent else None,
+            keep_statistics=keep_statistics,
+        )
+        if recipe.samples.reads_losses and not recipe.samples.looks_again:
+            indices = self.samples.indices(batch) if recipe.samples.reads_indices else None
+            recipe.samples.observe(indices, before, self.samples.losses(batch), now)
+        return found
 
     def _descend(self, found: dict[Role, Found], now: Moment) -> StepReport:
         shared = self._share(found)
@@ -82,3 +116,52 @@ class SAM(SharpnessAware):
                 self.recipe.mixing.reuse(self.perturbed_grads.views, now)
         used = self.recipe.mixing.reached(ascent.used, None)
         return self._finish(ascent, None, ascent.loss, used, skipped=not ascent.finite)
+
+    # ---- Single samples ----
+
+    def _chosen(self, batch: Batch, now: Moment) -> Batch:
+        """The part of B_t that both gradients see."""
+        samples, losses = self.recipe.samples, None
+        if not (samples.looks_first or samples.reads_indices):
+            return batch
+        if samples.looks_first:
+            kept = [each.clone() for each in self.statistics]
+            self.samples.look(batch)
+            for each, own in zip(self.statistics, kept, strict=True):
+                each.copy_(own)
+            losses = self.samples.losses(batch)
+        indices = self.samples.indices(batch) if samples.reads_indices else None
+        chosen = samples.choose(losses, indices, now)
+        return batch if chosen is None else self.samples.narrowed(batch, chosen)
+
+    def _seen(self, batch: Batch, now: Moment) -> Tensor | None:
+        """Per-sample losses of the pass for g_t, if the recipe wants them; its loss may remember what the model said."""
+        if self.recipe.loss.reads_indices:
+            self.recipe.loss.record(self.samples.indices(batch), self.samples.logits(batch), now)
+        return self.samples.losses(batch) if self.recipe.samples.reads_losses else None
+
+    @torch.no_grad()
+    def _teach(self, batch: Batch) -> None:
+        """Move the teacher towards x_t, and let it say what it makes of the batch."""
+        decay = self.recipe.loss.teacher_decay
+        if decay is None:
+            return
+        if self._teacher is None:
+            self._teacher = Buckets(self.params)
+            torch._foreach_copy_(self._teacher.views, self.params)
+        torch._foreach_lerp_(self._teacher.views, self.params, 1 - decay)
+        with self.displaced(self._teacher, keep_statistics=True):
+            self.samples.look(batch, evaluating=True)
+        for micro_batch in batch:
+            micro_batch.teacher = micro_batch.logits
+
+    def recipe_state(self) -> dict[str, Any]:
+        teacher = {"teacher": [each.clone() for each in self._teacher.views]} if self._teacher else {}
+        return {**super().recipe_state(), **teacher}
+
+    def load_recipe_state(self, state: dict[str, Any]) -> None:
+        super().load_recipe_state(state)
+        if "teacher" in state:
+            self._teacher = Buckets(self.params)
+            for view, own in zip(self._teacher.views, state["teacher"], strict=True):
+                view.copy_(own)

@@ -55,7 +55,7 @@ class SAMPa(SharpnessAware):
         ascent, self.ascent = self.ascent, None
         if not ascent.finite:
             return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
-        found, self._moment = {}, self._now(batch)
+        found, self._moment = {}, self.now(batch)
         if self._g:
             torch._foreach_copy_(self._g.flats, self.ascent_grads.flats)
         if Role.PERTURBED in self.roles:
@@ -88,6 +88,11 @@ class SAMPa(SharpnessAware):
             g_tilde, g_next = self.perturbed_grads.flats, self.ascent_grads.flats
             interpolate_([g_tilde[b] for b in self.owned], [g_next[b] for b in self.owned], self.lmbda)
         return [(p and self.lmbda < 1) or (n and self.lmbda > 0) for p, n in zip(reached, lookahead.used, strict=True)]
+
+    @property
+    def reads_next_batch(self) -> bool:
+        """Whether this process takes a gradient on B_{t+1}."""
+        return Role.LOOKAHEAD in self.roles
 
     def forget(self) -> None:
         """Drop g_t: the next step computes it at x_t, as the first one does."""

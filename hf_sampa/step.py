@@ -6,9 +6,11 @@ from functools import partial
 
 import torch
 from accelerate.logging import get_logger
+from transformers.trainer_utils import has_length
 
 from .batches import MicroBatch, UpdateBatch
 from .checks import check_trainable
+from .per_sample import SampleView, check_classes, recipe_loss
 from .precision import SharedGradScaler
 from .randomness import derive_seed, seeded
 from .roles import Role
@@ -23,6 +25,8 @@ logger = get_logger(__name__)
 class StepMixin:
     """The part of `SAMPaMixin` that runs the engine."""
 
+    _in_pass: tuple[MicroBatch, Role] | None = None  # what `compute_loss` is called for
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.accelerator.scaler is not None:
@@ -34,12 +38,14 @@ class StepMixin:
             "overlap": self.args.overlap_exchange,
             "recipe": self._recipe or self.args.recipe(),
             "max_steps": max_steps,
+            "num_samples": len(self.train_dataset) if has_length(self.train_dataset) else 0,
             "seed": self.args.seed,
         }
         if self.accelerator.scaler is not None:
             common["unscale"] = self.accelerator.scaler.inverse_scale
         if self.args.method == "sam":
-            return SAM(self.model, self.optimizer.optimizer, self._exchange, **common)
+            samples = SampleView(self._exchange, partial(self._look, self.model_wrapped), self._weigh)
+            return SAM(self.model, self.optimizer.optimizer, self._exchange, samples=samples, **common)
         sharded = self.args.shard_optimizer and self.args.mesh.paired
         return (ShardedSAMPa if sharded else SAMPa)(
             self.model,
@@ -65,7 +71,7 @@ class StepMixin:
         batch, gradient = self._batch, partial(self._micro_gradient, model)
         self._weigh(batch)
         next_batch = self._stream.peek()
-        if isinstance(self.sampa, SAMPa) and Role.LOOKAHEAD in self.sampa.roles:
+        if self.sampa.reads_next_batch:
             self._weigh(next_batch)
         report = self.sampa.step(batch, next_batch, gradient)
         if report.skipped:
@@ -101,15 +107,48 @@ class StepMixin:
             else:
                 micro_batch.share = count / total if count else 0.0
 
-    def _micro_gradient(self, model, micro_batch: MicroBatch) -> torch.Tensor:
+    def _micro_gradient(self, model, micro_batch: MicroBatch, role: Role) -> torch.Tensor:
         """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""
         if isinstance(micro_batch.share, float) and not micro_batch.share:
             return torch.zeros((), device=self.args.device)  # no label counts, and the mean over none is not a number
         # What `Trainer.training_step` divides the loss by.
         self.current_gradient_accumulation_steps = 1 / micro_batch.share
+        self._in_pass, micro_batch.logits = (micro_batch, role), None
+        try:
+            with self._own_randomness(micro_batch):
+                loss = super().training_step(model, micro_batch.inputs, micro_batch.num_items)
+        finally:
+            self._in_pass = None
+        if self.sampa.recipe.reads_logits and micro_batch.logits is None:
+            raise ValueError(
+                "variant: expected a compute_loss that calls super().compute_loss(), which sees the logits of single samples "
+                f"for the variant, but that of {type(self).__name__} does not. Put it into a Trainer below SAMPaMixin."
+            )
+        return loss
+
+    def _own_randomness(self, micro_batch: MicroBatch):
         seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self.args.mesh.replica)
-        with seeded(seed, self.args.device):
-            return super().training_step(model, micro_batch.inputs, micro_batch.num_items)
+        return seeded(seed, self.args.device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._in_pass is None or not self.sampa.recipe.reads_logits:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        micro_batch, role = self._in_pass
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        now, ascent = self.sampa.now(micro_batch), role is Role.LOOKAHEAD
+        loss = recipe_loss(self.sampa.recipe.loss, loss, outputs, micro_batch, ascent, now)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _look(self, model, micro_batch: MicroBatch, evaluating: bool) -> None:
+        """Forward of one micro-batch, as in its passes or in evaluation mode, for its logits."""
+        model.train(not evaluating)
+        with self._own_randomness(micro_batch), self.compute_loss_context_manager():
+            _, outputs = self.compute_loss(model, self._prepare_inputs(micro_batch.inputs), return_outputs=True)
+        model.train()
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        check_classes(logits, micro_batch.inputs.get("labels"))
+        micro_batch.logits = logits
 
     def _clip_grad_norm(self, model):
         if isinstance(self.sampa, ShardedSAMPa):

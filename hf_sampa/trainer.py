@@ -90,7 +90,8 @@ class SAMPaMixin(StepMixin, ResumeMixin):
 
     def set_initial_training_values(self, args, dataloader):
         loader = replica_loader(dataloader, args.mesh, args.accelerator_config.split_batches, args.data_seed)
-        self._loader = seeded_loader(loader, self._data_seed)
+        recipe = self._recipe or args.recipe()
+        self._loader = seeded_loader(loader, self._data_seed, recipe.reads_indices)
         check_loader(self._loader, args)
         return super().set_initial_training_values(args, self._loader)
 

@@ -120,7 +120,7 @@ def toy_run(method, x, steps=400, lr=0.1, **kwargs):
     model = nn.ParameterList([x])
     engine = method(model, optimizer, Exchange(Mesh(1, 0, paired=False)), rho=0.1, **kwargs)
 
-    def gradient(_):
+    def gradient(_, role):
         loss = (x**2).sum()
         loss.backward()
         return loss.detach()

@@ -68,11 +68,11 @@ def in_series(trainer, rule_class):
 
 
 def assert_equal(model, expected, rtol=2e-4, atol=2e-6):
-    moved = max((a - b).abs().max().item() for a, b in zip(expected.parameters(), tiny.bert().parameters(), strict=True))
-    assert moved > 1e-2
-    torch.testing.assert_close(
-        dict(model.named_parameters()), dict(expected.named_parameters()), rtol=rtol, atol=atol
+    moved = max(
+        (a - b).abs().max().item() for a, b in zip(expected.parameters(), tiny.bert().parameters(), strict=True)
     )
+    assert moved > 1e-2
+    torch.testing.assert_close(dict(model.named_parameters()), dict(expected.named_parameters()), rtol=rtol, atol=atol)
 
 
 CASES = [(name, method) for name in RULES for method in VARIANTS[name].timings]
@@ -91,3 +91,37 @@ def test_a_variant_is_its_serial_transcription(tmp_path, name, method):
         assert differs > 1e-4  # that is, this test would notice SAM in the variant's place
     if name in ("looksam", "aesam"):
         assert 0 < sum(ascended) < STEPS
+
+
+LIMITS = {
+    "theta = 1 makes VaSSO SAM": ("vasso", {"theta": 1.0}, "sam"),
+    "sigma = 0 makes F-SAM SAM": ("fsam", {"sigma": 0.0}, "sam"),
+    "k = 1 makes LookSAM SAM": ("looksam", {"k": 1}, "sam"),
+    "p = 1 makes RST SAM": ("rst", {"p": 1.0}, "sam"),
+    "gamma = 0 makes G-RST the base optimizer": ("rst", {"p": 1.0, "gamma": 0.0}, "base"),
+    "p = 0 makes RST the base optimizer": ("rst", {"p": 0.0}, "base"),
+    "sparsity = 0 makes Sparse SAM SAM": ("ssam_d", {"sparsity": 0.0}, "sam"),
+    "a full quota makes vSAM SAM": ("vsam", {"window": 5, "start": 5, "most": 1.0}, "sam"),
+    "warm-up for the whole run makes vSAM SAM": ("vsam", {"warmup": 1.0}, "sam"),
+    "alpha = 1 makes the penalty SAM": ("gnp", {"alpha": 1.0}, "sam"),
+    "alpha = 0 makes the penalty the base optimizer": ("gnp", {"alpha": 0.0}, "base"),
+    "alpha = 0 makes GSAM SAM": ("gsam", {"alpha": 0.0}, "sam"),
+    "s = 1 makes SL-SAM SAM": ("slsam", {"s": 1.0}, "sam"),
+    "c = very low makes AE-SAM SAM": ("aesam", {"lam1": -1e9, "lam2": -1e9}, "sam"),
+    "every step sampled makes ARSAM SAM": ("arsam", {"sampler": "periodic", "k": 1}, "sam"),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("method", ["sam", "sampa"])
+def test_limits(tmp_path, limit, method):
+    name, arguments, expected = LIMITS[limit]
+    if method not in VARIANTS[name].timings or (expected == "base" and method == "sampa"):
+        pytest.skip("not a timing of this variant")
+    ours = trained(tmp_path, name, method, rho=0.05, variant_args=arguments)
+    if expected == "sam":
+        assert_equal(ours.model, trained(tmp_path, "sam", method, rho=0.05).model, rtol=1e-5, atol=1e-7)
+    else:
+        plain = Trainer(model=tiny.bert(), args=ours.args, train_dataset=ours.train_dataset)
+        plain.train()
+        assert_equal(ours.model, plain.model, rtol=1e-5, atol=1e-7)

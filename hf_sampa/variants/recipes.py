@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 from ..recipe import Recipe
-from . import directions, masks, mixing, psf, schedules
-from .catalogue import Count, NonNegative, OneOf, Part, Real, Within, variant
+from . import directions, losses, masks, mixing, psf, samples, schedules
+from .catalogue import AboveZero, Count, NonNegative, OneOf, Part, Positive, Real, Within, variant
 
 
 # Why a variant has one timing only.
 SKIPS = "a pair takes both gradients at once in every step, so that leaving one out saves no time"
 NO_ASCENT = "it has no ascent gradient that a second process could take"
 ONE_BATCH = "both of its gradients must be those of the same tensors, but g_{t+1} is of others"
+PAIRED = "SAMPa's two gradients of one batch are what it must not have"
+BY_LOSSES = "its choice of samples rests on losses that one process of a pair would have to wait for the other to tell"
 
 
 @variant(
@@ -64,7 +66,7 @@ def asam(eta: NonNegative = 0.01) -> Recipe:
 
 
 @variant(source="Li and Giannakis 2023, arXiv 2309.15639", passes="2", memory="1")
-def vasso(theta: Annotated[float, Within(0, 1, open_low=True)] = 0.4) -> Recipe:
+def vasso(theta: AboveZero = 0.4) -> Recipe:
     """VaSSO: the perturbation follows a running mean of g_t."""
     return Recipe(direction=directions.Smoothed(theta))
 
@@ -92,7 +94,7 @@ def ssam_d(
 @variant(
     source="SL-SAM 2026, arXiv 2602.09395", passes="2, partial", memory="0", rho=0.01, method="sam", why=ONE_BATCH
 )
-def slsam(s: Annotated[float, Within(0, 1, open_low=True)] = 0.5, a: NonNegative = 1e-3) -> Recipe:
+def slsam(s: AboveZero = 0.5, a: NonNegative = 1e-3) -> Recipe:
     """SL-SAM: a random part of the tensors has both gradients and the update."""
     return Recipe(mask=masks.ImportantTensors(s, a))
 
@@ -126,7 +128,7 @@ def rst(
 def vsam(
     window: Annotated[int, Within(5)] = 50,
     start: Annotated[float, Within(1)] = 1.0,
-    most: Annotated[float, Within(0, 1, open_low=True)] = 0.8,
+    most: AboveZero = 0.8,
     a1: NonNegative = 0.13,
     a2: NonNegative = 0.13,
     tensors: Count = 10,
@@ -179,3 +181,68 @@ def stable_sam(normalized: Annotated[str, OneOf(("no", "yes"))] = "no") -> Recip
 def gsam(alpha: NonNegative = 0.4, low: Part = 1.0) -> Recipe:
     """GSAM: descends on the surrogate gap, too; rho may follow the learning rate down to `low` times rho."""
     return Recipe(direction=directions.ScheduledRadius(low), mixing=mixing.SurrogateGap(alpha))
+
+
+@variant(source="Xie et al. 2024, arXiv 2410.10683, B.2", passes="2", memory="0", method="sam", why=PAIRED)
+def sam_db() -> Recipe:
+    """SAM-db: g_t is that of the next batch; a control."""
+    return Recipe(samples=samples.NextBatch())
+
+
+@variant(
+    source="Ni et al. 2022, arXiv 2210.12864", passes="F + 2 of k samples", memory="0", method="sam", why=BY_LOSSES
+)
+def ksam(k: Count = 16) -> Recipe:
+    """K-SAM: both gradients see the k samples with the largest losses."""
+    return Recipe(samples=samples.LargestLosses(k))
+
+
+@variant(
+    source="Du et al. 2022a, arXiv 2110.03141",
+    passes="1, partial + F + gamma",
+    memory="0",
+    method="sam",
+    why=BY_LOSSES,
+)
+def esam(beta: AboveZero = 0.5, gamma: AboveZero = 0.5) -> Recipe:
+    """ESAM: random tensors are perturbed, and g~_t sees the samples whose losses rose most."""
+    return Recipe(mask=masks.RandomTensors(beta), samples=samples.LargestRise(gamma))
+
+
+@variant(source="Du et al. 2022a, arXiv 2110.03141", passes="2", memory="0")
+def esam_swp(beta: AboveZero = 0.5) -> Recipe:
+    """ESAM's stochastic weight perturbation alone: random tensors are perturbed."""
+    return Recipe(mask=masks.RandomTensors(beta))
+
+
+@variant(
+    source="Deng et al. 2025, arXiv 2406.08001",
+    passes="2 of alpha n samples",
+    memory="0",
+    rho=0.1,
+    method="sam",
+    why=BY_LOSSES,
+)
+def ausam(alpha: AboveZero = 0.5, low: AboveZero = 0.1, high: AboveZero = 0.5, growth: Part = 0.15) -> Recipe:
+    """AUSAM: both gradients see samples drawn by how much a perturbation changes their loss."""
+    if low > high:
+        raise ValueError(f"variant_args: low of 'ausam' is to be at most high, {high:g}, got {low:g}.")
+    return Recipe(samples=samples.LargestDifference(alpha, low, high, growth))
+
+
+@variant(source="Xie et al. 2024b, arXiv 2407.12993", passes="2", memory="0")
+def bisam(mu: Positive = 1.0, phi: Annotated[str, OneOf(("log", "tanh"))] = "log", alpha: Positive = 0.1) -> Recipe:
+    """BiSAM: the perturbation ascends on a lower bound of the 0-1 loss."""
+    return Recipe(loss=losses.Bilevel(mu, phi, alpha))
+
+
+@variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1", memory="0, and logits", method="sam", why=NO_ASCENT)
+def saf(lam: NonNegative = 0.3, tau: Positive = 5.0, start: Part = 0.025, epochs: Count = 3) -> Recipe:
+    """SAF: no ascent; the logits are kept near those of some epochs ago."""
+    return Recipe(when=schedules.Never(), loss=losses.FromThePast(lam, tau, start, epochs))
+
+
+@variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1 + F", memory="1", method="sam", why=NO_ASCENT)
+def mesa(lam: NonNegative = 0.8, tau: Positive = 5.0, start: Part = 0.025, decay: Part = 0.9995) -> Recipe:
+    """MESA: no ascent; the logits are kept near those of a running mean of the weights."""
+    return Recipe(when=schedules.Never(), loss=losses.FromTheMean(lam, tau, start, decay))
