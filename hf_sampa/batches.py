@@ -35,6 +35,7 @@ class MicroBatch:
         share: weight of its mean loss in the update batch's; set before the pass. A tensor ``()`` with several replicas.
         indices: ``(n,)``, the samples' places in the dataset, where a variant needs them.
         logits: ``(n, classes)``, what the model last said of the samples, where a variant needs it.
+        loss: ``()``, the trainer's own, which came with these logits.
         teacher: ``(n, classes)``, what a variant's teacher says of them.
     """
 
@@ -46,6 +47,7 @@ class MicroBatch:
     share: float | Tensor | None = None
     indices: Tensor | None = None
     logits: Tensor | None = None
+    loss: Tensor | None = None
     teacher: Tensor | None = None
 
     @property

@@ -145,10 +145,11 @@ class SharpnessAware(Gradients):
             param.grad = None
         for i in self.reached.intersection(self._owned_params()):
             self.params[i].grad = self.perturbed_grads.views[i]
+        same_samples = not (self.recipe.samples.looks_again or self.recipe.samples.next_batch)
         return StepReport(
             loss=loss,
             perturbed_loss=perturbed.loss if perturbed else NOT_TAKEN,
-            sharpness=perturbed.loss - ascent.loss if perturbed and ascent else NOT_TAKEN,
+            sharpness=perturbed.loss - ascent.loss if perturbed and ascent and same_samples else NOT_TAKEN,
             ascent_grad_norm=ascent.norm if ascent else NOT_TAKEN,
             ascent_cosine=perturbed.dot / (perturbed.norm + NORM_GUARD) if perturbed else NOT_TAKEN,
             skipped=skipped,

@@ -88,11 +88,11 @@ def check_classes(logits: Any, labels: Any) -> None:
 
 
 def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
-    """What the recipe makes of the trainer's own loss; keeps the logits on `micro_batch`."""
+    """What the recipe makes of the trainer's own loss; keeps that and the logits on `micro_batch`."""
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
     labels = micro_batch.inputs.get("labels")
     check_classes(logits, labels)
-    micro_batch.logits = logits.detach()
+    micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
     labels = labels.to(logits.device)
     teacher = micro_batch.teacher
     if part.reads_indices and (found := part.recall(micro_batch.indices, now)) is not None:

@@ -119,12 +119,14 @@ class StepMixin:
                 loss = super().training_step(model, micro_batch.inputs, micro_batch.num_items)
         finally:
             self._in_pass = None
-        if self.sampa.recipe.reads_logits and micro_batch.logits is None:
+        if not self.sampa.recipe.reads_logits:
+            return loss
+        if micro_batch.logits is None:
             raise ValueError(
                 "variant: expected a compute_loss that calls super().compute_loss(), which sees the logits of single samples "
                 f"for the variant, but that of {type(self).__name__} does not. Put it into a Trainer below SAMPaMixin."
             )
-        return loss
+        return micro_batch.loss * micro_batch.share  # what is reported is the trainer's own loss
 
     def _own_randomness(self, micro_batch: MicroBatch):
         seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self.args.mesh.replica)

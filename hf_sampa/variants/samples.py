@@ -81,13 +81,14 @@ class LargestDifference(Samples):
         count = max(1, int(self.alpha * len(indices)))
         if now.epoch == 0 or count == len(indices):
             return None
-        scores = torch.where(self.counts > 0, self.totals / self.counts.clamp(min=1), 1.0)[indices]
+        order = indices.argsort()  # which process read a sample must not matter
+        scores = torch.where(self.counts > 0, self.totals / self.counts.clamp(min=1), 1.0)[indices[order]]
         spread = scores.max() - scores.min()
         part = min(1.0, now.step / max(1.0, self.growth * now.max_steps))
         high = self.low + part * (self.high - self.low)
         weights = self.low + (high - self.low) * ((scores - scores.min()) / spread if spread > 0 else 0.0 * scores)
         chosen = torch.zeros(len(indices), dtype=torch.bool)
-        chosen[torch.multinomial(weights, count, generator=now.generator("samples"))] = True
+        chosen[order[torch.multinomial(weights, count, generator=now.generator("samples"))]] = True
         return chosen
 
     def observe(self, indices: Tensor | None, before: Tensor, after: Tensor, now: Moment) -> None:

@@ -1,0 +1,145 @@
+"""P2, P3, P5, P7, P8 for every variant in every timing that it supports, with dropout, accumulation and a ragged batch."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+
+from hf_sampa import SAMPaTrainer
+from hf_sampa.variants import VARIANTS
+from tests import tiny
+from tests.ranks import run_ranks
+
+
+pytestmark = pytest.mark.distributed
+
+CASES = [(name, method) for name, variant in VARIANTS.items() for method in variant.timings]
+PAIRED = [case for case in CASES if case[1] == "sampa"]
+REPLICATED = [case for case in CASES if case[1] == "sam"]
+# So that a short run comes to what is to be tested.
+ARGUMENTS = {
+    "ssam_d": {"every": 2},
+    "looksam": {"k": 2},
+    "vsam": {"window": 5, "start": 2.0, "warmup": 0.0},
+    "arsam": {"sampler": "bernoulli"},
+    "ksam": {"k": 3},
+    "saf": {"epochs": 1, "start": 0.0},
+    "mesa": {"start": 0.0, "decay": 0.9},
+    "ausam": {"growth": 0.1},
+}
+STEPS = 8  # of two micro-batches of 4, in epochs of 19 samples: the last of an epoch is one of 3 samples
+
+
+def settings(name, method) -> dict:
+    return {
+        "variant": name,
+        "variant_args": ARGUMENTS.get(name, {}),
+        "method": method,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+
+
+def train(folder, cases, resume=None) -> dict:
+    return {
+        case: tiny.run(
+            folder / "-".join(case),
+            partial(tiny.bert, 0.1),
+            tiny.sentences(19),
+            resume=resume and str(resume / "-".join(case) / "checkpoint-5"),
+            **settings(*case),
+        )
+        for case in cases
+    }
+
+
+def train_evenly(folder, batch_size) -> dict:
+    """Without what a replica draws, or pads, for its own part."""
+    changes = {"optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": batch_size, "save_strategy": "no"}
+    return {
+        case: tiny.run(folder / "-".join(case), tiny.bert, tiny.sentences(16), **{**settings(*case), **changes})
+        for case in REPLICATED
+    }
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory):
+    """Every case on one process, and the folder of the checkpoints."""
+    folder = tmp_path_factory.mktemp("serial")
+    yield train(folder, CASES), folder
+    shutil.rmtree(folder)
+
+
+def differences(found: dict, expected: dict) -> list[str]:
+    return [
+        f"{case}: {difference}"
+        for case, outcome in found.items()
+        for difference in tiny.differing(tiny.comparable(outcome), tiny.comparable(expected[case]))[:2]
+    ]
+
+
+def test_two_processes_are_one(serial, tmp_path):
+    """P2 and P3 of those that have SAMPa's timing."""
+    expected, _ = serial
+    for found in run_ranks(train, 2, tmp_path / "out", PAIRED, folder=tmp_path):
+        assert differences(found, expected) == []
+
+
+def test_replicas_hold_the_same_bits_and_are_one_process_to_rounding(tmp_path):
+    """P3, P6 of those that have SAM's timing."""
+    one = train_evenly(tmp_path / "one", 4)
+    left, right = run_ranks(train_evenly, 2, tmp_path / "two", 2, folder=tmp_path)
+    assert differences(left, right) == []
+    differing = {}
+    for case, outcome in left.items():
+        pairs = [(value, one[case]["weights"][name]) for name, value in outcome["weights"].items()]
+        differing[case] = max((a - b).abs().max().item() for a, b in pairs if a.is_floating_point())
+    assert {case: difference for case, difference in differing.items() if difference > 1e-5} == {}
+
+
+def test_resumed_is_never_stopped(serial, tmp_path):
+    """P5 of all."""
+    expected, written = serial
+    assert differences(train(tmp_path, CASES, resume=written), expected) == []
+
+
+class Interrupted(Exception):
+    pass
+
+
+class FailsOnce(SAMPaTrainer):
+    """Raises in a given pass of a run, before its backward is through."""
+
+    passes = 0
+    at: int
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self._in_pass is not None:
+            self.passes += 1
+        if self.passes == self.at:
+            raise Interrupted
+        return loss
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_model_holds_x_t_after_an_exception(tmp_path, case):
+    """P7, and P8: what callbacks see after every step is where the next step starts."""
+    for at in (2, 7, 8):
+        recorder = tiny.Recorder()
+        trainer = FailsOnce(
+            model=tiny.bert(),
+            args=tiny.arguments(tmp_path, **{**settings(*case), "save_strategy": "no"}),
+            train_dataset=tiny.sentences(19),
+            callbacks=[recorder],
+        )
+        trainer.at = at
+        with pytest.raises(Interrupted):
+            trainer.train()
+        expected = recorder.weights[-1] if recorder.weights else list(tiny.bert().parameters())
+        assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), expected, strict=True))
