@@ -125,3 +125,43 @@ def test_limits(tmp_path, limit, method):
         plain = Trainer(model=tiny.bert(), args=ours.args, train_dataset=ours.train_dataset)
         plain.train()
         assert_equal(ours.model, plain.model, rtol=1e-5, atol=1e-7)
+
+
+# Name, arguments, and the serial step for loss and rho. The epochs of these runs have 5 batches, the last of 2 samples.
+BY_STEP = {
+    "SAM-db": ("sam_db", {}, lambda rho: serial.sam_db(loss, rho)),
+    "K-SAM": ("ksam", {"k": 3}, lambda rho: serial.ksam(loss, rho, 3)),
+    "ESAM, samples": ("esam", {"beta": 1.0, "gamma": 0.5}, lambda rho: serial.esam_selection(loss, rho, 0.5)),
+    "BiSAM": ("bisam", {}, lambda rho: serial.bisam(loss, rho)),
+    "MESA": (
+        "mesa",
+        {"lam": 2.0, "tau": 2.0, "start": 0.0, "decay": 0.9},
+        lambda rho: serial.mesa(loss, 2.0, 2.0, 0.9),
+    ),
+    "SAF": ("saf", {"lam": 2.0, "tau": 2.0, "start": 0.0, "epochs": 1}, lambda rho: serial.saf(loss, 2.0, 2.0, 1, 5)),
+}
+
+
+@pytest.mark.parametrize("case", BY_STEP)
+def test_a_variant_of_samples_or_losses_is_its_serial_transcription(tmp_path, case):
+    name, arguments, make = BY_STEP[case]
+    trainer = trained(tmp_path, name, "sam", variant_args=arguments)
+    model = tiny.bert()
+    plain = Trainer(model=model, args=trainer.args, train_dataset=trainer.train_dataset)
+    plain.create_optimizer_and_scheduler(STEPS)
+    batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
+    serial.step_by_step(make(trainer.args.rho), model, plain.optimizer, plain.lr_scheduler, batches)
+    assert_equal(trainer.model, model)
+    limit = "rst" if name in ("mesa", "saf") else "sam"  # what it is without its samples or loss
+    other = trained(tmp_path, limit, "sam", variant_args={"p": 0.0} if limit == "rst" else {}, rho=trainer.args.rho)
+    assert max((a - b).abs().max() for a, b in zip(other.model.parameters(), model.parameters(), strict=True)) > 1e-4
+
+
+def test_bisam_in_parallel(tmp_path):
+    trainer = trained(tmp_path, "bisam", "sampa")
+    model, args = tiny.bert(), trainer.args
+    plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
+    plain.create_optimizer_and_scheduler(STEPS)
+    batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
+    serial.bisam_parallel(loss, args.rho, args.lmbda, model, plain.optimizer, plain.lr_scheduler, batches)
+    assert_equal(trainer.model, model)

@@ -211,3 +211,134 @@ class ReusePSF(SAM):
     def reuse(self, t, g):
         self.age += 1
         return g + self.beta**self.age * self.psf if self.age <= self.max_age else g
+
+
+def logits_and_labels(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    return model(**batch).logits, batch["labels"]
+
+
+def per_sample(model: nn.Module, batch: Any) -> Tensor:
+    """Losses ``(n,)`` of single samples."""
+    with torch.no_grad():
+        return torch.stack([model(**some(batch, [i])).loss for i in range(len(batch["labels"]))])
+
+
+def some(batch: Any, chosen: Sequence[int]) -> Any:
+    """Samples `chosen` of a batch."""
+    return {name: value[list(chosen)] for name, value in batch.items()}
+
+
+def at(model: nn.Module, x: Tensor) -> nn.Module:
+    """A copy of `model` with weights `x`."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, part in zip(moved.parameters(), cut(x, list(moved.parameters())), strict=True):
+            p.copy_(part)
+    return moved
+
+
+def step_by_step(step: Callable, model, optimizer, schedule, batches) -> None:
+    """T = len(batches) - 1 steps; `step` gives G_t for the model, t, B_t and B_{t+1}."""
+    for t, (batch, next_batch) in enumerate(zip(batches[:-1], batches[1:], strict=True)):
+        update(model, optimizer, step(model, t, batch, next_batch))
+        schedule.step()
+
+
+def sam_gradient(model, loss, batch, rho, descent_batch=None) -> Tensor:
+    """grad f(x + rho g / ||g||; descent_batch), g = grad f(x; batch)."""
+    g = gradient(model, loss, batch)
+    return gradient(
+        model, loss, batch if descent_batch is None else descent_batch, flat(list(model.parameters())) + rho * unit(g)
+    )
+
+
+def sam_db(loss, rho):
+    return lambda model, t, batch, next_batch: sam_gradient(model, loss, next_batch, rho, batch)
+
+
+def ksam(loss, rho, k):
+    def step(model, t, batch, next_batch):
+        losses = per_sample(model, batch).tolist()
+        chosen = sorted(range(len(losses)), key=lambda i: -losses[i])[:k]
+        return sam_gradient(model, loss, some(batch, chosen), rho)
+
+    return step
+
+
+def esam_selection(loss, rho, gamma):
+    """ESAM with beta = 1."""
+
+    def step(model, t, batch, next_batch):
+        x = flat(list(model.parameters()))
+        moved = at(model, x + rho * unit(gradient(model, loss, batch)))
+        rise = (per_sample(moved, batch) - per_sample(model, batch)).tolist()
+        chosen = sorted(range(len(rise)), key=lambda i: -rise[i])[: int(gamma * len(rise))]
+        return gradient(moved, loss, some(batch, chosen))
+
+    return step
+
+
+def bisam_loss(model, batch):
+    """-log, mu = 1: mean over samples of log sum_j exp(phi(z_j - z_y))."""
+    logits, labels = logits_and_labels(model, batch)
+    gamma = torch.log(torch.tensor(torch.e) - 1)
+    total = 0.0
+    for z, y in zip(logits, labels, strict=True):
+        phi = 1 - torch.log(1 + torch.exp(gamma - (z - z[y])))
+        total = total + torch.log(torch.exp(phi).sum())
+    return total / len(labels)
+
+
+def bisam(loss, rho):
+    def step(model, t, batch, next_batch):
+        x = flat(list(model.parameters()))
+        return gradient(model, loss, batch, x + rho * unit(gradient(model, bisam_loss, batch)))
+
+    return step
+
+
+def bisam_parallel(loss, rho, lmbda, model, optimizer, schedule, batches) -> None:
+    """One gradient of B_{t+1}, that of BiSAM's loss, for the direction, the look-ahead and the mix."""
+    g = gradient(model, bisam_loss, batches[0])
+    for batch, next_batch in zip(batches[:-1], batches[1:], strict=True):
+        g_tilde = gradient(model, loss, batch, flat(list(model.parameters())) + rho * unit(g))
+        y, y_optimizer = copy.deepcopy((model, optimizer))
+        update(y, y_optimizer, g)
+        g = gradient(y, bisam_loss, next_batch)
+        update(model, optimizer, (1 - lmbda) * g_tilde + lmbda * g)
+        schedule.step()
+
+
+def distillation(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), a mean over samples."""
+    p, q = torch.softmax(teacher / tau, dim=1), torch.softmax(student / tau, dim=1)
+    return tau**2 * (p * (p.log() - q.log())).sum(dim=1).mean()
+
+
+def mesa(loss, lam, tau, decay):
+    teacher = None
+
+    def step(model, t, batch, next_batch):
+        nonlocal teacher
+        x = flat(list(model.parameters()))
+        teacher = x if teacher is None else decay * teacher + (1 - decay) * x
+        with torch.no_grad():
+            said = at(model, teacher)(**batch).logits
+        return gradient(model, lambda m, b: loss(m, b) + lam * distillation(m(**b).logits, said, tau), batch)
+
+    return step
+
+
+def saf(loss, lam, tau, epochs, batches_per_epoch):
+    """On a sequential stream, where batch t of an epoch holds the same samples in every epoch."""
+    said: dict[int, Tensor] = {}
+
+    def step(model, t, batch, next_batch):
+        teacher = said.get(t - epochs * batches_per_epoch)
+        with torch.no_grad():
+            said[t] = model(**batch).logits
+        if teacher is None:
+            return gradient(model, loss, batch)
+        return gradient(model, lambda m, b: loss(m, b) + lam * distillation(m(**b).logits, teacher, tau), batch)
+
+    return step

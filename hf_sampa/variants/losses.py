@@ -90,7 +90,7 @@ class FromThePast(Distilled):
 
     def recall(self, indices: Tensor, now: Moment) -> Tensor | None:
         row = (now.epoch - self.epochs) % (self.epochs + 1)
-        if self.table is None or not (self.written[row, indices] == now.epoch - self.epochs).all():
+        if now.epoch < self.epochs or self.table is None or not (self.written[row, indices] == now.epoch - self.epochs).all():
             return None
         return self.table[row, indices]
 
