@@ -29,7 +29,7 @@ class MicroBatch:
     Attributes:
         inputs: as the collator made them.
         update: t, the index of the update batch it belongs to.
-        position: its place in the update batch.
+        position: its place in the update batch, or that and the place in the micro-batch that it is a piece of.
         epoch: of the stream, from 0.
         num_items: labels that count, as `Trainer` counts them; None where it cannot.
         share: weight of its mean loss in the update batch's; set before the pass. A tensor ``()`` with several replicas.
@@ -41,7 +41,7 @@ class MicroBatch:
 
     inputs: dict[str, Any]
     update: int
-    position: int
+    position: int | tuple[int, int]
     epoch: int = 0
     num_items: Tensor | None = None
     share: float | Tensor | None = None
@@ -55,8 +55,8 @@ class MicroBatch:
         """Number of samples."""
         return find_batch_size(self.inputs) or 0
 
-    def narrowed(self, chosen: Tensor) -> MicroBatch:
-        """Those of its samples that `chosen` ``(n,)`` says, yet without a share."""
+    def narrowed(self, chosen: Tensor, piece: int | None = None) -> MicroBatch:
+        """Those of its samples that `chosen` ``(n,)`` says, yet without a share; as its `piece`-th piece, if it has more."""
         places = chosen.nonzero()[:, 0]
 
         def part_of(value: Any) -> Any:

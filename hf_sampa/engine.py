@@ -13,8 +13,10 @@ from .buckets import Buckets
 from .exchange import Exchange
 from .functional import NORM_GUARD, global_norm, perturb
 from .gradients import Gradients
+from .parts import Moment, Norms
 from .passes import Batch, Pass, StepReport
-from .recipe import Moment, Norms, Recipe
+from .per_sample import SampleView
+from .recipe import Recipe
 
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -30,6 +32,7 @@ class SharpnessAware(Gradients):
         exchange: connects the processes.
         rho: radius of the perturbation, >= 0.
         recipe: what the step is made of; by default SAM's.
+        samples: the single samples of a batch, for recipes that see them.
         max_steps: T,
         num_samples: in the dataset, and
         seed: of the run, for parts of the recipe that want to know.
@@ -45,6 +48,7 @@ class SharpnessAware(Gradients):
         *,
         rho: float,
         recipe: Recipe | None = None,
+        samples: SampleView | None = None,
         max_steps: int = 1,
         num_samples: int = 0,
         seed: int = 0,
@@ -54,6 +58,7 @@ class SharpnessAware(Gradients):
         super().__init__(model, exchange, overlap=overlap, unscale=unscale)
         self.base_optimizer, self.rho = base_optimizer, rho
         self.recipe, self.max_steps, self.num_samples, self.seed = recipe or Recipe(), max_steps, num_samples, seed
+        self.samples = samples
         self.recipe.bind(model, self.names, self.params)
         self.roles = exchange.mesh.roles
         self.owned = range(len(self.ascent_grads.flats))  # buckets that this process updates
@@ -84,6 +89,20 @@ class SharpnessAware(Gradients):
         peak = group.get("initial_lr", group["lr"])
         fraction = float(group["lr"] / peak) if peak else 0.0
         return Moment(batch.update, batch.epoch, self.max_steps, self.num_samples, fraction, self.seed)
+
+    def _learn(self, now: Moment) -> None:
+        """Show squared gradients of single samples to a mask that asks for them."""
+        mask = self.recipe.mask
+        if not mask.wants_fisher(now):
+            return
+        places = torch.randint(self.num_samples, (mask.fisher_samples,), generator=now.generator("fisher")).tolist()
+        fisher = [torch.zeros_like(param) for param in self.params]
+        for place in places:
+            grads = torch.autograd.grad(self.samples.loss_at(place, now), self.params, allow_unused=True)
+            for total, grad in zip(fisher, grads, strict=True):
+                if grad is not None:
+                    total.addcmul_(grad, grad)
+        mask.learn(fisher, now)
 
     @torch.no_grad()
     def _ascend(self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment) -> None:

@@ -91,11 +91,12 @@ class Gradients:
         *,
         only: Sequence[bool] | None = None,
         keep_statistics: bool = False,
+        local: bool = False,
     ) -> Found:
         """As `_gradient`, at `weights`, which then holds the other role's gradient."""
         try:
             with self.displaced(weights, keep_statistics) as x:
-                return self._gradient(role, batch, gradient, into, weights, x, only)
+                return self._gradient(role, batch, gradient, into, weights, x, only, local)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -114,11 +115,12 @@ class Gradients:
         weights: Buckets | None = None,
         x: list[Tensor] | None = None,
         only: Sequence[bool] | None = None,
+        local: bool = False,
     ) -> Found:
         """Gradient of f on `batch` at the weights as they are, averaged over replicas, into `into`.
 
         Where the weights are displaced, `weights` are their buckets and `x` is x_t. Parameters that `only` leaves out are
-        taken for constants, their gradient for zero. On trial, a weight becomes NaN as soon
+        taken for constants, their gradient for zero. A `local` gradient is neither averaged nor sent. On trial, a weight becomes NaN as soon
         as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
         """
         norms: list[Tensor] = []
@@ -135,9 +137,11 @@ class Gradients:
                 if role is Role.PERTURBED:
                     moved = [weights.views[i] for i in members]
                     dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
-            start = partial(
-                self._start_exchange, bucket, into, weights, lambda: norms.append(torch.linalg.vector_norm(grad))
-            )
+
+            def ready() -> None:
+                norms.append(torch.linalg.vector_norm(grad))
+
+            start = ready if local else partial(self._start_exchange, bucket, into, weights, ready)
             if weights is not None and self._on_trial:
                 weights.flats[bucket].fill_(float("nan"))
                 held_back.append(start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from .batches import MicroBatch, UpdateBatch
 from .exchange import Exchange
-from .recipe import Loss, Moment, Seen
+from .parts import Moment
+from .sample_parts import Loss, Seen
 
 
 class SampleView:
@@ -25,12 +26,17 @@ class SampleView:
         forward: runs a micro-batch forward without gradients, after which its `logits` are set; the flag says whether in
             evaluation mode.
         weigh: sets the shares of an update batch's micro-batches.
+        loss_at: the loss ``()`` of one sample of the dataset, given its place and the `Moment`, in evaluation mode.
     """
 
     def __init__(
-        self, exchange: Exchange, forward: Callable[[MicroBatch, bool], None], weigh: Callable[[UpdateBatch], None]
+        self,
+        exchange: Exchange,
+        forward: Callable[[MicroBatch, bool], None],
+        weigh: Callable[[UpdateBatch], None],
+        loss_at: Callable[[int, Moment], Tensor],
     ):
-        self.exchange, self.forward, self.weigh = exchange, forward, weigh
+        self.exchange, self.forward, self.weigh, self.loss_at = exchange, forward, weigh, loss_at
 
     def look(self, batch: UpdateBatch, evaluating: bool = False) -> None:
         """Run all samples forward, without gradients."""
@@ -63,6 +69,26 @@ class SampleView:
         batch = replace(batch, micro_batches=[each for each in parts if each.size] or parts[:1])
         self.weigh(batch)
         return batch
+
+    def shards(
+        self, batch: UpdateBatch, sizes: Callable[[int], Sequence[int]]
+    ) -> list[tuple[UpdateBatch, float | Tensor]]:
+        """This process's shards of `batch`, each within one micro-batch, and their weights in its mean.
+
+        Args:
+            batch: B_t.
+            sizes: of the shards of a micro-batch of so many samples.
+        """
+        pieces = []
+        for each in batch:
+            places = torch.arange(each.size).split(list(sizes(each.size)))
+            pieces += [each.narrowed(torch.isin(torch.arange(each.size), own), j) for j, own in enumerate(places)]
+        self.weigh(replace(batch, micro_batches=pieces))
+        shards = []
+        for piece in pieces:
+            weight, piece.share = piece.share, 1.0 if isinstance(piece.share, Tensor) or piece.share else 0.0
+            shards.append((replace(batch, micro_batches=[piece]), weight))
+        return shards
 
     def _of_all(self, own: Tensor) -> Tensor:
         return self.exchange.concatenate(own.detach()).cpu()

@@ -14,23 +14,16 @@ from torch.profiler import record_function
 from .buckets import Buckets
 from .engine import SharpnessAware
 from .gradients import Gradient
+from .parts import Moment
 from .passes import Batch, Found, Pass, StepReport
-from .per_sample import SampleView
-from .recipe import Moment
 from .roles import Role
 
 
 class SAM(SharpnessAware):
-    """Both gradients on B_t, one after the other. All processes are replicas.
+    """Both gradients on B_t, one after the other. All processes are replicas. Takes what `SharpnessAware` takes."""
 
-    Args:
-        samples: the single samples of a batch, for recipes that see them.
-        kwargs: see `SharpnessAware`.
-    """
-
-    def __init__(self, *args, samples: SampleView | None = None, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.samples = samples
         # x~_t takes the place of g_t, unless the recipe mixes g_t with g~_t.
         self._x_tilde = Buckets(self.params) if self.recipe.mixing.needs_ascent else self.ascent_grads
         self._teacher: Buckets | None = None  # running mean of the weights, for losses that ask for it
@@ -45,6 +38,7 @@ class SAM(SharpnessAware):
         recipe, now, found = self.recipe, self.now(batch), {}
         ascends = recipe.when.reads_gradient or recipe.when(now, None)
         ascent = norm = before = None
+        self._learn(now)
         self._teach(batch)
         batch = self._chosen(batch, now)
         if recipe.needs_gradient or not ascends:

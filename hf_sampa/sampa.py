@@ -17,8 +17,8 @@ from .buckets import Buckets
 from .engine import SharpnessAware
 from .functional import interpolate_
 from .lookahead import look_ahead
+from .parts import Moment
 from .passes import Batch, Pass, StepReport
-from .recipe import Moment
 from .roles import Role
 
 
@@ -59,6 +59,7 @@ class SAMPa(SharpnessAware):
         if self._g:
             torch._foreach_copy_(self._g.flats, self.ascent_grads.flats)
         if Role.PERTURBED in self.roles:
+            self._learn(self._moment)
             # x~_t = x_t + eps_t; eps_t = rho g_t / ||g_t||, or what the recipe makes of g_t
             x_tilde, g_tilde = self._perturb(ascent), self.perturbed_grads
             # g~_t = grad f(x~_t; B_t)

@@ -10,9 +10,11 @@ from transformers.trainer_utils import has_length
 
 from .batches import MicroBatch, UpdateBatch
 from .checks import check_trainable
+from .msam import MSAM, MSAMPa, TwoLossSAMPa
+from .parts import Moment
 from .per_sample import SampleView, check_classes, recipe_loss
 from .precision import SharedGradScaler
-from .randomness import derive_seed, seeded
+from .randomness import INDICES, derive_seed, seeded
 from .roles import Role
 from .sam import SAM
 from .sampa import SAMPa
@@ -33,10 +35,13 @@ class StepMixin:
             self.accelerator.scaler = SharedGradScaler(self.accelerator.scaler, self.accelerator.device.type)
 
     def _engine(self, max_steps: int) -> SAMPa | SAM:
+        recipe = self._recipe or self.args.recipe()
+        sharded_batch = recipe.samples.sharded
         common = {
             "rho": self.args.rho,
             "overlap": self.args.overlap_exchange,
-            "recipe": self._recipe or self.args.recipe(),
+            "recipe": recipe,
+            "samples": SampleView(self._exchange, partial(self._look, self.model_wrapped), self._weigh, self._loss_at),
             "max_steps": max_steps,
             "num_samples": len(self.train_dataset) if has_length(self.train_dataset) else 0,
             "seed": self.args.seed,
@@ -44,10 +49,12 @@ class StepMixin:
         if self.accelerator.scaler is not None:
             common["unscale"] = self.accelerator.scaler.inverse_scale
         if self.args.method == "sam":
-            samples = SampleView(self._exchange, partial(self._look, self.model_wrapped), self._weigh)
-            return SAM(self.model, self.optimizer.optimizer, self._exchange, samples=samples, **common)
+            return (MSAM if sharded_batch else SAM)(self.model, self.optimizer.optimizer, self._exchange, **common)
         sharded = self.args.shard_optimizer and self.args.mesh.paired
-        return (ShardedSAMPa if sharded else SAMPa)(
+        kind = (
+            TwoLossSAMPa if recipe.loss.separate else MSAMPa if sharded_batch else ShardedSAMPa if sharded else SAMPa
+        )
+        return kind(
             self.model,
             self.optimizer.optimizer,
             self._exchange,
@@ -151,6 +158,16 @@ class StepMixin:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         check_classes(logits, micro_batch.inputs.get("labels"))
         micro_batch.logits = logits
+
+    def _loss_at(self, place: int, now: Moment) -> torch.Tensor:
+        """Loss of the sample at `place` of the dataset, in evaluation mode, with a graph."""
+        inputs = self._loader.collate_fn(self._loader.dataset.__getitems__([(now.epoch, place)]))
+        inputs.pop(INDICES, None)
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs))
+        self.model.train()
+        return loss
 
     def _clip_grad_norm(self, model):
         if isinstance(self.sampa, ShardedSAMPa):

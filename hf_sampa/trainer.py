@@ -28,6 +28,7 @@ from .sam import SAM
 from .sampa import SAMPa
 from .step import StepMixin
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
+from .variants import find
 
 
 logger = get_logger(__name__)
@@ -91,7 +92,7 @@ class SAMPaMixin(StepMixin, ResumeMixin):
     def set_initial_training_values(self, args, dataloader):
         loader = replica_loader(dataloader, args.mesh, args.accelerator_config.split_batches, args.data_seed)
         recipe = self._recipe or args.recipe()
-        self._loader = seeded_loader(loader, self._data_seed, recipe.reads_indices)
+        self._loader = seeded_loader(loader, self._data_seed, recipe.reads_indices or recipe.mask.fisher_samples > 0)
         check_loader(self._loader, args)
         return super().set_initial_training_values(args, self._loader)
 
@@ -137,6 +138,18 @@ class SAMPaMixin(StepMixin, ResumeMixin):
         return super().floating_point_ops(inputs) * len(self.args.mesh.roles)
 
     # ---- A run ----
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        options = {} if self._recipe else find(self.args.variant).optimizer
+        for group in self.optimizer.param_groups:
+            if missing := options.keys() - group.keys():
+                raise ValueError(
+                    f"optim: expected an optimizer with the option {', '.join(missing)} for variant {self.args.variant!r}, got "
+                    f"{type(self.optimizer).__name__}. Set optim='adamw_torch'."
+                )
+            group.update(options)
+        return optimizer
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self.args.check_settings()

@@ -108,6 +108,7 @@ LIMITS = {
     "alpha = 0 makes GSAM SAM": ("gsam", {"alpha": 0.0}, "sam"),
     "s = 1 makes SL-SAM SAM": ("slsam", {"s": 1.0}, "sam"),
     "c = very low makes AE-SAM SAM": ("aesam", {"lam1": -1e9, "lam2": -1e9}, "sam"),
+    "one shard makes mSAM SAM": ("msam", {"count": 1}, "sam"),
     "every step sampled makes ARSAM SAM": ("arsam", {"sampler": "periodic", "k": 1}, "sam"),
 }
 
@@ -132,6 +133,7 @@ BY_STEP = {
     "SAM-db": ("sam_db", {}, lambda rho: serial.sam_db(loss, rho)),
     "K-SAM": ("ksam", {"k": 3}, lambda rho: serial.ksam(loss, rho, 3)),
     "ESAM, samples": ("esam", {"beta": 1.0, "gamma": 0.5}, lambda rho: serial.esam_selection(loss, rho, 0.5)),
+    "mSAM": ("msam", {"size": 3}, lambda rho: serial.msam(loss, rho, 3)),
     "BiSAM": ("bisam", {}, lambda rho: serial.bisam(loss, rho)),
     "MESA": (
         "mesa",
@@ -157,11 +159,19 @@ def test_a_variant_of_samples_or_losses_is_its_serial_transcription(tmp_path, ca
     assert max((a - b).abs().max() for a, b in zip(other.model.parameters(), model.parameters(), strict=True)) > 1e-4
 
 
-def test_bisam_in_parallel(tmp_path):
-    trainer = trained(tmp_path, "bisam", "sampa")
+PARALLEL = {
+    "BiSAM": ("bisam", {}, serial.bisam_parallel, ()),
+    "mSAM": ("msam", {"size": 3}, serial.msam_parallel, (3,)),
+}
+
+
+@pytest.mark.parametrize("case", PARALLEL)
+def test_a_variant_of_samples_or_losses_in_parallel(tmp_path, case):
+    name, arguments, reference, more = PARALLEL[case]
+    trainer = trained(tmp_path, name, "sampa", variant_args=arguments)
     model, args = tiny.bert(), trainer.args
     plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
     plain.create_optimizer_and_scheduler(STEPS)
     batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
-    serial.bisam_parallel(loss, args.rho, args.lmbda, model, plain.optimizer, plain.lr_scheduler, batches)
+    reference(loss, args.rho, args.lmbda, *more, model, plain.optimizer, plain.lr_scheduler, batches)
     assert_equal(trainer.model, model)

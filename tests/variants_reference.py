@@ -342,3 +342,31 @@ def saf(loss, lam, tau, epochs, batches_per_epoch):
         return gradient(model, lambda m, b: loss(m, b) + lam * distillation(m(**b).logits, teacher, tau), batch)
 
     return step
+
+
+def shards_of(batch: Any, size: int) -> list[tuple[Any, float]]:
+    """Shards of `size` samples, and their parts of the batch."""
+    n = len(batch["labels"])
+    places = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    return [(some(batch, each), len(each) / n) for each in places]
+
+
+def msam(loss, rho, size):
+    def step(model, t, batch, next_batch):
+        return sum(part * sam_gradient(model, loss, shard, rho) for shard, part in shards_of(batch, size))
+
+    return step
+
+
+def msam_parallel(loss, rho, lmbda, size, model, optimizer, schedule, batches) -> None:
+    """The g_j of a batch are taken at the look-ahead weights; their mean is g."""
+    gs = [gradient(model, loss, shard) for shard, _ in shards_of(batches[0], size)]
+    for batch, next_batch in zip(batches[:-1], batches[1:], strict=True):
+        x, shards = flat(list(model.parameters())), shards_of(batch, size)
+        g_tilde = sum(p * gradient(model, loss, s, x + rho * unit(g)) for (s, p), g in zip(shards, gs, strict=True))
+        y, y_optimizer = copy.deepcopy((model, optimizer))
+        update(y, y_optimizer, sum(p * g for (_, p), g in zip(shards, gs, strict=True)))
+        gs = [gradient(y, loss, shard) for shard, _ in shards_of(next_batch, size)]
+        g_next = sum(p * g for (_, p), g in zip(shards_of(next_batch, size), gs, strict=True))
+        update(model, optimizer, (1 - lmbda) * g_tilde + lmbda * g_next)
+        schedule.step()

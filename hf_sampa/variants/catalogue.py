@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
 from ..recipe import Recipe
@@ -66,6 +66,7 @@ class Variant:
         lmbda: what the variant sets lambda to, if it does.
         method: the only timing that it has, if there is only one.
         why: why it has no other.
+        optimizer: options that the groups of the base optimizer must have.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Variant:
     lmbda: float | None = None
     method: str | None = None
     why: str = ""
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..recipe import Loss, Moment, Seen
+from ..parts import Moment
+from ..sample_parts import Loss, Seen
 
 
 class Bilevel(Loss):
@@ -20,12 +21,13 @@ class Bilevel(Loss):
         mu: above 0.
         phi: "log" or "tanh".
         alpha: above 0; for "tanh" alone.
+        separate: see `Loss`.
     """
 
     reads_logits = True
 
-    def __init__(self, mu: float, phi: str, alpha: float):
-        self.mu, self.phi, self.alpha = mu, phi, alpha
+    def __init__(self, mu: float, phi: str, alpha: float, separate: bool):
+        self.mu, self.phi, self.alpha, self.separate = mu, phi, alpha, separate
 
     def __call__(self, loss: Tensor, seen: Seen, now: Moment) -> Tensor:
         if not seen.ascent:
@@ -90,7 +92,11 @@ class FromThePast(Distilled):
 
     def recall(self, indices: Tensor, now: Moment) -> Tensor | None:
         row = (now.epoch - self.epochs) % (self.epochs + 1)
-        if now.epoch < self.epochs or self.table is None or not (self.written[row, indices] == now.epoch - self.epochs).all():
+        if (
+            now.epoch < self.epochs
+            or self.table is None
+            or not (self.written[row, indices] == now.epoch - self.epochs).all()
+        ):
             return None
         return self.table[row, indices]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..recipe import Mask, Moment
+from ..parts import Mask, Moment
 
 
 class NormLayersOnly(Mask):
@@ -142,7 +142,7 @@ class Sparse(Mask):
         return True
 
     def _first(self, g: list[Tensor], now: Moment) -> list[Tensor]:
-        raise NotImplementedError
+        return self._next(g, now)
 
     def _next(self, g: list[Tensor], now: Moment) -> list[Tensor]:
         raise NotImplementedError
@@ -171,6 +171,31 @@ class Dynamic(Sparse):
         kept = top(torch.where(live, magnitude, -1.0), int(live.sum()) - count)
         grown = top(torch.where(live, -1.0, draws_like(g, now)), count)
         return split_like(kept | grown, g)
+
+
+class Important(Sparse):
+    """SSAM-F: the entries with the largest empirical Fisher information are perturbed, chosen anew every so many steps.
+
+    Fisher information is the sum of squared gradients of single samples (in evaluation mode, so that running statistics and
+    dropout have no part in it). The official code leaves its first step unperturbed; here the first choice comes before it.
+
+    Args:
+        fisher_samples: how many samples are drawn, at least 1.
+    """
+
+    def __init__(self, sparsity: float, every: int, fisher_samples: int):
+        super().__init__(sparsity, every)
+        self.fisher_samples = fisher_samples if sparsity else 0
+
+    def wants_fisher(self, now: Moment) -> bool:
+        return bool(self.sparsity) and (self.mask is None or now.step % self.every == 0)
+
+    def learn(self, fisher: list[Tensor], now: Moment) -> None:
+        scores = torch.cat([each.reshape(-1) for each in fisher])
+        self.mask = split_like(top(scores, round((1 - self.sparsity) * scores.numel())), fisher)
+
+    def _next(self, g: list[Tensor], now: Moment) -> list[Tensor]:
+        return self.mask
 
 
 def draws_like(tensors: Sequence[Tensor], now: Moment) -> Tensor:

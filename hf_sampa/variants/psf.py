@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional import NORM_GUARD, global_norm
-from ..recipe import Mixing, Moment, Norms, When
+from ..parts import Mixing, Moment, Norms, When
 from .mixing import Stored
 
 

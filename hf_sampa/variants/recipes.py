@@ -183,6 +183,16 @@ def gsam(alpha: NonNegative = 0.4, low: Part = 1.0) -> Recipe:
     return Recipe(direction=directions.ScheduledRadius(low), mixing=mixing.SurrogateGap(alpha))
 
 
+@variant(
+    source="Foret et al. 2021, arXiv 2010.01412; Behdin et al. 2023, arXiv 2302.09693",
+    passes="2",
+    memory="1; number of shards in parallel",
+)
+def msam(size: Count = 32, count: Annotated[int, Within(0)] = 0) -> Recipe:
+    """mSAM: every shard of the batch has a perturbation of its own; shards of `size` samples, or `count` of a micro-batch."""
+    return Recipe(samples=samples.Sharded(size, count))
+
+
 @variant(source="Xie et al. 2024, arXiv 2410.10683, B.2", passes="2", memory="0", method="sam", why=PAIRED)
 def sam_db() -> Recipe:
     """SAM-db: g_t is that of the next batch; a control."""
@@ -246,3 +256,9 @@ def saf(lam: NonNegative = 0.3, tau: Positive = 5.0, start: Part = 0.025, epochs
 def mesa(lam: NonNegative = 0.8, tau: Positive = 5.0, start: Part = 0.025, decay: Part = 0.9995) -> Recipe:
     """MESA: no ascent; the logits are kept near those of a running mean of the weights."""
     return Recipe(when=schedules.Never(), loss=losses.FromTheMean(lam, tau, start, decay))
+
+
+@variant(source="Sun et al. 2023, arXiv 2303.00565", passes="2", memory="1", optimizer={"amsgrad": True})
+def adasam() -> Recipe:
+    """AdaSAM: SAM around AMSGrad, whose second moment never falls. Needs --optim adamw_torch."""
+    return Recipe()

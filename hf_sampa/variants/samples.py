@@ -5,7 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..recipe import Moment, Samples
+from ..parts import Moment
+from ..sample_parts import Samples
+
+
+class Sharded(Samples):
+    """Every shard of the batch has a perturbation of its own (mSAM). A shard lies within one micro-batch of one process.
+
+    Args:
+        size: of a shard, at least 1; the last of a micro-batch may be smaller.
+        count: of the shards of a micro-batch; 0: as many as have that size.
+    """
+
+    def __init__(self, size: int, count: int):
+        self.size, self.count = size, count
+
+    def shards(self, size: int) -> list[int]:
+        if self.count:
+            return [len(part) for part in torch.arange(size).tensor_split(min(self.count, size))]
+        return [len(part) for part in torch.arange(size).split(self.size)]
 
 
 class NextBatch(Samples):

@@ -26,6 +26,7 @@ ARGUMENTS = {
     "vsam": {"window": 5, "start": 2.0, "warmup": 0.0},
     "arsam": {"sampler": "bernoulli"},
     "ksam": {"k": 3},
+    "msam": {"size": 2},
     "saf": {"epochs": 1, "start": 0.0},
     "mesa": {"start": 0.0, "decay": 0.9},
     "ausam": {"growth": 0.1},
