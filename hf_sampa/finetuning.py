@@ -15,12 +15,13 @@ from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .training_args import SAMPaTrainingArguments
+from .variants import find
 
 
 logger = get_logger(__name__)
 
 # Settings that a method does not read.
-UNUSED = {"adamw": ("rho", "lmbda"), "sam": ("lmbda",), "sampa": ()}
+UNUSED = {"adamw": ("rho", "lmbda", "variant", "variant_args"), "sam": ("lmbda",), "sampa": ()}
 
 
 @dataclass
@@ -122,11 +123,17 @@ class FineTuningArguments(SAMPaTrainingArguments):
 def parse_arguments(parser: HfArgumentParser, argv: list[str] | None = None) -> tuple:
     """Read `argv` (the process's own by default) into the parser's dataclasses, the last a `FineTuningArguments`.
 
-    Warns of a rho or lambda that the method does not use. No error, so that one command line can serve all methods.
+    A variant's default of rho is to the parser's, which is SAM's, as the variant's own is to SAM's own; its lambda, if it has
+    one, is the default of lambda. Warns of settings that the method does not use. No error, so that one command line can serve all methods.
 
     Raises:
         FileExistsError: the run would write into an `output_dir` that is not empty.
     """
+    variant = find(parser.parse_known_args(argv)[0].variant)
+    if parser.get_default("rho") is not None:
+        parser.set_defaults(rho=parser.get_default("rho") * variant.rho / find("sam").rho)
+    if variant.lmbda is not None:
+        parser.set_defaults(lmbda=variant.lmbda)
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     method = parsed[-1].method
     # argparse leaves alone what a namespace holds already, so that a default does not look as if it had been given.

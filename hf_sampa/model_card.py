@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
 from .training_args import SAMPaArgumentsMixin
+from .variants import find
 
 
 # Never a bare "sam", which means Segment Anything on the Hub.
@@ -56,6 +58,9 @@ def complete(file: Path, args: SAMPaArgumentsMixin, total_batch_size: int) -> No
     ours = {"method": args.method, "rho": args.rho}
     if args.method == "sampa":
         ours["lmbda"] = args.lmbda
+    if args.variant != "sam":
+        ours["variant"] = args.variant
+        ours["variant_args"] = args.variant_args
     ours["total_train_batch_size"] = total_batch_size
     # Upstream multiplies by the number of processes, although the two of a pair read one batch.
     text = re.sub(r"^- total_train_batch_size: .*\n", "", card.text, flags=re.MULTILINE)
@@ -70,4 +75,12 @@ def _section(args: SAMPaArgumentsMixin) -> str:
         processes = f"on {args.world_size} processes ({args.num_replicas} per role)"
     else:
         processes = f"on {args.world_size} process(es)"
-    return SECTIONS[args.method].format(rho=args.rho, lmbda=args.lmbda, processes=processes)
+    section = SECTIONS[args.method].format(rho=args.rho, lmbda=args.lmbda, processes=processes)
+    if args.variant == "sam":
+        return section
+    chosen = find(args.variant)
+    settings = ", ".join(f"{name} = {value}" for name, value in args.variant_args.items())
+    what = " ".join(inspect.getdoc(chosen.make).split())
+    return (
+        f"{section}\nVariant `{chosen.name}`{f' ({settings})' if settings else ''}. {what} Source: {chosen.source}.\n"
+    )

@@ -166,6 +166,7 @@ class SAMPaArgumentsMixin:
 
     def _check_variant(self, chosen: Variant) -> None:
         self.variant_args = chosen.complete(self.variant_args)
+        recipe = chosen.recipe(self.variant_args)
         if self.method not in (*chosen.timings, "adamw"):
             raise ValueError(
                 f"method: expected {chosen.timings[0]!r} for variant {chosen.name!r}, because {chosen.why}; got "
@@ -176,7 +177,7 @@ class SAMPaArgumentsMixin:
                 f"lmbda: expected {chosen.lmbda:g}, which is what variant {chosen.name!r} is, got {self.lmbda:g}. Leave it "
                 "out, or leave the variant out."
             )
-        if self.shard_optimizer and not self.recipe().plain:
+        if self.shard_optimizer and not recipe.plain:
             raise ValueError(
                 f"shard_optimizer: expected variant 'sam', whose perturbation each process can compute for half of the "
                 f"parameters, got {chosen.name!r}. Leave one of them out."

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from hf_sampa import SAMPaTrainingArguments
 from hf_sampa.finetuning import UNUSED, FineTuningArguments, parse_arguments, train_and_score
+from hf_sampa.variants import VARIANTS
 
 
 ROOT = Path(__file__).parents[1]
@@ -87,12 +88,32 @@ def test_the_docstring_and_the_help_name_what_is_new():
         (["--method", "sam", "--rho", "0.3", "--lmbda", "0.1"], "--method sam does not use --lmbda 0.1"),
         (["--method", "sampa", "--rho", "0.3", "--lmbda", "0.1"], None),
         (["--method", "adamw"], None),
+        (["--method", "adamw", "--variant", "asam"], "--method adamw does not use --variant asam"),
     ],
 )
 def test_a_setting_that_the_method_does_not_use_is_a_warning(given, unused, tmp_path, caplog):
     parse(tmp_path, *given)
     warning = f"[RANK 0] {unused}. Leave out what has no effect, or choose another --method."
     assert [record.getMessage() for record in caplog.records] == ([warning] if unused else [])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_scripts_take_every_variant(variant, tmp_path):
+    """With rho as many times the script's as the variant's own is SAM's."""
+    chosen = VARIANTS[variant]
+    command = ["--method", chosen.timings[0], "--variant", variant, "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    glue = glue_arguments.parse_args(["--task_name", "rte", *command])[-1]
+    vit = vit_arguments.parse_args(command)[-1]
+    sam = {"sampa": 0.1, "sam": 0.05}[chosen.timings[0]]
+    assert (glue.rho, vit.rho) == (pytest.approx(0.005 * chosen.rho / 0.05), pytest.approx(sam * chosen.rho / 0.05))
+    assert glue.lmbda == (0.1 if chosen.lmbda is None else chosen.lmbda)
+    assert glue.variant_args == chosen.defaults
+    assert vit_arguments.parse_args([*command, "--rho", "0.3"])[-1].rho == 0.3
+
+
+def test_arguments_of_a_variant_on_the_command_line(tmp_path):
+    args = parse(tmp_path, "--variant", "fsam", "--variant_args", "sigma=0.5", "lam=0.6")
+    assert args.variant_args == {"sigma": 0.5, "lam": 0.6}
 
 
 @pytest.mark.parametrize("method", FineTuningArguments.METHODS)

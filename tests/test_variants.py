@@ -161,6 +161,7 @@ def test_a_variant_of_samples_or_losses_is_its_serial_transcription(tmp_path, ca
 
 PARALLEL = {
     "BiSAM": ("bisam", {}, serial.bisam_parallel, ()),
+    "BiSAM, own loss in the mix": ("bisam", {"mix": "own"}, serial.bisam_parallel_own, ()),
     "mSAM": ("msam", {"size": 3}, serial.msam_parallel, (3,)),
 }
 
@@ -175,3 +176,29 @@ def test_a_variant_of_samples_or_losses_in_parallel(tmp_path, case):
     batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
     reference(loss, args.rho, args.lmbda, *more, model, plain.optimizer, plain.lr_scheduler, batches)
     assert_equal(trainer.model, model)
+
+
+@pytest.mark.parametrize("method", ["sam", "sampa"])
+def test_adasam_is_sam_around_torch_amsgrad(tmp_path, method):
+    settings = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-2, "adam_beta2": 0.5}
+    trainer = trained(tmp_path, "adasam", method, **settings)
+    model, args = tiny.bert(), trainer.args
+    plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
+    plain.create_optimizer_and_scheduler(STEPS)
+    for group in plain.optimizer.param_groups:
+        group["amsgrad"] = True
+    run = (serial.SAM(args.rho, model, STEPS), model, plain.optimizer, plain.lr_scheduler, loss)
+    batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
+    if method == "sam":
+        serial.sequential(*run, batches[:-1])
+    else:
+        serial.parallel(*run, batches, args.lmbda)
+    assert_equal(trainer.model, model, rtol=2e-3, atol=2e-5)
+    other = trained(tmp_path, "sam", method, **settings)
+    assert max((a - b).abs().max() for a, b in zip(other.model.parameters(), model.parameters(), strict=True)) > 1e-4
+    assert all("max_exp_avg_sq" in state for state in trainer.optimizer.state_dict()["state"].values())
+
+
+def test_adasam_needs_an_optimizer_with_amsgrad(tmp_path):
+    with pytest.raises(ValueError, match="option amsgrad for variant 'adasam', got SGD. Set optim='adamw_torch'"):
+        trained(tmp_path, "adasam", "sam")

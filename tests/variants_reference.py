@@ -370,3 +370,15 @@ def msam_parallel(loss, rho, lmbda, size, model, optimizer, schedule, batches) -
         g_next = sum(p * g for (_, p), g in zip(shards_of(next_batch, size), gs, strict=True))
         update(model, optimizer, (1 - lmbda) * g_tilde + lmbda * g_next)
         schedule.step()
+
+
+def bisam_parallel_own(loss, rho, lmbda, model, optimizer, schedule, batches) -> None:
+    """BiSAM's loss for the direction alone; the trainer's own for the look-ahead and the mix."""
+    h, g = gradient(model, bisam_loss, batches[0]), gradient(model, loss, batches[0])
+    for batch, next_batch in zip(batches[:-1], batches[1:], strict=True):
+        g_tilde = gradient(model, loss, batch, flat(list(model.parameters())) + rho * unit(h))
+        y, y_optimizer = copy.deepcopy((model, optimizer))
+        update(y, y_optimizer, g)
+        h, g = gradient(y, bisam_loss, next_batch), gradient(y, loss, next_batch)
+        update(model, optimizer, (1 - lmbda) * g_tilde + lmbda * g)
+        schedule.step()

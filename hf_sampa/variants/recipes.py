@@ -241,9 +241,18 @@ def ausam(alpha: AboveZero = 0.5, low: AboveZero = 0.1, high: AboveZero = 0.5, g
 
 
 @variant(source="Xie et al. 2024b, arXiv 2407.12993", passes="2", memory="0")
-def bisam(mu: Positive = 1.0, phi: Annotated[str, OneOf(("log", "tanh"))] = "log", alpha: Positive = 0.1) -> Recipe:
-    """BiSAM: the perturbation ascends on a lower bound of the 0-1 loss."""
-    return Recipe(loss=losses.Bilevel(mu, phi, alpha))
+def bisam(
+    mu: Positive = 1.0,
+    phi: Annotated[str, OneOf(("log", "tanh"))] = "log",
+    alpha: Positive = 0.1,
+    mix: Annotated[str, OneOf(("ascent", "own"))] = "ascent",
+) -> Recipe:
+    """BiSAM: the perturbation ascends on a lower bound of the 0-1 loss.
+
+    In parallel, g_{t+1} serves the look-ahead and the mix as well. The papers leave open of which loss it is there: of the bound
+    (mix=ascent, one gradient), or of the trainer's own loss (mix=own, a second gradient of B_{t+1}).
+    """
+    return Recipe(loss=losses.Bilevel(mu, phi, alpha, separate=mix == "own"))
 
 
 @variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1", memory="0, and logits", method="sam", why=NO_ASCENT)

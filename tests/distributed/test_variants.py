@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 CASES = [(name, method) for name, variant in VARIANTS.items() for method in variant.timings]
+CASES.append(("bisam own", "sampa"))  # with a second gradient of B_{t+1}
 PAIRED = [case for case in CASES if case[1] == "sampa"]
 REPLICATED = [case for case in CASES if case[1] == "sam"]
 # So that a short run comes to what is to be tested.
@@ -30,13 +31,15 @@ ARGUMENTS = {
     "saf": {"epochs": 1, "start": 0.0},
     "mesa": {"start": 0.0, "decay": 0.9},
     "ausam": {"growth": 0.1},
+    "bisam own": {"mix": "own"},
+    "ssam_f": {"every": 3, "fisher_samples": 2},
 }
 STEPS = 8  # of two micro-batches of 4, in epochs of 19 samples: the last of an epoch is one of 3 samples
 
 
 def settings(name, method) -> dict:
     return {
-        "variant": name,
+        "variant": name.partition(" ")[0],
         "variant_args": ARGUMENTS.get(name, {}),
         "method": method,
         "gradient_accumulation_steps": 2,

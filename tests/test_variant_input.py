@@ -1,0 +1,221 @@
+"""What a user may get wrong about variants, and what the catalogue tells."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sampa import SAMPaTrainer
+from hf_sampa.parts import Direction, When
+from hf_sampa.recipe import Recipe
+from hf_sampa.variants import VARIANTS
+from hf_sampa.variants.__main__ import main
+from tests import tiny
+
+
+REFUSED = {
+    "nearest names": (
+        {"variant": "look-samm"},
+        r"variant: there is no 'look-samm'; did you mean looksam.*python -m hf_sampa.variants",
+    ),
+    "no name is near": (
+        {"variant": "zzz"},
+        r"variant: there is no 'zzz'\. `python -m hf_sampa.variants` shows them all",
+    ),
+    "unknown argument": (
+        {"variant": "vasso", "variant_args": {"thta": 0.5}},
+        r"variant_args: 'vasso' has no argument 'thta'; did you mean theta\? It takes theta=0.4",
+    ),
+    "argument of a variant that has none": (
+        {"variant_args": {"eta": 0.5}},
+        r"variant_args: 'sam' has no argument 'eta'\. It takes none",
+    ),
+    "out of range": (
+        {"variant": "vasso", "variant_args": {"theta": 0.0}},
+        r"variant_args: theta of 'vasso' is to be a number, above 0 to 1, got 0.0",
+    ),
+    "not a number": (
+        {"variant": "asam", "variant_args": ["eta=much"]},
+        r"variant_args: eta of 'asam' is to be a number, at least 0, got 'much'",
+    ),
+    "not finite": (
+        {"variant": "asam", "variant_args": ["eta=nan"]},
+        r"variant_args: eta of 'asam' is to be a number, at least 0, got 'nan'",
+    ),
+    "not a whole number": (
+        {"variant": "looksam", "method": "sam", "variant_args": ["k=2.5"]},
+        r"variant_args: k of 'looksam' is to be a whole number, at least 1, got '2.5'",
+    ),
+    "not a choice": (
+        {"variant": "bisam", "variant_args": {"phi": "exp"}},
+        r"variant_args: phi of 'bisam' is to be one, log or tanh, got 'exp'",
+    ),
+    "arguments that do not fit": (
+        {"variant": "vsam", "method": "sam", "variant_args": {"start": 60}},
+        r"variant_args: start of 'vsam' is to be at most its window, 50, got 60",
+    ),
+    "no equals sign": ({"variant_args": ["eta"]}, r"variant_args: expected name=value, as in .*, got 'eta'"),
+    "a timing it does not have": (
+        {"variant": "looksam", "method": "sampa"},
+        r"method: expected 'sam' for variant 'looksam', because a pair takes both gradients.*got 'sampa'\. Set method='sam'",
+    ),
+    "another lambda": (
+        {"variant": "optgd", "lmbda": 0.2},
+        r"lmbda: expected 1, which is what variant 'optgd' is, got 0.2\. Leave it out",
+    ),
+    "shared optimizer": (
+        {"variant": "asam", "shard_optimizer": True},
+        r"shard_optimizer: expected variant 'sam'.*got 'asam'\. Leave one of them out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arguments_that_are_refused(tmp_path, case):
+    settings, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        tiny.arguments(tmp_path, **settings)
+
+
+def test_names_may_be_written_as_in_the_papers(tmp_path):
+    args = tiny.arguments(tmp_path, variant="SAM-ON", variant_args=None)
+    assert type(args.recipe().mask).__name__ == "NormLayersOnly"
+    assert args.rho == 0.5
+    assert tiny.arguments(tmp_path, variant="VaSSO", variant_args=["theta=0.9"]).variant_args == {"theta": 0.9}
+
+
+PER_SAMPLE = [("bisam", "sampa"), *((name, "sam") for name in ("ksam", "esam", "ausam", "bisam", "saf", "mesa"))]
+
+
+@pytest.mark.parametrize(("name", "method"), PER_SAMPLE)
+def test_models_without_classes(tmp_path, name, method):
+    args = tiny.arguments(tmp_path, variant=name, method=method)
+    for model, dataset in (
+        (tiny.regression_bert(), tiny.scored_sentences(8)),
+        (tiny.token_bert(), tiny.tagged_sentences(8)),
+    ):
+        trainer = SAMPaTrainer(model=model, args=args, train_dataset=dataset)
+        with pytest.raises(
+            ValueError, match=r"variant: expected a model that sorts each sample into one of several classes"
+        ):
+            trainer.train()
+
+
+@pytest.mark.parametrize("name", ["ausam", "saf"])
+def test_datasets_without_places(tmp_path, name):
+    args = tiny.arguments(tmp_path, variant=name, method="sam", max_steps=2)
+    with pytest.raises(ValueError, match="expected a dataset with a length and a place for every sample.*iterable"):
+        SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.Stream(8)).train()
+
+
+class OwnLoss(SAMPaTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+def test_a_compute_loss_that_hides_the_logits(tmp_path):
+    trainer = OwnLoss(
+        model=tiny.bert(), args=tiny.arguments(tmp_path, variant="bisam"), train_dataset=tiny.sentences(8)
+    )
+    with pytest.raises(ValueError, match=r"calls super\(\)\.compute_loss\(\).*but that of OwnLoss does not"):
+        trainer.train()
+
+
+def test_a_model_without_normalization(tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="SAM-ON perturbs normalization layers alone, but the model has no trainable"):
+        SAMPaTrainer(
+            model=model, args=tiny.arguments(tmp_path, variant="sam_on"), train_dataset=tiny.images(8)
+        ).train()
+
+
+CHANGES = {
+    "another variant": ({"variant": "asam", "rho": 0.05}, "variant: 'vasso' in the checkpoint, 'asam' now"),
+    "another argument": (
+        {"variant_args": {"theta": 0.9}},
+        "variant_args: {'theta': 0.4} in the checkpoint, {'theta': 0.9}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_resume_with_another_variant(tmp_path, case):
+    changes, message = CHANGES[case]
+    settings = {"variant": "vasso", "save_strategy": "steps", "save_steps": 2}
+    tiny.run(tmp_path, tiny.bert, tiny.sentences(16), max_steps=2, **settings)
+    with pytest.raises(ValueError, match=f"Expected the variant that .* but it changed: .*{message}"):
+        tiny.run(tmp_path, tiny.bert, tiny.sentences(16), resume=True, **{**settings, **changes})
+
+
+def test_parts_that_have_no_place_in_parallel(tmp_path):
+    class Sometimes(When):
+        def __call__(self, now, norm):
+            return now.step % 2 == 0
+
+    trainer = SAMPaTrainer(
+        model=tiny.bert(),
+        args=tiny.arguments(tmp_path),
+        train_dataset=tiny.sentences(8),
+        recipe=Recipe(when=Sometimes()),
+    )
+    with pytest.raises(ValueError, match="expected 'sam' for this recipe, whose when leaves out steps; got 'sampa'"):
+        trainer.train()
+
+
+class Sign(Direction):
+    """A method of one's own: eps_t = rho sign(g_t) / sqrt(d)."""
+
+    changes_gradient = True
+
+    def __call__(self, g, x, norm, now):
+        for each in g:
+            each.sign_()
+        return sum(each.numel() for each in g) ** 0.5
+
+
+@pytest.mark.parametrize("method", ["sam", "sampa"])
+def test_a_recipe_of_ones_own(tmp_path, method):
+    weights = {}
+    for name, recipe in {"own": Recipe(direction=Sign()), "sam": None}.items():
+        trainer = SAMPaTrainer(
+            model=tiny.bert(),
+            args=tiny.arguments(tmp_path, method=method, save_strategy="steps", save_steps=2),
+            train_dataset=tiny.sentences(16),
+            recipe=recipe,
+        )
+        trainer.train()
+        weights[name] = trainer.model.classifier.weight
+    assert not torch.equal(weights["own"], weights["sam"])
+    plain = tiny.arguments(tmp_path, method=method)
+    with pytest.raises(ValueError, match="Expected the variant that .* but it changed"):
+        SAMPaTrainer(
+            model=tiny.bert(), args=plain, train_dataset=tiny.sentences(16), recipe=Recipe(direction=Sign())
+        ).train(str(tmp_path / "checkpoint-2"))
+
+
+def test_the_catalogue_tells_of_every_variant(capsys):
+    main([])
+    text = capsys.readouterr().out
+    for name, variant in VARIANTS.items():
+        assert f"\n{name}\n" in f"\n{text}"
+        assert variant.source.partition(",")[0] in " ".join(text.split())
+    main(["looksam"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "k=5 (at least 1), alpha=0.7 (at least 0)" in text
+    assert "parts: when Periodic, mixing Orthogonal" in text
+    assert "sequential (--method sam); no other, because a pair takes both gradients" in text
+
+
+def test_the_catalogue_suggests_names(capsys):
+    with pytest.raises(SystemExit):
+        main(["looksamm"])
+    assert "did you mean looksam" in capsys.readouterr().err
+
+
+def test_arsam_says_that_it_is_a_reconstruction(capsys):
+    main(["arsam"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "reconstructed from its abstract" in text
+    assert "a reconstruction" in text
