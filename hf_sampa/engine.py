@@ -23,6 +23,7 @@ from .roles import Role
 
 
 MAX_SKIPPED_IN_A_ROW = 20
+TRIAL_STEPS = 3  # with finite gradients, one after the other
 
 
 class SharpnessAware:
@@ -54,7 +55,7 @@ class SharpnessAware:
     ):
         trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self.names, self.params = list(trainable), list(trainable.values())
-        self.statistics = _statistics(model)
+        self._buffers = _saved_buffers(model)
         self.base_optimizer, self.exchange, self.rho, self.unscale = base_optimizer, exchange, rho, unscale
         self.roles = exchange.mesh.roles
         self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
@@ -63,8 +64,13 @@ class SharpnessAware:
         self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
         self.skipped_steps = self.skipped_in_a_row = 0
         self._recorder = GradientRecorder(self.params, overlap)
-        # Until a step has shown that backward reads no weight whose gradient is complete: autograd cannot tell of them all.
-        self._on_trial = overlap
+        # Steps that have yet to show that backward reads no weight whose gradient is complete: autograd cannot tell of all.
+        self._trial = TRIAL_STEPS if overlap else 0
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """Running statistics and other buffers that a checkpoint holds; forward may put new tensors in their places."""
+        return [module.get_buffer(name) for module, name in self._buffers]
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -102,8 +108,8 @@ class SharpnessAware:
         finally:
             for param, own in zip(self.params, x, strict=True):
                 param.data = own
-            for each, before in zip(self.statistics, kept, strict=False):
-                each.copy_(before)
+            for (module, name), before in zip(self._buffers, kept, strict=False):
+                module.get_buffer(name).copy_(before)
 
     def _gradient_at(self, weights: Buckets, role: Role, batch: Batch, gradient: Callable, into: Buckets) -> Found:
         """Gradient of f on `batch` at `weights`, into `into`; `weights` then holds the other role's gradient."""
@@ -150,7 +156,7 @@ class SharpnessAware:
             start = partial(
                 self._start_exchange, bucket, into, weights, lambda: norms.append(torch.linalg.vector_norm(grad))
             )
-            if weights is not None and self._on_trial:
+            if weights is not None and self._trial:
                 weights.flats[bucket].fill_(float("nan"))
                 held_back.append(start)
             else:
@@ -195,14 +201,15 @@ class SharpnessAware:
 
     def _finish(self, ascent: Pass, perturbed: Pass, loss: float, used: Sequence[bool], skipped: bool) -> StepReport:
         """Put G_t (or, where the step is skipped, nothing) into ``.grad``."""
-        self._on_trial = self._on_trial and skipped
+        if self._trial:
+            self._trial = TRIAL_STEPS if skipped else self._trial - 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.skipped_steps += skipped
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
                 f"Expected a finite gradient at least once in {MAX_SKIPPED_IN_A_ROW} steps, but got NaN or infinity "
                 f"in all of the last {self.skipped_in_a_row}. Lower the learning rate or rho, and look for bad values "
-                f"in the data; the weights are those of the last good step.{self._late_reader()}"
+                f"in the data; the weights are those of the last good step.{self.late_reader()}"
             )
         self.reached = {i for i, is_used in enumerate(used) if is_used and not skipped}
         for param in self.params:
@@ -218,11 +225,12 @@ class SharpnessAware:
             skipped=skipped,
         )
 
-    def _late_reader(self) -> str:
+    def late_reader(self) -> str:
+        """What else may be behind a bad gradient in the first steps; empty afterwards."""
         return (
-            " No step of this run has had finite gradients yet: if the run is well with overlap_exchange=False, the model's "
-            "backward reads a weight whose gradient is complete, as weight.data perhaps; leave it off then."
-            if self._on_trial
+            " In the first steps a weight becomes NaN once its gradient is complete: if the run is well with "
+            "overlap_exchange=False, the model's backward reads a weight after that, as weight.data perhaps; leave it off then."
+            if self._trial
             else ""
         )
 
@@ -234,7 +242,8 @@ class SharpnessAware:
         return tuple([entries[i] for i in self._owned_params()] for entries in per_param)
 
 
-def _statistics(model: nn.Module) -> list[Tensor]:
-    """Buffers that a checkpoint holds: running statistics and whatever else forward may change."""
+def _saved_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the buffers are that a checkpoint holds: running statistics and whatever else forward may change."""
     saved = model.state_dict().keys()
-    return [buffer for name, buffer in model.named_buffers() if name in saved]
+    places = [name.rpartition(".") for name, _ in model.named_buffers() if name in saved]
+    return [(model.get_submodule(path), name) for path, _, name in places]

@@ -13,7 +13,7 @@ from .precision import SharedGradScaler
 from .randomness import derive_seed, seeded
 from .roles import Role
 from .sampa import SAM, SAMPa
-from .sharding import ShardedSAMPa
+from .sharding import ShardedSAMPa, check_separable
 
 
 logger = get_logger(__name__)
@@ -33,6 +33,8 @@ class StepMixin:
             common["unscale"] = self.accelerator.scaler.inverse_scale
         if self.args.method == "sam":
             return SAM(self.model, self.optimizer.optimizer, self._exchange, **common)
+        if self.args.shard_optimizer:
+            check_separable(self.optimizer.optimizer)  # on one process, too, so that what starts there starts on two
         sharded = self.args.shard_optimizer and self.args.mesh.paired
         return (ShardedSAMPa if sharded else SAMPa)(
             self.model,
@@ -65,9 +67,11 @@ class StepMixin:
                 self._weigh(next_batch)
             report = self.sampa.step(batch, next_batch, gradient)
         if report.skipped:
+            # Overflows of fp16 are usual in the first steps.
+            hint = self.sampa.late_reader() if self.accelerator.scaler is None else ""
             logger.warning(
                 f"Step {self.state.global_step + 1} had a gradient that is not finite and is skipped; "
-                f"{self.sampa.skipped_steps} step(s) so far."
+                f"{self.sampa.skipped_steps} step(s) so far.{hint}"
             )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.overflow = report.skipped
