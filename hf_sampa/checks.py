@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch
+from accelerate.logging import get_logger
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from .training_args import launched_world_size
+
+
+logger = get_logger(__name__)
 
 
 def check_trainer(trainer: Trainer) -> None:
@@ -29,6 +33,8 @@ def check_trainer(trainer: Trainer) -> None:
             "SAMPa adds up norms in double precision, which this device (mps) does not have. Pass --use_cpu, or train on "
             "a machine with a CUDA device."
         )
+    if args.fp16 and args.device.type == "cpu":
+        logger.warning("fp16: Trainer has it on GPUs only, so that this run computes in fp32. On a CPU use bf16.")
     if args.auto_find_batch_size and args.world_size > 1:
         raise ValueError(
             f"auto_find_batch_size lets one process start again while the other waits for it, so it needs a world of "
@@ -83,14 +89,42 @@ def check_model(model: torch.nn.Module) -> None:
                 f"Expected dense gradients, but {name!r}, a {type(module).__name__} with sparse=True, makes sparse ones. "
                 "Build it with sparse=False, or freeze it."
             )
-    first_at: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        other = first_at.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if other != name and (name in trainable or other in trainable):
+    for one, other in overlapping({**dict(model.named_parameters()), **dict(model.named_buffers())}):
+        if one in trainable or other in trainable:
             raise ValueError(
-                f"Expected every trainable parameter to have memory of its own, but {other!r} and {name!r} share theirs: "
+                f"Expected every trainable parameter to have memory of its own, but {one!r} and {other!r} share theirs: "
                 "when the one is moved to perturbed weights, the other would stay. Tie them as one Parameter."
             )
+
+
+def overlapping(tensors: dict[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """Pairs of names whose tensors have an entry in common."""
+    pairs, before = [], []
+    for start, end, name in sorted((*_span(tensor), name) for name, tensor in tensors.items() if tensor.numel()):
+        before = [other for other in before if other[1] > start]
+        pairs += [(other, name) for *_, other in before if _meet(tensors[other], tensors[name])]
+        before.append((start, end, name))
+    return pairs
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where the memory of `tensor` begins and ends."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _meet(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors whose spans overlap have an entry in common; columns of one matrix have not."""
+    if one.element_size() != other.element_size():
+        return True
+    start = min(one.data_ptr(), other.data_ptr())
+    places = torch.zeros((max(_span(one)[1], _span(other)[1]) - start) // one.element_size(), dtype=torch.bool)
+    first, second = (
+        places.as_strided(each.shape, each.stride(), (each.data_ptr() - start) // each.element_size())
+        for each in (one, other)
+    )
+    first.fill_(True)
+    return bool(second.any())
 
 
 def check_dataset(dataset) -> None:

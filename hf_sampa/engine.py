@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .buckets import Buckets
 from .exchange import Exchange
 from .functional import NORM_GUARD, global_norm, perturb
-from .gradients import Gradients
+from .gradients import TRIAL_STEPS, Gradients
 from .parts import Moment, Norms
 from .passes import Batch, Pass, StepReport
 from .per_sample import SampleView
@@ -150,14 +150,15 @@ class SharpnessAware(Gradients):
         self, ascent: Pass | None, perturbed: Pass | None, loss: float, used: Sequence[bool], skipped: bool
     ) -> StepReport:
         """Put G_t (or, where the step is skipped, nothing) into ``.grad``. None: that gradient was not taken."""
-        self._on_trial = self._on_trial and skipped
+        if self._trial:
+            self._trial = TRIAL_STEPS if skipped else self._trial - 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.skipped_steps += skipped
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(
                 f"Expected a finite gradient at least once in {MAX_SKIPPED_IN_A_ROW} steps, but got NaN or infinity "
                 f"in all of the last {self.skipped_in_a_row}. Lower the learning rate or rho, and look for bad values "
-                f"in the data; the weights are those of the last good step.{self._late_reader()}"
+                f"in the data; the weights are those of the last good step.{self.late_reader()}"
             )
         self.reached = {i for i, is_used in enumerate(used) if is_used and not skipped}
         for param in self.params:
@@ -174,11 +175,12 @@ class SharpnessAware(Gradients):
             skipped=skipped,
         )
 
-    def _late_reader(self) -> str:
+    def late_reader(self) -> str:
+        """What else may be behind a bad gradient in the first steps; empty afterwards."""
         return (
-            " No step of this run has had finite gradients yet: if the run is well with overlap_exchange=False, the model's "
-            "backward reads a weight whose gradient is complete, as weight.data perhaps; leave it off then."
-            if self._on_trial
+            " In the first steps a weight becomes NaN once its gradient is complete: if the run is well with "
+            "overlap_exchange=False, the model's backward reads a weight after that, as weight.data perhaps; leave it off then."
+            if self._trial
             else ""
         )
 

@@ -22,6 +22,7 @@ from .roles import Role
 
 
 Gradient = Callable[..., Tensor]
+TRIAL_STEPS = 3  # with finite gradients, one after the other
 
 
 class Gradients:
@@ -49,14 +50,19 @@ class Gradients:
     ):
         trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self.names, self.params = list(trainable), list(trainable.values())
-        self.statistics = _statistics(model)
+        self._buffers = _saved_buffers(model)
         self.exchange, self.unscale = exchange, unscale
         self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
         self.ascent_grads = Buckets(self.params)  # g_t, then displaced weights, then the other role's gradient
         self._recorder = GradientRecorder(self.params, overlap)
-        # Until a step has shown that backward reads no weight whose gradient is complete: autograd cannot tell of them all.
-        self._on_trial = overlap
+        # Steps that have yet to show that backward reads no weight whose gradient is complete: autograd cannot tell of all.
+        self._trial = TRIAL_STEPS if overlap else 0
         self._displacement: float | Tensor = 0.0  # ||x~_t - x_t||
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """Running statistics and other buffers that a checkpoint holds; forward may put new tensors in their places."""
+        return [module.get_buffer(name) for module, name in self._buffers]
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -78,8 +84,8 @@ class Gradients:
         finally:
             for param, own in zip(self.params, x, strict=True):
                 param.data = own
-            for each, before in zip(self.statistics, kept, strict=False):
-                each.copy_(before)
+            for (module, name), before in zip(self._buffers, kept, strict=False):
+                module.get_buffer(name).copy_(before)
 
     def _gradient_at(
         self,
@@ -142,7 +148,7 @@ class Gradients:
                 norms.append(torch.linalg.vector_norm(grad))
 
             start = ready if local else partial(self._start_exchange, bucket, into, weights, ready)
-            if weights is not None and self._on_trial:
+            if weights is not None and self._trial:
                 weights.flats[bucket].fill_(float("nan"))
                 held_back.append(start)
             else:
@@ -197,7 +203,8 @@ class Gradients:
         return shared
 
 
-def _statistics(model: nn.Module) -> list[Tensor]:
-    """Buffers that a checkpoint holds: running statistics and whatever else forward may change."""
+def _saved_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the buffers are that a checkpoint holds: running statistics and whatever else forward may change."""
     saved = model.state_dict().keys()
-    return [buffer for name, buffer in model.named_buffers() if name in saved]
+    places = [name.rpartition(".") for name, _ in model.named_buffers() if name in saved]
+    return [(model.get_submodule(path), name) for path, _, name in places]

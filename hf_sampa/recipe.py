@@ -92,6 +92,14 @@ class Recipe:
                 "gradients of all parameters in every step."
             )
 
+    def check_shared_optimizer(self) -> None:
+        """Raise ValueError where a process that has half of g_t could not compute its half of the perturbation."""
+        if not self.plain:
+            raise ValueError(
+                "shard_optimizer: expected variant 'sam', whose perturbation each process can compute for half of the "
+                f"parameters, got another {' and '.join(self.changed_parts())}. Leave one of them out."
+            )
+
     def bind(self, model: nn.Module, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """Tell all parts of a run's parameters."""
         for part in self.parts().values():

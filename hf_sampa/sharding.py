@@ -30,13 +30,11 @@ class ShardedSAMPa(SAMPa):
     After a step, ``.grad`` is set for the owned parameters only; once the base optimizer has stepped them, the halves of
     x_{t+1} are exchanged. Takes what `SAMPa` takes.
 
-    Raises:
-        ValueError: the base optimizer is not known to treat every parameter on its own.
+    The base optimizer must be one that `check_separable` lets pass.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        check_separable(self.base_optimizer)
         owners = halves([flat.numel() for flat in self.ascent_grads.flats])
         self.owned = [bucket for bucket, role in enumerate(owners) if role is self.roles[0]]
         self.foreign = [bucket for bucket, role in enumerate(owners) if role is not self.roles[0]]
@@ -180,7 +178,7 @@ def check_separable(optimizer: Optimizer) -> None:
     if type(optimizer) not in known:
         raise ValueError(
             f"shard_optimizer: expected an optimizer that treats every parameter on its own, one of {', '.join(SEPARABLE)} "
-            f"of torch.optim, got {type(optimizer).__name__}. Use one of them, or leave shard_optimizer out."
+            f"of torch.optim, got {type(optimizer).__module__}.{type(optimizer).__name__}. Use one of them, or leave shard_optimizer out."
         )
 
 

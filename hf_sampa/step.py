@@ -18,7 +18,7 @@ from .randomness import INDICES, derive_seed, seeded
 from .roles import Role
 from .sam import SAM
 from .sampa import SAMPa
-from .sharding import ShardedSAMPa
+from .sharding import ShardedSAMPa, check_separable
 
 
 logger = get_logger(__name__)
@@ -50,6 +50,9 @@ class StepMixin:
             common["unscale"] = self.accelerator.scaler.inverse_scale
         if self.args.method == "sam":
             return (MSAM if sharded_batch else SAM)(self.model, self.optimizer.optimizer, self._exchange, **common)
+        if self.args.shard_optimizer:
+            recipe.check_shared_optimizer()
+            check_separable(self.optimizer.optimizer)  # on one process, too, so that what starts there starts on two
         sharded = self.args.shard_optimizer and self.args.mesh.paired
         kind = (
             TwoLossSAMPa if recipe.loss.separate else MSAMPa if sharded_batch else ShardedSAMPa if sharded else SAMPa
@@ -82,9 +85,11 @@ class StepMixin:
             self._weigh(next_batch)
         report = self.sampa.step(batch, next_batch, gradient)
         if report.skipped:
+            # Overflows of fp16 are usual in the first steps.
+            hint = self.sampa.late_reader() if self.accelerator.scaler is None else ""
             logger.warning(
                 f"Step {self.state.global_step + 1} had a gradient that is not finite and is skipped; "
-                f"{self.sampa.skipped_steps} step(s) so far."
+                f"{self.sampa.skipped_steps} step(s) so far.{hint}"
             )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.overflow = report.skipped

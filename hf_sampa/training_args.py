@@ -99,8 +99,8 @@ class SAMPaArgumentsMixin:
         default=True,
         metadata={
             "help": "Send gradients to the other process while backward is still running. Turn it off for models whose "
-            "backward reads a weight after that weight's gradient is complete, as weight.data or detached perhaps: the "
-            "first steps try it out, and a message says so."
+            "backward reads a weight after that weight's gradient is complete, as weight.data perhaps. Autograd reports most "
+            "such models, and the first steps try the others out, unless they do it in later batches only or hide a NaN."
         },
     )
 
@@ -143,10 +143,10 @@ class SAMPaArgumentsMixin:
         """Raise ValueError where a setting is out of range; a hyperparameter search sets them after construction."""
         if self.method not in self.METHODS:
             raise ValueError(f"method: expected one of {', '.join(self.METHODS)}, got {self.method!r}.")
-        if not (math.isfinite(self.rho) and self.rho >= 0):
-            raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho}. The paper uses 0.05.")
-        if not 0 <= self.lmbda <= 1:
-            raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda}. The paper uses 0.2 and 0.1.")
+        if not (isinstance(self.rho, int | float) and math.isfinite(self.rho) and self.rho >= 0):
+            raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho!r}. The paper uses 0.05.")
+        if not (isinstance(self.lmbda, int | float) and 0 <= self.lmbda <= 1):
+            raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda!r}. The paper uses 0.2 and 0.1.")
         self._check_variant(find(self.variant))
         if self.shard_optimizer and self.method == "sam":
             raise ValueError(
@@ -177,13 +177,10 @@ class SAMPaArgumentsMixin:
                 f"lmbda: expected {chosen.lmbda:g}, which is what variant {chosen.name!r} is, got {self.lmbda:g}. Leave it "
                 "out, or leave the variant out."
             )
-        if self.shard_optimizer and not recipe.plain:
-            raise ValueError(
-                f"shard_optimizer: expected variant 'sam', whose perturbation each process can compute for half of the "
-                f"parameters, got {chosen.name!r}. Leave one of them out."
-            )
+        if self.shard_optimizer:
+            recipe.check_shared_optimizer()
 
 
 @dataclass
 class SAMPaTrainingArguments(SAMPaArgumentsMixin, TrainingArguments):
-    """`transformers.TrainingArguments` with `method`, `rho` and `lmbda`; see `SAMPaArgumentsMixin`."""
+    """`transformers.TrainingArguments` with SAMPa's settings; see `SAMPaArgumentsMixin`."""

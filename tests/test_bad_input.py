@@ -108,11 +108,24 @@ def test_frozen_half_precision_weights_are_fine(tmp_path):
     trainer(tmp_path, model, max_steps=1).train()
 
 
-def test_weights_in_the_same_memory(tmp_path):
+@pytest.mark.parametrize("part", [slice(None), slice(1, None)])
+def test_weights_in_the_same_memory(tmp_path, part):
     model = tiny.bert()
-    model.register_buffer("seen", model.classifier.weight.detach())
+    model.register_buffer("seen", model.classifier.weight.detach()[part])
     with pytest.raises(ValueError, match="but 'classifier.weight' and 'seen' share theirs.*Tie them as one Parameter"):
         trainer(tmp_path, model).train()
+
+
+def test_weights_that_interleave_are_fine(tmp_path):
+    model = tiny.bert()
+    columns = torch.randn(4, 4)
+    model.left, model.right = torch.nn.Parameter(columns[:, :2]), torch.nn.Parameter(columns[:, 2:])
+    trainer(tmp_path, model, max_steps=1).train()
+
+
+def test_fp16_on_a_cpu_is_said_to_be_fp32(tmp_path, caplog):
+    trainer(tmp_path, tiny.bert(), fp16=True)
+    assert "fp16: Trainer has it on GPUs only, so that this run computes in fp32. On a CPU use bf16." in caplog.text
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Embedding, torch.nn.EmbeddingBag])
