@@ -202,3 +202,61 @@ def test_adasam_is_sam_around_torch_amsgrad(tmp_path, method):
 def test_adasam_needs_an_optimizer_with_amsgrad(tmp_path):
     with pytest.raises(ValueError, match="option amsgrad for variant 'adasam', got SGD. Set optim='adamw_torch'"):
         trained(tmp_path, "adasam", "sam")
+
+
+def passes(folder, name, arguments, method="sam"):
+    """Samples of each forward pass of a run, with a backward and without, and the steps that ascended."""
+    args = tiny.arguments(folder, variant=name, variant_args=arguments, method=method, max_steps=STEPS)
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+    seen: dict[bool, list[int]] = {True: [], False: []}
+    trainer.model.register_forward_pre_hook(
+        lambda model, _, kwargs: seen[torch.is_grad_enabled()].append(len(kwargs["labels"])), with_kwargs=True
+    )
+    trainer.train()
+    ascended = sum("perturbed_loss" in line for line in trainer.state.log_history)
+    return seen[True], seen[False], ascended
+
+
+PASSES = {  # with backward: how many, of how many samples; without
+    "sam": ({}, [4, 4] * STEPS, []),
+    "optsam": ({}, [4] * STEPS, []),
+    "randsam": ({}, [4] * STEPS, []),
+    "looksam": ({"k": 3}, [4] * (STEPS + 3), []),
+    "rst": ({"p": 0.0}, [4] * STEPS, []),
+    "ksam": ({"k": 3}, [3, 3] * STEPS, [4] * STEPS),
+    "esam": ({"beta": 0.5, "gamma": 0.5}, [4, 2] * STEPS, [4] * STEPS),
+    "msam": ({"size": 2}, [2] * 4 * STEPS, []),
+    "saf": ({}, [4] * STEPS, []),
+    "mesa": ({}, [4] * STEPS, [4] * STEPS),
+    "ssam_f": ({"every": 5, "fisher_samples": 2}, [1, 1] * 2 + [4, 4] * STEPS, []),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_are_as_many_as_the_catalogue_says(tmp_path, name):
+    arguments, forward_and_backward, forward = PASSES[name]
+    with_backward, without, _ = passes(tmp_path, name, arguments)
+    assert sorted(with_backward) == sorted(forward_and_backward)
+    assert without == forward
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("aesam", {}),
+        ("rst", {"p": 0.5}),
+        ("vsam", {"window": 5, "start": 2.0, "warmup": 0.0}),
+        ("arsam", {"sampler": "bernoulli"}),
+    ],
+)
+def test_a_step_that_does_not_ascend_has_one_pass(tmp_path, name, arguments):
+    with_backward, without, ascended = passes(tmp_path, name, arguments)
+    assert 0 < ascended < STEPS
+    assert with_backward == [4] * (STEPS + ascended)
+    assert without == []
+
+
+def test_bisam_has_a_third_pass_for_its_own_loss_in_the_mix(tmp_path):
+    one, _, _ = passes(tmp_path, "bisam", {}, "sampa")
+    two, _, _ = passes(tmp_path, "bisam", {"mix": "own"}, "sampa")
+    assert (len(one), len(two)) == (2 * STEPS + 1, 3 * STEPS + 2)

@@ -1,6 +1,6 @@
 """Sharpness-aware methods as recipes: the catalogue, and how to get a recipe out of it."""
 
-from . import recipes  # noqa: F401 - fills the catalogue
+from . import sample_recipes, weight_recipes  # noqa: F401 - fill the catalogue
 from .catalogue import VARIANTS, Variant, find, parse_arguments
 
 

@@ -42,8 +42,8 @@ def entry(variant: Variant) -> str:
         "parts": parts(variant),
         "arguments": arguments(variant),
         "rho": f"{variant.rho:g}",
-        "passes": f"{variant.passes} forward and backward per step",
-        "memory": f"{variant.memory} d besides SAM's",
+        "passes": f"forward and backward per step: {variant.passes}",
+        "memory": f"in d, besides SAM's: {variant.memory}",
         "timing": timings(variant),
     }
     lines = [f"{variant.name}", *textwrap.wrap(" ".join(inspect.getdoc(variant.make).split()), WIDTH - 2)]

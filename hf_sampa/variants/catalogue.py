@@ -12,6 +12,14 @@ from typing import Annotated, Any, get_type_hints
 from ..recipe import Recipe
 
 
+# Why a variant has one timing only.
+SKIPS = "a pair takes both gradients at once in every step, so that leaving one out saves no time"
+NO_ASCENT = "it has no ascent gradient that a second process could take"
+ONE_BATCH = "both of its gradients must be those of the same tensors, but g_{t+1} is of others"
+PAIRED = "SAMPa's two gradients of one batch are what it must not have"
+BY_LOSSES = "its choice of samples rests on losses that one process of a pair would have to wait for the other to tell"
+
+
 @dataclass(frozen=True)
 class Within:
     """Range of a variant's argument: from `low` to `high`, both or neither included."""

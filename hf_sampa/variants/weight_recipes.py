@@ -1,20 +1,12 @@
-"""The variants: each paper's method as a recipe, with its defaults."""
+"""The variants that differ in perturbation, mask, schedule or mixing: each paper's method as a recipe, with its defaults."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 from ..recipe import Recipe
-from . import directions, losses, masks, mixing, psf, samples, schedules
-from .catalogue import AboveZero, Count, NonNegative, OneOf, Part, Positive, Real, Within, variant
-
-
-# Why a variant has one timing only.
-SKIPS = "a pair takes both gradients at once in every step, so that leaving one out saves no time"
-NO_ASCENT = "it has no ascent gradient that a second process could take"
-ONE_BATCH = "both of its gradients must be those of the same tensors, but g_{t+1} is of others"
-PAIRED = "SAMPa's two gradients of one batch are what it must not have"
-BY_LOSSES = "its choice of samples rests on losses that one process of a pair would have to wait for the other to tell"
+from . import directions, masks, mixing, psf, schedules
+from .catalogue import NO_ASCENT, ONE_BATCH, SKIPS, AboveZero, Count, NonNegative, OneOf, Part, Real, Within, variant
 
 
 @variant(
@@ -89,6 +81,14 @@ def ssam_d(
 ) -> Recipe:
     """Sparse SAM, dynamic: a part of the entries is perturbed, exchanged from time to time."""
     return Recipe(mask=masks.Dynamic(sparsity, every, drop))
+
+
+@variant(source="Mi et al. 2022, arXiv 2210.05177 (SSAM-F)", passes="2, and single samples now and then", memory="1/4")
+def ssam_f(
+    sparsity: Annotated[float, Within(0, 1, open_high=True)] = 0.5, every: Count = 100, fisher_samples: Count = 16
+) -> Recipe:
+    """Sparse SAM, Fisher: the entries with the largest Fisher information are perturbed, chosen from time to time."""
+    return Recipe(mask=masks.Important(sparsity, every, fisher_samples))
 
 
 @variant(
@@ -181,90 +181,6 @@ def stable_sam(normalized: Annotated[str, OneOf(("no", "yes"))] = "no") -> Recip
 def gsam(alpha: NonNegative = 0.4, low: Part = 1.0) -> Recipe:
     """GSAM: descends on the surrogate gap, too; rho may follow the learning rate down to `low` times rho."""
     return Recipe(direction=directions.ScheduledRadius(low), mixing=mixing.SurrogateGap(alpha))
-
-
-@variant(
-    source="Foret et al. 2021, arXiv 2010.01412; Behdin et al. 2023, arXiv 2302.09693",
-    passes="2",
-    memory="1; number of shards in parallel",
-)
-def msam(size: Count = 32, count: Annotated[int, Within(0)] = 0) -> Recipe:
-    """mSAM: every shard of the batch has a perturbation of its own; shards of `size` samples, or `count` of a micro-batch."""
-    return Recipe(samples=samples.Sharded(size, count))
-
-
-@variant(source="Xie et al. 2024, arXiv 2410.10683, B.2", passes="2", memory="0", method="sam", why=PAIRED)
-def sam_db() -> Recipe:
-    """SAM-db: g_t is that of the next batch; a control."""
-    return Recipe(samples=samples.NextBatch())
-
-
-@variant(
-    source="Ni et al. 2022, arXiv 2210.12864", passes="F + 2 of k samples", memory="0", method="sam", why=BY_LOSSES
-)
-def ksam(k: Count = 16) -> Recipe:
-    """K-SAM: both gradients see the k samples with the largest losses."""
-    return Recipe(samples=samples.LargestLosses(k))
-
-
-@variant(
-    source="Du et al. 2022a, arXiv 2110.03141",
-    passes="1, partial + F + gamma",
-    memory="0",
-    method="sam",
-    why=BY_LOSSES,
-)
-def esam(beta: AboveZero = 0.5, gamma: AboveZero = 0.5) -> Recipe:
-    """ESAM: random tensors are perturbed, and g~_t sees the samples whose losses rose most."""
-    return Recipe(mask=masks.RandomTensors(beta), samples=samples.LargestRise(gamma))
-
-
-@variant(source="Du et al. 2022a, arXiv 2110.03141", passes="2", memory="0")
-def esam_swp(beta: AboveZero = 0.5) -> Recipe:
-    """ESAM's stochastic weight perturbation alone: random tensors are perturbed."""
-    return Recipe(mask=masks.RandomTensors(beta))
-
-
-@variant(
-    source="Deng et al. 2025, arXiv 2406.08001",
-    passes="2 of alpha n samples",
-    memory="0",
-    rho=0.1,
-    method="sam",
-    why=BY_LOSSES,
-)
-def ausam(alpha: AboveZero = 0.5, low: AboveZero = 0.1, high: AboveZero = 0.5, growth: Part = 0.15) -> Recipe:
-    """AUSAM: both gradients see samples drawn by how much a perturbation changes their loss."""
-    if low > high:
-        raise ValueError(f"variant_args: low of 'ausam' is to be at most high, {high:g}, got {low:g}.")
-    return Recipe(samples=samples.LargestDifference(alpha, low, high, growth))
-
-
-@variant(source="Xie et al. 2024b, arXiv 2407.12993", passes="2", memory="0")
-def bisam(
-    mu: Positive = 1.0,
-    phi: Annotated[str, OneOf(("log", "tanh"))] = "log",
-    alpha: Positive = 0.1,
-    mix: Annotated[str, OneOf(("ascent", "own"))] = "ascent",
-) -> Recipe:
-    """BiSAM: the perturbation ascends on a lower bound of the 0-1 loss.
-
-    In parallel, g_{t+1} serves the look-ahead and the mix as well. The papers leave open of which loss it is there: of the bound
-    (mix=ascent, one gradient), or of the trainer's own loss (mix=own, a second gradient of B_{t+1}).
-    """
-    return Recipe(loss=losses.Bilevel(mu, phi, alpha, separate=mix == "own"))
-
-
-@variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1", memory="0, and logits", method="sam", why=NO_ASCENT)
-def saf(lam: NonNegative = 0.3, tau: Positive = 5.0, start: Part = 0.025, epochs: Count = 3) -> Recipe:
-    """SAF: no ascent; the logits are kept near those of some epochs ago."""
-    return Recipe(when=schedules.Never(), loss=losses.FromThePast(lam, tau, start, epochs))
-
-
-@variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1 + F", memory="1", method="sam", why=NO_ASCENT)
-def mesa(lam: NonNegative = 0.8, tau: Positive = 5.0, start: Part = 0.025, decay: Part = 0.9995) -> Recipe:
-    """MESA: no ascent; the logits are kept near those of a running mean of the weights."""
-    return Recipe(when=schedules.Never(), loss=losses.FromTheMean(lam, tau, start, decay))
 
 
 @variant(source="Sun et al. 2023, arXiv 2303.00565", passes="2", memory="1", optimizer={"amsgrad": True})
