@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-scaling bench-memory test-gpu clean
+.PHONY: help demo test lint bench bench-scaling bench-memory bench-variants test-gpu clean
 
 help: ## Show the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -38,8 +38,11 @@ bench-scaling: .venv ## Measure the same for 2 to 12 layers and 8 to 128 tokens;
 bench-memory: .venv ## Measure the memory of AdamW, SAM and SAMPa, in fp32 and under bf16 autocast
 	$(BIN)/python benchmarks/memory.py
 
+bench-variants: .venv ## Train a small ViT with every variant: accuracy, time, memory; a table and a picture (under 40 minutes)
+	$(BIN)/python benchmarks/variants.py
+
 test-gpu: .venv ## The tests that need two CUDA devices
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 clean: ## Remove the virtual environment and what the targets wrote
-	rm -rf .venv demo scaling .pytest_cache .ruff_cache
+	rm -rf .venv demo scaling variants .pytest_cache .ruff_cache
