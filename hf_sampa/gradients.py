@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -23,6 +24,15 @@ from .roles import Role
 
 Gradient = Callable[..., Tensor]
 TRIAL_STEPS = 3  # with finite gradients, one after the other
+
+
+@dataclass
+class _Sums:
+    """Of the buckets of one gradient."""
+
+    norms: list[Tensor] = field(default_factory=list)  # of each bucket
+    dots: list[Tensor] = field(default_factory=list)  # of each bucket with the displacement
+    held_back: list[Callable[[], None]] = field(default_factory=list)
 
 
 class Gradients:
@@ -129,31 +139,8 @@ class Gradients:
         taken for constants, their gradient for zero. A `local` gradient is neither averaged nor sent. On trial, a weight becomes NaN as soon
         as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
         """
-        norms: list[Tensor] = []
-        dots: list[Tensor] = []
-        held_back: list[Callable[[], None]] = []
-
-        def on_full(bucket: int) -> None:
-            members, grad = into.members[bucket], into.flats[bucket]
-            if self.unscale:
-                grad.mul_(self.unscale())
-            if weights is not None:
-                # Backward has read these weights for the last time. Should it read them after all, autograd will say so.
-                torch.autograd.graph.increment_version([self.params[i] for i in members])
-                if role is Role.PERTURBED:
-                    moved = [weights.views[i] for i in members]
-                    dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
-
-            def ready() -> None:
-                norms.append(torch.linalg.vector_norm(grad))
-
-            start = ready if local else partial(self._start_exchange, bucket, into, weights, ready)
-            if weights is not None and self._trial:
-                weights.flats[bucket].fill_(float("nan"))
-                held_back.append(start)
-            else:
-                start()
-
+        sums = _Sums()
+        on_full = partial(self._send, role=role, into=into, weights=weights, x=x, local=local, sums=sums)
         self._recorder.start(into)
         micro_batches = list(batch)
         losses = []
@@ -161,12 +148,43 @@ class Gradients:
             for i, micro_batch in enumerate(micro_batches):
                 with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
                     losses.append(gradient(micro_batch, role))
-        for start in held_back:
+        for start in sums.held_back:
             start()
         self.exchange.finish()
-        loss, norm = torch.stack(losses).sum().double(), torch.linalg.vector_norm(torch.stack(norms).double())
-        dot = torch.stack(dots).double().sum() / (self._displacement + NORM_GUARD) if dots else torch.zeros_like(loss)
+        loss, norm = torch.stack(losses).sum().double(), torch.linalg.vector_norm(torch.stack(sums.norms).double())
+        dot = torch.stack(sums.dots or [torch.zeros_like(loss)]).double().sum() / (self._displacement + NORM_GUARD)
         return Found(batch.fingerprint, loss, norm, dot, self._recorder.used)
+
+    def _send(
+        self,
+        bucket: int,
+        role: Role,
+        into: Buckets,
+        weights: Buckets | None,
+        x: list[Tensor] | None,
+        local: bool,
+        sums: _Sums,
+    ) -> None:
+        """Let a full bucket go on its way, or, on trial, hold it back until backward is through; see `_gradient`."""
+        members, grad = into.members[bucket], into.flats[bucket]
+        if self.unscale:
+            grad.mul_(self.unscale())
+        if weights is not None:
+            # Backward has read these weights for the last time. Should it read them after all, autograd will say so.
+            torch.autograd.graph.increment_version([self.params[i] for i in members])
+            if role is Role.PERTURBED:
+                moved = [weights.views[i] for i in members]
+                sums.dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
+
+        def ready() -> None:
+            sums.norms.append(torch.linalg.vector_norm(grad))
+
+        start = ready if local else partial(self._start_exchange, bucket, into, weights, ready)
+        if weights is not None and self._trial:
+            weights.flats[bucket].fill_(float("nan"))
+            sums.held_back.append(start)
+        else:
+            start()
 
     @contextmanager
     def _frozen(self, only: Sequence[bool] | None) -> Iterator[None]:

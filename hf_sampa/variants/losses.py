@@ -104,6 +104,6 @@ class FromThePast(Distilled):
         if self.table is None:
             self.table = torch.zeros(self.epochs + 1, now.num_samples, logits.shape[1])
             self.written = torch.full((self.epochs + 1, now.num_samples), -1)
-        row = now.epoch % (self.epochs + 1)
-        self.table[row, indices] = logits.float().cpu()
-        self.written[row, indices] = now.epoch
+        row, known = now.epoch % (self.epochs + 1), logits.isfinite().all(dim=1)
+        self.table[row, indices[known]] = logits[known].float().cpu()
+        self.written[row, indices[known]] = now.epoch

@@ -110,5 +110,7 @@ class LargestDifference(Samples):
         return chosen
 
     def observe(self, indices: Tensor | None, before: Tensor, after: Tensor, now: Moment) -> None:
-        self.totals.index_add_(0, indices, (after - before).abs().double())
-        self.counts.index_add_(0, indices, torch.ones_like(self.totals[indices]))
+        change = (after - before).abs().double()
+        known = change.isfinite()  # a step with a bad gradient is skipped, and must not leave traces
+        self.totals.index_add_(0, indices[known], change[known])
+        self.counts.index_add_(0, indices[known], torch.ones_like(change[known]))
