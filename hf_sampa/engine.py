@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,8 +36,7 @@ class SharpnessAware(Gradients):
         max_steps: T,
         num_samples: in the dataset, and
         seed: of the run, for parts of the recipe that want to know.
-        overlap: see `Gradients`, and
-        unscale: see there.
+        kwargs: see `Gradients`.
     """
 
     def __init__(
@@ -52,10 +51,9 @@ class SharpnessAware(Gradients):
         max_steps: int = 1,
         num_samples: int = 0,
         seed: int = 0,
-        overlap: bool = True,
-        unscale: Callable[[], Tensor] | None = None,
+        **kwargs,
     ):
-        super().__init__(model, exchange, overlap=overlap, unscale=unscale)
+        super().__init__(model, exchange, **kwargs)
         self.base_optimizer, self.rho = base_optimizer, rho
         self.recipe, self.max_steps, self.num_samples, self.seed = recipe or Recipe(), max_steps, num_samples, seed
         self.samples = samples

@@ -30,6 +30,8 @@ TRIAL_STEPS = 3  # with finite gradients, one after the other
 class _Sums:
     """Of the buckets of one gradient."""
 
+    only: Sequence[bool] | None  # parameters that are wanted
+
     norms: list[Tensor] = field(default_factory=list)  # of each bucket
     dots: list[Tensor] = field(default_factory=list)  # of each bucket with the displacement
     held_back: list[Callable[[], None]] = field(default_factory=list)
@@ -48,6 +50,8 @@ class Gradients:
         overlap: whether gradients travel while backward is still running; that needs a model whose backward does not read
             a weight any more once its gradient is complete.
         unscale: gives what to multiply gradients by before anything else sees them, a scalar tensor ``()``.
+        partial_backward: whether backward leaves out gradients that nobody needs. Not for a compiled model, which would be
+            compiled once more for every choice.
     """
 
     def __init__(
@@ -57,11 +61,12 @@ class Gradients:
         *,
         overlap: bool = True,
         unscale: Callable[[], Tensor] | None = None,
+        partial_backward: bool = True,
     ):
         trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
         self.names, self.params = list(trainable), list(trainable.values())
         self._buffers = _saved_buffers(model)
-        self.exchange, self.unscale = exchange, unscale
+        self.exchange, self.unscale, self.partial_backward = exchange, unscale, partial_backward
         self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
         self.ascent_grads = Buckets(self.params)  # g_t, then displaced weights, then the other role's gradient
         self._recorder = GradientRecorder(self.params, overlap)
@@ -139,7 +144,7 @@ class Gradients:
         taken for constants, their gradient for zero. A `local` gradient is neither averaged nor sent. On trial, a weight becomes NaN as soon
         as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
         """
-        sums = _Sums()
+        sums = _Sums(only)
         on_full = partial(self._send, role=role, into=into, weights=weights, x=x, local=local, sums=sums)
         self._recorder.start(into)
         micro_batches = list(batch)
@@ -153,7 +158,9 @@ class Gradients:
         self.exchange.finish()
         loss, norm = torch.stack(losses).sum().double(), torch.linalg.vector_norm(torch.stack(sums.norms).double())
         dot = torch.stack(sums.dots or [torch.zeros_like(loss)]).double().sum() / (self._displacement + NORM_GUARD)
-        return Found(batch.fingerprint, loss, norm, dot, self._recorder.used)
+        used = self._recorder.used
+        wanted = used if only is None else [a and b for a, b in zip(used, only, strict=True)]
+        return Found(batch.fingerprint, loss, norm, dot, wanted)
 
     def _send(
         self,
@@ -167,6 +174,9 @@ class Gradients:
     ) -> None:
         """Let a full bucket go on its way, or, on trial, hold it back until backward is through; see `_gradient`."""
         members, grad = into.members[bucket], into.flats[bucket]
+        for i in members if sums.only and not self.partial_backward else []:
+            if not sums.only[i]:
+                into.views[i].zero_()
         if self.unscale:
             grad.mul_(self.unscale())
         if weights is not None:
@@ -188,7 +198,8 @@ class Gradients:
 
     @contextmanager
     def _frozen(self, only: Sequence[bool] | None) -> Iterator[None]:
-        frozen = [param for param, kept in zip(self.params, only, strict=True) if not kept] if only else []
+        left_out = only and self.partial_backward
+        frozen = [param for param, kept in zip(self.params, only, strict=True) if not kept] if left_out else []
         try:
             for param in frozen:
                 param.requires_grad_(False)

@@ -40,6 +40,7 @@ class StepMixin:
         common = {
             "rho": self.args.rho,
             "overlap": self.args.overlap_exchange,
+            "partial_backward": not self.args.torch_compile,
             "recipe": recipe,
             "samples": SampleView(self._exchange, partial(self._look, self.model_wrapped), self._weigh, self._loss_at),
             "max_steps": max_steps,

@@ -260,3 +260,29 @@ def test_bisam_has_a_third_pass_for_its_own_loss_in_the_mix(tmp_path):
     one, _, _ = passes(tmp_path, "bisam", {}, "sampa")
     two, _, _ = passes(tmp_path, "bisam", {"mix": "own"}, "sampa")
     assert (len(one), len(two)) == (2 * STEPS + 1, 3 * STEPS + 2)
+
+
+class WholeBackward(SAMPaTrainer):
+    """As with a compiled model."""
+
+    def _engine(self, max_steps):
+        engine = super()._engine(max_steps)
+        engine.partial_backward = False
+        return engine
+
+
+@pytest.mark.parametrize("name", ["esam_swp", "slsam", "sam_on"])
+def test_a_backward_that_leaves_nothing_out_has_the_same_bits(tmp_path, name):
+    outcomes = [
+        tiny.run(
+            tmp_path,
+            tiny.bert,
+            tiny.sentences(18),
+            trainer_class=trainer_class,
+            variant=name,
+            method="sam",
+            gradient_accumulation_steps=2,
+        )
+        for trainer_class in (SAMPaTrainer, WholeBackward)
+    ]
+    assert tiny.differing(*outcomes) == []

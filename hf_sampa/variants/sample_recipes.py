@@ -41,7 +41,7 @@ def sam_db() -> Recipe:
     source="Ni et al. 2022, arXiv 2210.12864", passes="F + 2 of k samples", memory="0", method="sam", why=BY_LOSSES
 )
 def ksam(k: Count = 16) -> Recipe:
-    """K-SAM: both gradients see the k samples with the largest losses."""
+    """K-SAM: both gradients see the k samples with the largest losses. The papers' k was not to be found: 16 is a choice."""
     return Recipe(samples=samples.LargestLosses(k))
 
 

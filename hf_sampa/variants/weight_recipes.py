@@ -185,5 +185,5 @@ def gsam(alpha: NonNegative = 0.4, low: Part = 1.0) -> Recipe:
 
 @variant(source="Sun et al. 2023, arXiv 2303.00565", passes="2", memory="1", optimizer={"amsgrad": True})
 def adasam() -> Recipe:
-    """AdaSAM: SAM around AMSGrad, whose second moment never falls. Needs --optim adamw_torch."""
+    """AdaSAM: SAM around AMSGrad, whose second moment never falls; torch's, with bias correction. Needs --optim adamw_torch."""
     return Recipe()
