@@ -130,8 +130,8 @@ def parse_arguments(parser: HfArgumentParser, argv: list[str] | None = None) -> 
         FileExistsError: the run would write into an `output_dir` that is not empty.
     """
     variant = find(parser.parse_known_args(argv)[0].variant)
-    if parser.get_default("rho") is not None:
-        parser.set_defaults(rho=parser.get_default("rho") * variant.rho / find("sam").rho)
+    if parser.get_default("rho") is not None and variant.rho != find("sam").rho:
+        parser.set_defaults(rho=round(parser.get_default("rho") * variant.rho / find("sam").rho, 12))
     if variant.lmbda is not None:
         parser.set_defaults(lmbda=variant.lmbda)
     parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

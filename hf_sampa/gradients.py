@@ -186,8 +186,10 @@ class Gradients:
                 moved = [weights.views[i] for i in members]
                 sums.dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
 
+        norms = sums.norms  # `ready` must not know of `sums`, which may hold it: a cycle would keep `grad` in memory
+
         def ready() -> None:
-            sums.norms.append(torch.linalg.vector_norm(grad))
+            norms.append(torch.linalg.vector_norm(grad))
 
         start = ready if local else partial(self._start_exchange, bucket, into, weights, ready)
         if weights is not None and self._trial:

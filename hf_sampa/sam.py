@@ -97,8 +97,7 @@ class SAM(SharpnessAware):
         skipped = not (perturbed.finite and (ascent is None or ascent.finite))
         used = perturbed.used
         if not skipped:
-            with record_function("SAMPa.combine"):
-                used = self._mix(ascent, perturbed, self.ascent_grads, now)
+            used = self._mix(ascent, perturbed, self.ascent_grads, now)
         return self._finish(ascent, perturbed, (ascent or perturbed).loss, used, skipped)
 
     def _base_step(self, ascent: Pass | None, found: dict[Role, Found], now: Moment) -> StepReport:

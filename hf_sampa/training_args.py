@@ -84,7 +84,7 @@ class SAMPaArgumentsMixin:
     lmbda: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1; default 0.2). The paper: 0.2 in "
+            "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1). Default: 0.2. The paper: 0.2 in "
             "vision, 0.1 on GLUE; 0 is SAMPa-0, 1 is optimistic gradient descent. Unused by sam."
         },
     )

@@ -68,6 +68,7 @@ def train_evenly(folder, batch_size) -> dict:
     return {
         case: tiny.run(folder / "-".join(case), tiny.bert, tiny.sentences(16), **{**settings(*case), **changes})
         for case in REPLICATED
+        if case[0] != "adasam"  # which has no SGD, and SAM's recipe
     }
 
 
@@ -134,7 +135,7 @@ class FailsOnce(SAMPaTrainer):
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_model_holds_x_t_after_an_exception(tmp_path, case):
     """P7, and P8: what callbacks see after every step is where the next step starts."""
-    for at in (2, 7, 8):
+    for at in (2, 7):
         recorder = tiny.Recorder()
         trainer = FailsOnce(
             model=tiny.bert(),
