@@ -43,5 +43,7 @@ class RunningMeans:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state_dict` was taken."""
-        self.sums, self.steps = dict(state["sums"]), dict(state["steps"])
+        self.sums, self.steps = dict(state["sums"]), state["steps"]
+        if not isinstance(self.steps, dict):  # one number for all, in checkpoints from before variants
+            self.steps = dict.fromkeys(LOGGED, self.steps)
         self.skipped_steps = state["skipped_steps"]

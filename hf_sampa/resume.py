@@ -18,6 +18,9 @@ from .sharding import ShardedSAMPa
 
 logger = get_logger(__name__)
 
+# What a checkpoint without a word on it was written with.
+BEFORE_VARIANTS = {"variant": "sam", "variant_args": {}}
+
 
 class ResumeMixin:
     """The part of `SAMPaMixin` that writes and reads checkpoints."""
@@ -141,7 +144,7 @@ class ResumeMixin:
                 f"Expected the data stream that {folder} was written with, but it changed: {'; '.join(differing)}. "
                 "Resume with the old values, or start a new run from these weights."
             )
-        if differing := checkpoint.changed(found["recipe"], self._recipe_settings()):
+        if differing := checkpoint.changed(found.get("recipe", BEFORE_VARIANTS), self._recipe_settings()):
             raise ValueError(
                 f"Expected the variant that {folder} was written with, but it changed: {'; '.join(differing)}. Resume with "
                 "the old one, or start a new run from these weights."

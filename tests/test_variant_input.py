@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -219,3 +221,15 @@ def test_arsam_says_that_it_is_a_reconstruction(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "reconstructed from its abstract" in text
     assert "a reconstruction" in text
+
+
+def test_a_checkpoint_from_before_variants_goes_on(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
+    whole = tiny.run(tmp_path, tiny.bert, tiny.sentences(16), **settings)
+    file = tmp_path / "checkpoint-2" / "sampa.json"
+    manifest = json.loads(file.read_text())
+    del manifest["recipe"]
+    manifest["unlogged"]["means"]["steps"] = 2  # one number for all means
+    file.write_text(json.dumps(manifest))
+    resumed = tiny.run(tmp_path, tiny.bert, tiny.sentences(16), resume=str(file.parent), **settings)
+    assert tiny.differing(tiny.comparable(whole), tiny.comparable(resumed)) == []
