@@ -108,14 +108,8 @@ class MSAMPa(Shards, SAMPa):
         super().__init__(*args, **kwargs)
         self._g_of: list[Buckets] = []  # the g_j of B_t, on processes that are PERTURBED
 
-    def step(self, batch: Batch, next_batch: Batch, gradient: Gradient) -> StepReport:
-        """One step from x_t with B_t and B_{t+1}; leaves G_t in ``.grad`` and carries the g_j of B_{t+1}."""
-        if self.ascent is None:
-            self.ascent = self._start(batch, gradient)
-        ascent, self.ascent = self.ascent, None
-        if not ascent.finite:
-            return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
-        found, coming, self._moment = {}, self._shards(next_batch), self.now(batch)
+    def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, gradient: Gradient) -> dict[Role, Found]:
+        found, coming = {}, self._shards(next_batch)
         if Role.PERTURBED in self.roles:
             # g~_j = grad f(x_t + eps_j; S_j)
             runs = [
@@ -132,17 +126,8 @@ class MSAMPa(Shards, SAMPa):
             y, g_next = self._look_ahead(ascent), self._lookahead_grads
             with self.displaced(y):
                 found[Role.LOOKAHEAD] = self._ascent_gradients(next_batch, coming, gradient, g_next)
-        self._exchange_all(len(coming))
-        if Role.LOOKAHEAD in self.roles:
-            self.ascent_grads.swap(self._lookahead_grads, self.owned)
-        shared = self._share(found)
-        perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
-        self._check_pairing(ascent, perturbed)
-        skipped = not (perturbed.finite and lookahead.finite)
-        used = perturbed.used if skipped else self._combine(ascent, perturbed, lookahead)
-        if lookahead.finite:
-            self.ascent = lookahead
-        return self._finish(ascent, perturbed, lookahead.loss, used, skipped)
+        self._hand_over(len(coming))
+        return found
 
     def _ascent_gradients(self, batch: Batch, shards: Sequence[Shard], gradient: Gradient, into: Buckets) -> Found:
         """The g_j at the weights as they are, and their mean."""
@@ -153,28 +138,32 @@ class MSAMPa(Shards, SAMPa):
         ]
         return self._mean(batch, runs, into)
 
-    def _exchange_all(self, count: int, perturbed: bool = True) -> None:
-        """Give the mean gradients of the roles for one another, and the `count` g_j to those who perturb."""
-        if not self.exchange.mesh.paired:
-            return
-        perturbs = Role.PERTURBED in self.roles
-        if perturbs:
-            self._g_of = [Buckets(self.params) for _ in range(count)]
-        mine = self.perturbed_grads if perturbs else self._lookahead_grads
-        for bucket, theirs in enumerate(self.ascent_grads.flats):
+    def _hand_over(self, count: int, perturbed: bool = True) -> None:
+        """g_{t+1} takes the place of g_t on all processes, and the `count` g_j come to those who perturb.
+
+        perturbed: whether there is a g~_t, which then comes to all.
+        """
+        if self.exchange.mesh.paired:
+            perturbs = Role.PERTURBED in self.roles
+            if perturbs:
+                self._g_of = [Buckets(self.params) for _ in range(count)]
+            mine = self.perturbed_grads if perturbs else self._lookahead_grads
             sends, receives = perturbed or not perturbs, perturbed or perturbs
-            self.exchange.transfer(mine.flats[bucket] if sends else None, theirs if receives else None)
-            for g in self._g_of:
-                self.exchange.transfer(None if perturbs else g.flats[bucket], g.flats[bucket] if perturbs else None)
-        self.exchange.finish()
+            for bucket, theirs in enumerate(self.ascent_grads.flats):
+                self.exchange.transfer(mine.flats[bucket] if sends else None, theirs if receives else None)
+                for g in self._g_of:
+                    self.exchange.transfer(
+                        None if perturbs else g.flats[bucket], g.flats[bucket] if perturbs else None
+                    )
+            self.exchange.finish()
+        if Role.LOOKAHEAD in self.roles:
+            self.ascent_grads.swap(self._lookahead_grads, self.owned)
 
     def _start(self, batch: Batch, gradient: Gradient) -> Pass:
         found, shards = {}, self._shards(batch)
         if Role.LOOKAHEAD in self.roles:
             found[Role.LOOKAHEAD] = self._ascent_gradients(batch, shards, gradient, self._lookahead_grads)
-        self._exchange_all(len(shards), perturbed=False)
-        if Role.LOOKAHEAD in self.roles:
-            self.ascent_grads.swap(self._lookahead_grads, self.owned)
+        self._hand_over(len(shards), perturbed=False)
         return self._share(found)[Role.LOOKAHEAD]
 
     # ---- Checkpoints ----

@@ -41,6 +41,13 @@ class Recipe:
                 "samples: expected SAM's own other parts beside samples in shards, whose perturbations are taken one by one, "
                 f"got {', '.join(self.changed_parts())}. Leave one of them out."
             )
+        if type(self.samples).choose is not Samples.choose and not (
+            self.samples.looks_first or self.samples.reads_indices
+        ):
+            raise ValueError(
+                "samples: expected looks_first or reads_indices to be True where `choose` is overridden, got neither: it would "
+                f"never be asked. Set in {type(self.samples).__name__} the one whose tensor it uses."
+            )
 
     def parts(self) -> dict[str, Part]:
         """By the name of their kind."""
@@ -82,8 +89,7 @@ class Recipe:
             "when leaves out steps": type(self.when) is not When,
             "direction needs no g_t": not self.direction.needs_gradient,
             "mask keeps parameters out of the update": self.mask.descent,
-            "samples are chosen by losses or are not those of B_t": type(self.samples) is not Samples
-            and not self.samples.sharded,
+            "samples are chosen by losses or are not those of B_t": self.samples.selects,
             "loss has a teacher": self.loss.teacher_decay is not None or self.loss.reads_indices,
         }
         if found := [what for what, holds in problems.items() if holds]:

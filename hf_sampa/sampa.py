@@ -16,9 +16,10 @@ from torch.profiler import record_function
 from .buckets import Buckets
 from .engine import SharpnessAware
 from .functional import interpolate_
+from .gradients import Gradient
 from .lookahead import look_ahead
 from .parts import Moment
-from .passes import Batch, Pass, StepReport
+from .passes import Batch, Found, Pass, StepReport
 from .roles import Role
 
 
@@ -44,7 +45,7 @@ class SAMPa(SharpnessAware):
         self._g = Buckets(self.params) if self.recipe.mixing.needs_ascent else None
         self._moment = Moment()
 
-    def step(self, batch: Batch, next_batch: Batch, gradient: Callable[[Any], Tensor]) -> StepReport:
+    def step(self, batch: Batch, next_batch: Batch, gradient: Gradient) -> StepReport:
         """One step from x_t with B_t and B_{t+1}; leaves G_t in ``.grad`` and carries g_{t+1}.
 
         Raises RuntimeError where g_t and g~_t do not come from one batch.
@@ -55,7 +56,20 @@ class SAMPa(SharpnessAware):
         ascent, self.ascent = self.ascent, None
         if not ascent.finite:
             return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
-        found, self._moment = {}, self.now(batch)
+        self._moment = self.now(batch)
+        shared = self._share(self._two_gradients(ascent, batch, next_batch, gradient))
+        perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
+        self._check_pairing(ascent, perturbed)
+        skipped = not (perturbed.finite and lookahead.finite)
+        # G_t = (1 - lambda) g~_t + lambda g_{t+1}, in the place of g~_t
+        used = perturbed.used if skipped else self._combine(ascent, perturbed, lookahead)
+        if lookahead.finite:
+            self.ascent = lookahead
+        return self._finish(ascent, perturbed, lookahead.loss, used, skipped)
+
+    def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, gradient: Gradient) -> dict[Role, Found]:
+        """g~_t and g_{t+1}, by the processes whose role it is; g_{t+1} takes the place of g_t on all."""
+        found = {}
         if self._g:
             torch._foreach_copy_(self._g.flats, self.ascent_grads.flats)
         if Role.PERTURBED in self.roles:
@@ -72,15 +86,7 @@ class SAMPa(SharpnessAware):
             # g_{t+1} = grad f(y_{t+1}; B_{t+1})
             found[Role.LOOKAHEAD] = self._gradient_at(y, Role.LOOKAHEAD, next_batch, gradient, g_next)
             self.ascent_grads.swap(g_next, self.owned)
-        shared = self._share(found)
-        perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
-        self._check_pairing(ascent, perturbed)
-        skipped = not (perturbed.finite and lookahead.finite)
-        # G_t = (1 - lambda) g~_t + lambda g_{t+1}, in the place of g~_t
-        used = perturbed.used if skipped else self._combine(ascent, perturbed, lookahead)
-        if lookahead.finite:
-            self.ascent = lookahead
-        return self._finish(ascent, perturbed, lookahead.loss, used, skipped)
+        return found
 
     def _combine(self, ascent: Pass, perturbed: Pass, lookahead: Pass) -> list[bool]:
         """Mix the gradients of the owned parameters; returns, for all parameters, whether G_t has a part of them."""
@@ -99,7 +105,7 @@ class SAMPa(SharpnessAware):
         """Drop g_t: the next step computes it at x_t, as the first one does."""
         self.ascent = None
 
-    def _start(self, batch: Batch, gradient: Callable[[Any], Tensor]) -> Pass:
+    def _start(self, batch: Batch, gradient: Gradient) -> Pass:
         """g_t = grad f(x_t; B_t), by the LOOKAHEAD role, so that all ranks hold the same bits of it."""
         found = {}
         if Role.LOOKAHEAD in self.roles:

@@ -35,6 +35,11 @@ class Samples(Part):
         """Whether shards of the batch have perturbations of their own; then `shards` says which."""
         return type(self).shards is not Samples.shards
 
+    @property
+    def selects(self) -> bool:
+        """Whether the two gradients may see other samples than all those of B_t."""
+        return self.next_batch or self.looks_first or self.looks_again or self.reads_losses or self.reads_indices
+
     def shards(self, size: int) -> Sequence[int]:
         """Sizes of the shards of a micro-batch of `size` samples."""
         raise NotImplementedError

@@ -11,6 +11,7 @@ from torch import nn
 from hf_sampa import SAMPaTrainer
 from hf_sampa.parts import Direction, When
 from hf_sampa.recipe import Recipe
+from hf_sampa.sample_parts import Samples
 from hf_sampa.variants import VARIANTS
 from hf_sampa.variants.__main__ import main
 from tests import tiny
@@ -164,6 +165,27 @@ def test_parts_that_have_no_place_in_parallel(tmp_path):
     )
     with pytest.raises(ValueError, match="expected 'sam' for this recipe, whose when leaves out steps; got 'sampa'"):
         trainer.train()
+
+
+def test_samples_that_would_never_be_asked():
+    class EverySecond(Samples):
+        def choose(self, losses, indices, now):
+            return indices % 2 == 0
+
+    with pytest.raises(ValueError, match="expected looks_first or reads_indices to be True.*Set in EverySecond"):
+        Recipe(samples=EverySecond())
+
+
+def test_samples_in_parallel_are_refused_for_what_they_do():
+    class Chosen(Samples):
+        looks_first = True
+
+    class Noted(Samples):
+        """Chooses nothing."""
+
+    Recipe(samples=Noted()).check_parallel()
+    with pytest.raises(ValueError, match="whose samples are chosen by losses or are not those of B_t; got 'sampa'"):
+        Recipe(samples=Chosen()).check_parallel()
 
 
 class Sign(Direction):
