@@ -217,6 +217,22 @@ def test_two_processes_end_with_the_same_bits(one_process, tiny_bert, tmp_path):
     assert run.stdout.count("***** eval metrics *****") == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "variant"),
+    [("sampa", "vasso"), ("sampa", "bisam"), ("sam", "slsam"), ("sam", "ausam"), ("sam", "looksam"), ("sam", "gnp")],
+)
+def test_a_run_with_a_variant(method, variant, tiny_bert, tmp_path):
+    """One of every part."""
+    weights = {}
+    for name in (variant, "sam"):
+        run_glue.main(sample_run(tiny_bert, tmp_path / name, "--method", method, "--variant", name))
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+        assert len(step_logs(tmp_path / name)) == 4
+    assert not all(torch.equal(value, weights["sam"][name]) for name, value in weights[variant].items())
+    card = (tmp_path / variant / "README.md").read_text()
+    assert f"- variant: {variant}" in card
+
+
 def test_a_run_goes_on_from_its_last_checkpoint(one_process, tiny_bert, tmp_path):
     shutil.copytree(one_process / "checkpoint-3", tmp_path / "checkpoint-3")
     run_glue.main(sample_run(tiny_bert, tmp_path, "--resume_from_checkpoint", "true"))

@@ -257,6 +257,29 @@ def test_a_run_is_continued_bit_for_bit_and_never_written_over_by_accident(cifar
     assert read_json(out / "trainer_state.json")["global_step"] == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "variant", "settings"),
+    [
+        ("sampa", "asam", "eta=0.1"),
+        ("sampa", "ssam_d", "sparsity=0.8"),
+        ("sampa", "msam", "size=4"),
+        ("sam", "rst", "p=0.3"),
+        ("sam", "saf", "epochs=1 start=0"),
+        ("sam", "gsam", "alpha=0.5"),
+    ],
+)
+def test_a_run_with_a_variant(method, variant, settings, cifar10, tmp_path):
+    """One of every part."""
+    weights = {}
+    for name, given in {variant: ["--variant", variant, "--variant_args", *settings.split()], "sam": []}.items():
+        given = [*given, "--method", method, "--output_dir", str(tmp_path / name), "--max_steps", "8"]
+        run_vit.main([*SHORT, "--data_dir", str(cifar10), *given])
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+        assert len(step_logs(tmp_path / name)) == 8
+    assert not all(torch.equal(value, weights["sam"][name]) for name, value in weights[variant].items())
+    assert f"- variant: {variant}" in (tmp_path / variant / "README.md").read_text()
+
+
 def test_an_image_folder_is_trained_on(tmp_path, monkeypatch):
     import datasets
     from PIL import Image
