@@ -14,7 +14,11 @@ from .sample_parts import Loss, Samples
 
 @dataclass
 class Recipe:
-    """The parts of a step; the default is SAM, or SAMPa where the timing is parallel."""
+    """The parts of a step; the default is SAM, or SAMPa where the timing is parallel.
+
+    Attributes:
+        settings: what each part is, by the name of its kind; a run goes on only where these are the same.
+    """
 
     direction: Direction
     mask: Mask
@@ -41,6 +45,8 @@ class Recipe:
                 "samples: expected SAM's own other parts beside samples in shards, whose perturbations are taken one by one, "
                 f"got {', '.join(self.changed_parts())}. Leave one of them out."
             )
+        # As they are before a run: what a part learns in it is no setting.
+        self.settings = {name: _described(part) for name, part in self.parts().items()}
         if type(self.samples).choose is not Samples.choose and not (
             self.samples.looks_first or self.samples.reads_indices
         ):
@@ -120,3 +126,9 @@ class Recipe:
         for name, part in self.parts().items():
             if part.state:
                 part.load_state_dict(state[name], params)
+
+
+def _described(part: Part) -> str:
+    """What `part` is, with the plain values among its attributes."""
+    plain = {name: value for name, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+    return f"{type(part).__qualname__}({', '.join(f'{name}={value}' for name, value in plain.items())})"

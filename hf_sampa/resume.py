@@ -98,7 +98,7 @@ class ResumeMixin:
     def _recipe_settings(self) -> dict[str, Any]:
         """What the step is made of."""
         if self._recipe is not None:
-            return {"recipe": {kind: type(part).__qualname__ for kind, part in self._recipe.parts().items()}}
+            return self._recipe.settings
         return {"variant": self.args.variant, "variant_args": self.args.variant_args}
 
     def _stream_settings(self) -> dict[str, Any]:

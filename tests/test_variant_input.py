@@ -189,14 +189,17 @@ def test_samples_in_parallel_are_refused_for_what_they_do():
 
 
 class Sign(Direction):
-    """A method of one's own: eps_t = rho sign(g_t) / sqrt(d)."""
+    """A method of one's own: eps_t = rho scale sign(g_t) / sqrt(d)."""
 
     changes_gradient = True
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
 
     def __call__(self, g, x, norm, now):
         for each in g:
             each.sign_()
-        return sum(each.numel() for each in g) ** 0.5
+        return sum(each.numel() for each in g) ** 0.5 / self.scale
 
 
 @pytest.mark.parametrize("method", ["sam", "sampa"])
@@ -212,11 +215,23 @@ def test_a_recipe_of_ones_own(tmp_path, method):
         trainer.train()
         weights[name] = trainer.model.classifier.weight
     assert not torch.equal(weights["own"], weights["sam"])
-    plain = tiny.arguments(tmp_path, method=method)
+    resumed = {"model": tiny.bert(), "args": tiny.arguments(tmp_path, method=method)}
+    resumed["train_dataset"] = tiny.sentences(16)
     with pytest.raises(ValueError, match="Expected the variant that .* but it changed"):
-        SAMPaTrainer(
-            model=tiny.bert(), args=plain, train_dataset=tiny.sentences(16), recipe=Recipe(direction=Sign())
-        ).train(str(tmp_path / "checkpoint-2"))
+        SAMPaTrainer(**resumed, recipe=Recipe(direction=Sign())).train(str(tmp_path / "checkpoint-2"))
+
+
+def test_a_resume_with_other_arguments_of_a_recipe_of_ones_own(tmp_path):
+    def trainer(scale):
+        args = tiny.arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+        data, recipe = tiny.sentences(16), Recipe(direction=Sign(scale))
+        return SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=data, recipe=recipe)
+
+    trainer(0.5).train()
+    message = r"direction: 'Sign\(scale=0.5\)' in the checkpoint, 'Sign\(scale=0.9\)' now"
+    with pytest.raises(ValueError, match=message):
+        trainer(0.9).train(str(tmp_path / "checkpoint-2"))
+    trainer(0.5).train(str(tmp_path / "checkpoint-2"))
 
 
 def test_the_catalogue_tells_of_every_variant(capsys):
