@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 
 METHODS = {
@@ -59,12 +60,14 @@ class Group:
     ):
         self.name = METHODS[settings["method"]]
         self.logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
-        env, port = _environment() | (variables or {}), _free_port()
+        env = _environment() | (variables or {})
+        # Bound here and now, so that no other world can come to have the same port.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if together else None
         self.processes = [
             stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, str(worker), json.dumps(settings)],
-                    env=env | (_world(rank, processes, port) if together else {}),
+                    env=env | (_world(rank, processes, self._store.port) if together else {}),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -112,12 +115,7 @@ def _environment() -> dict[str, str]:
 
 
 def _world(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What a launcher would set."""
+    """What torchrun would set, whose own process holds the store by which the others find one another, too."""
     env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

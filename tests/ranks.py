@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -33,7 +34,7 @@ def run_ranks(
     `function` must be importable. Ranks are set up as a launcher does it, by environment variables, and compute on one
     thread each. Raises RankFailed with the tracebacks of the ranks that raised.
     """
-    processes, results = start_ranks(function, world_size, *args, folder=folder)
+    processes, results, _store = start_ranks(function, world_size, *args, folder=folder)
     for process in processes:
         process.join(timeout)
     alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
@@ -48,17 +49,21 @@ def run_ranks(
 
 
 def start_ranks(function: Callable[..., Any], world_size: int, *args: Any, folder: Path):
-    """Start the ranks of `run_ranks` without waiting; returns the processes and the files they will write."""
+    """Start the ranks of `run_ranks` without waiting.
+
+    Returns the processes, the files they will write, and what they find one another by, which they need while they run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    # Bound here and now, as torchrun does, so that no other world can come to have the same port.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     results = [folder / f"rank{rank}.pt" for rank in range(world_size)]
     processes = [
-        _CONTEXT.Process(target=_enter, args=(function, rank, world_size, port, results[rank], args))
+        _CONTEXT.Process(target=_enter, args=(function, rank, world_size, store.port, results[rank], args))
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    return processes, results
+    return processes, results, store
 
 
 def free_port() -> int:
@@ -78,6 +83,8 @@ def _enter(function, rank: int, world_size: int, port: int, result: Path, args: 
             WORLD_SIZE=str(world_size),
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
+            TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RESTART_COUNT="0",
             # gloo's choice of an interface is flaky where the host name does not resolve.
             GLOO_SOCKET_IFNAME="lo",
         )

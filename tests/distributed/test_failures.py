@@ -106,7 +106,7 @@ def when_running(folder):
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_the_other_ends_with_a_message(tmp_path, death):
     """A killed peer closes its connections; one that merely hangs is given ddp_timeout seconds."""
-    processes, results = start_ranks(endless, 2, tmp_path, 5, folder=tmp_path)
+    processes, results, _store = start_ranks(endless, 2, tmp_path, 5, folder=tmp_path)
     try:
         when_running(tmp_path)
         os.kill(processes[1].pid, death)
