@@ -1,4 +1,4 @@
-"""Seconds per step of parallel variants on two processes; started by variants.py under torchrun.
+"""Seconds per step of parallel variants on two processes, medians of rounds; started by variants.py under torchrun.
 
 Usage: variants_pair.py FOLDER EPOCHS NAME ...
 """
@@ -9,20 +9,30 @@ import json
 import os
 import sys
 from pathlib import Path
+from statistics import median
 
 from variants_worker import run
 
 from hf_sampa.variants import VARIANTS
 
 
+ROUNDS = 3
+
+
 def main() -> None:
-    """Run each variant once more than is measured, so that the first one is as warm as the others."""
+    """Run each variant in turn, once more than is measured, so that the first round is as warm as the others."""
     folder, epochs, *names = sys.argv[1:]
-    for i, name in enumerate([names[0], *names]):
-        job = {"method": "sampa", "variant": name, "rho": VARIANTS[name].rho, "seed": 0, "epochs": int(epochs)}
-        result = run(job)
-        if i and os.environ["RANK"] == "0":
-            (Path(folder) / f"pair-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    found: dict[str, list[dict]] = {name: [] for name in names}
+    for each in range(ROUNDS + 1):
+        for name in names if each else names[:1]:
+            job = {"method": "sampa", "variant": name, "rho": VARIANTS[name].rho, "seed": 0, "epochs": int(epochs)}
+            result = run(job)
+            if each:
+                found[name].append(result)
+    for name, results in found.items() if os.environ["RANK"] == "0" else ():
+        seconds = median(result["seconds_per_step"] for result in results)
+        content = {**results[0], "seconds_per_step": seconds, "rounds": [r["seconds_per_step"] for r in results]}
+        (Path(folder) / f"pair-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
