@@ -113,8 +113,9 @@ class SharpnessAware(Gradients):
         if not recipe.plain and out is not grads and norm is not None:
             torch._foreach_copy_(moved, g)
             g = moved
-        if keeps is not None:
-            torch._foreach_zero_([each for each, kept in zip(g, keeps, strict=True) if not kept])
+        left_out = [] if keeps is None else [each for each, kept in zip(g, keeps, strict=True) if not kept]
+        if left_out:
+            torch._foreach_zero_(left_out)
             norm = global_norm(g)
         divisor = recipe.direction(g, x, norm, now)
         thinned = recipe.mask.thin(g, now)

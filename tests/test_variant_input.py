@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.parts import Direction, When
+from hf_sampa.parts import Direction, Mask, When
 from hf_sampa.recipe import Recipe
 from hf_sampa.sample_parts import Samples
 from hf_sampa.variants import VARIANTS
@@ -219,6 +219,27 @@ def test_a_recipe_of_ones_own(tmp_path, method):
     resumed["train_dataset"] = tiny.sentences(16)
     with pytest.raises(ValueError, match="Expected the variant that .* but it changed"):
         SAMPaTrainer(**resumed, recipe=Recipe(direction=Sign())).train(str(tmp_path / "checkpoint-2"))
+
+
+class Everything(Mask):
+    """Keeps all, and says so."""
+
+    def bind(self, model, names, params):
+        self.kept = [True] * len(params)
+
+    def keeps(self, now):
+        return self.kept
+
+
+@pytest.mark.parametrize("method", ["sam", "sampa"])
+def test_a_mask_that_keeps_everything_is_sam(tmp_path, method):
+    weights = []
+    for recipe in (Recipe(mask=Everything()), None):
+        args, data = tiny.arguments(tmp_path, method=method, max_steps=3), tiny.sentences(16)
+        trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=data, recipe=recipe)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert tiny.differing(*weights) == []
 
 
 def test_a_resume_with_other_arguments_of_a_recipe_of_ones_own(tmp_path):
