@@ -7,7 +7,7 @@ the batch's mean loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -84,23 +84,31 @@ class Gradients:
         self._recorder.close()
 
     @contextmanager
+    def kept_statistics(self) -> Iterator[None]:
+        """What forward changes in the model's saved buffers within the block is undone."""
+        kept = [each.clone() for each in self.statistics]
+        try:
+            yield
+        finally:
+            for (module, name), before in zip(self._buffers, kept, strict=True):
+                module.get_buffer(name).copy_(before)
+
+    @contextmanager
     def displaced(self, weights: Buckets, keep_statistics: bool = False) -> Iterator[list[Tensor]]:
         """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit.
 
         Running statistics, and whatever else forward changes in the model's buffers, come from one pass per batch, that
         of the LOOKAHEAD role: with `keep_statistics`, what the block leaves behind in them is undone.
         """
-        kept = [each.clone() for each in self.statistics] if keep_statistics else []
         x = [param.data for param in self.params]
-        try:
-            for param, moved in zip(self.params, weights.views, strict=True):
-                param.data = moved
-            yield x
-        finally:
-            for param, own in zip(self.params, x, strict=True):
-                param.data = own
-            for (module, name), before in zip(self._buffers, kept, strict=False):
-                module.get_buffer(name).copy_(before)
+        with self.kept_statistics() if keep_statistics else nullcontext():
+            try:
+                for param, moved in zip(self.params, weights.views, strict=True):
+                    param.data = moved
+                yield x
+            finally:
+                for param, own in zip(self.params, x, strict=True):
+                    param.data = own
 
     def _gradient_at(
         self,

@@ -108,6 +108,9 @@ class MSAMPa(Shards, SAMPa):
         super().__init__(*args, **kwargs)
         self._g_of: list[Buckets] = []  # the g_j of B_t, on processes that are PERTURBED
 
+    def lookahead_error(self, batch: Batch, gradient: Gradient) -> None:
+        """None: the g_j have errors of their own."""
+
     def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, gradient: Gradient) -> dict[Role, Found]:
         found, coming = {}, self._shards(next_batch)
         if Role.PERTURBED in self.roles:

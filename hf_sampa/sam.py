@@ -118,10 +118,8 @@ class SAM(SharpnessAware):
         if not (samples.looks_first or samples.reads_indices):
             return batch
         if samples.looks_first:
-            kept = [each.clone() for each in self.statistics]
-            self.samples.look(batch)
-            for each, own in zip(self.statistics, kept, strict=True):
-                each.copy_(own)
+            with self.kept_statistics():
+                self.samples.look(batch)
             losses = self.samples.losses(batch)
         indices = self.samples.indices(batch) if samples.reads_indices else None
         chosen = samples.choose(losses, indices, now)

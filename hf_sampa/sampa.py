@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from .buckets import Buckets
 from .engine import SharpnessAware
-from .functional import interpolate_
+from .functional import NORM_GUARD, interpolate_
 from .gradients import Gradient
 from .lookahead import look_ahead
 from .parts import Moment
@@ -104,6 +104,34 @@ class SAMPa(SharpnessAware):
     def forget(self) -> None:
         """Drop g_t: the next step computes it at x_t, as the first one does."""
         self.ascent = None
+
+    def lookahead_error(self, batch: Batch, gradient: Gradient) -> tuple[float, float] | None:
+        """How far g_t = grad f(y_t; B_t) is from grad f(x_t; B_t) (Figure 4), between two steps; `batch` is B_t.
+
+        Returns:
+            The cosine between them and their Euclidean distance; None where there is no g_t. Leaves nothing behind.
+        """
+        if self.ascent is None:
+            return None
+        at_x = Buckets(self.params)
+        with self.kept_statistics():
+            self._gradient(Role.LOOKAHEAD, batch, gradient, at_x, local=True)
+        for flat in at_x.flats:
+            self.exchange.start(flat, send=False)
+        self.exchange.finish()
+        for param in self.params:
+            param.grad = None
+        squares = torch.zeros(3, dtype=torch.float64, device=self.params[0].device)
+        for g, exact in zip(*self._owned_of(self.ascent_grads.views, at_x.views), strict=True):
+            squares += torch.stack([each.double().square().sum() for each in (g, exact, g - exact)])
+        of_g, of_exact, of_difference = self._over_owners(squares).tolist()
+        # By the law of cosines, which near 1 is exact where a product of the two is not.
+        cosine = (of_g + of_exact - of_difference) / (2 * (of_g * of_exact) ** 0.5 + NORM_GUARD)
+        return cosine, of_difference**0.5
+
+    def _over_owners(self, squares: Tensor) -> Tensor:
+        """Sum of what the owners of the parameters found, ``(n,)``."""
+        return squares
 
     def _start(self, batch: Batch, gradient: Gradient) -> Pass:
         """g_t = grad f(x_t; B_t), by the LOOKAHEAD role, so that all ranks hold the same bits of it."""

@@ -107,6 +107,9 @@ class ShardedSAMPa(SAMPa):
         torch.nn.utils.clip_grads_with_norm_([self.params[i] for i in self._owned_params()], max_norm, norm)
         return norm
 
+    def _over_owners(self, squares: Tensor) -> Tensor:
+        return self.exchange.gather(squares).sum(dim=0) / self.exchange.mesh.num_replicas
+
     # ---- The update ----
 
     @torch.no_grad()

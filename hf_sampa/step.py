@@ -14,6 +14,7 @@ from .msam import MSAM, MSAMPa, TwoLossSAMPa
 from .parts import Moment
 from .per_sample import SampleView, check_classes, recipe_loss
 from .precision import SharedGradScaler
+from .progress import SAMPaProgressCallback
 from .randomness import INDICES, derive_seed, seeded
 from .roles import Role
 from .sam import SAM
@@ -27,6 +28,7 @@ logger = get_logger(__name__)
 class StepMixin:
     """The part of `SAMPaMixin` that runs the engine."""
 
+    _progress: SAMPaProgressCallback | None = None
     _in_pass: tuple[MicroBatch, Role] | None = None  # what `compute_loss` is called for
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -74,6 +76,7 @@ class StepMixin:
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
+        self._clock.start_step()
         check_trainable(self.model, self.sampa.params)
         # Before the weights are displaced: schedule-free optimizers move them when they change modes.
         model.train()
@@ -85,6 +88,8 @@ class StepMixin:
         if self.sampa.reads_next_batch:
             self._weigh(next_batch)
         report = self.sampa.step(batch, next_batch, gradient)
+        if self._progress is not None:
+            self._progress.report = report
         if report.skipped:
             # Overflows of fp16 are usual in the first steps.
             hint = self.sampa.late_reader() if self.accelerator.scaler is None else ""
@@ -97,6 +102,13 @@ class StepMixin:
         self._means.add(report, self.sampa.skipped_steps)
         # Filled by the device: a copy from the host would wait for it.
         return torch.full((), report.loss, dtype=torch.float32, device=self.args.device)
+
+    def lookahead_error(self) -> tuple[float, float] | None:
+        """As in `SAMPa.lookahead_error`, of the batch that is about to be trained on; None for sequential methods."""
+        if not isinstance(self.sampa, SAMPa):
+            return None
+        self._weigh(self._batch)
+        return self.sampa.lookahead_error(self._batch, partial(self._micro_gradient, self.model_wrapped))
 
     def _weigh(self, batch: UpdateBatch) -> None:
         """Set every micro-batch's share, so that micro-batches and replicas add up to one large batch's mean.

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 from accelerate.logging import get_logger
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from . import model_card
 from .batches import UpdateStream
 from .checks import check_dataset, check_loader, check_model, check_optimizer, check_trainer
+from .diagnostics import DiagnosticsCallback
 from .exchange import Exchange
 from .loaders import replica_loader, seeded_loader
 from .metrics import RunningMeans
+from .progress import replace_progress_bar
+from .publish import PublishMixin, StepClock
 from .recipe import Recipe
 from .resume import ResumeMixin
 from .sam import SAM
@@ -34,7 +35,7 @@ from .variants import find
 logger = get_logger(__name__)
 
 
-class SAMPaMixin(StepMixin, ResumeMixin):
+class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
     """Sharpness-aware steps for any `Trainer`: ``class Mine(SAMPaMixin, SomeTrainer)``.
 
     Takes what the Trainer below it takes; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
@@ -63,6 +64,11 @@ class SAMPaMixin(StepMixin, ResumeMixin):
         super().__init__(model, args, *other, **kwargs)
         self._recipe = recipe
         check_trainer(self)
+        self._progress = replace_progress_bar(self)
+        self.card_facts, self._clock = {}, StepClock()
+        self.add_callback(self._clock)
+        if args.diagnostics_steps:
+            self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))
         # Every loss is the mean over one micro-batch here; `_micro_gradient` does the weighing.
         self.loss_is_scaled_for_ga = False
         self._exchange: Exchange | None = None
@@ -174,12 +180,6 @@ class SAMPaMixin(StepMixin, ResumeMixin):
         if "loss" in logs:
             logs.update(self._means.take())
         super().log(logs, *args, **kwargs)
-
-    def create_model_card(self, *args, **kwargs):
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            total = self.get_total_train_batch_size(self.args)
-            model_card.complete(Path(self.args.output_dir) / "README.md", self.args, total)
 
 
 class SAMPaTrainer(SAMPaMixin, Trainer):

@@ -49,6 +49,8 @@ class SAMPaArgumentsMixin:
             `"sampa"`, and for optimizers that treat every parameter on its own.
         overlap_exchange (`bool`, defaults to `True`):
             Whether gradients travel while backward is still running.
+        diagnostics_steps (`int`, defaults to 0):
+            Every so many steps, measure and log what is not free: see `hf_sampa.diagnostics.DiagnosticsCallback`. 0: never.
 
     Raises:
         ValueError: a setting is out of range, or not to be had together with SAMPa.
@@ -103,6 +105,14 @@ class SAMPaArgumentsMixin:
             "such models, and the first steps try the others out, unless they do it in later batches only or hide a NaN."
         },
     )
+    diagnostics_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps, measure how good the look-ahead is, the sharpness on held-out batches and the largest "
+            "Hessian eigenvalue, and log them; the training stays the same. 0: never. One measurement takes about as long as 50 "
+            "steps."
+        },
+    )
 
     def __post_init__(self):
         self._refuse_sharding()
@@ -147,6 +157,10 @@ class SAMPaArgumentsMixin:
             raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho!r}. The paper uses 0.05.")
         if not (isinstance(self.lmbda, int | float) and 0 <= self.lmbda <= 1):
             raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda!r}. The paper uses 0.2 and 0.1.")
+        if self.diagnostics_steps < 0:
+            raise ValueError(
+                f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {self.diagnostics_steps}."
+            )
         self._check_variant(find(self.variant))
         if self.shard_optimizer and self.method == "sam":
             raise ValueError(

@@ -1,0 +1,138 @@
+"""A callback that measures, from time to time, what is not free: how good the look-ahead is, and how sharp the loss is."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Trainer, TrainerCallback
+
+from .batches import MicroBatch
+from .buckets import Buckets
+from .curvature import hessian_product, largest_eigenvalue
+from .functional import global_norm, perturb
+from .randomness import derive_seed, seeded
+
+
+class DiagnosticsCallback(TrainerCallback):
+    """Logs every so many steps, of the weights x_t, and at the end, of the trained ones:
+
+    ======================  ==========================================================================================
+    ``lookahead_cosine``    between grad f(y_t; B_t), which perturbs, and grad f(x_t; B_t), which it stands for
+    ``lookahead_distance``  Euclidean, between the same (Xie, Pethick, Cevher 2024, Figure 4)
+    ``held_out_loss``       f(x_t) on batches of the evaluation data, in evaluation mode, as all of the following
+    ``held_out_sharpness``  f(x_t + rho g / ||g||) - f(x_t), g = grad f(x_t) on these batches
+    ``hessian_eigenvalue``  the largest one of the Hessian of f at x_t
+    ======================  ==========================================================================================
+
+    The first two are those of SAMPa's timing, from its second step on; the others need an evaluation dataset. The training
+    is the same without it, bit for bit. While it measures, a process holds two or three numbers per trainable weight
+    more, and the graph of the held-out losses.
+
+    Args:
+        trainer: whose run it is; ``trainer.add_callback(DiagnosticsCallback(trainer))``.
+        every: steps between two measurements, at least 1.
+        batches: how many evaluation batches to measure on, the first ones of the dataset; at least 1.
+        iterations: products of the Hessian with a vector, at most so many, twice as many where it is indefinite.
+        tolerance: relative change of the eigenvalue at which to stop earlier.
+        radius: that of ``held_out_sharpness``, in the units of the weights; by default the run's rho.
+
+    Raises:
+        ValueError: `every` or `batches` is less than 1, or `trainer` is not one of SAMPa's.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        every: int = 100,
+        batches: int = 1,
+        iterations: int = 20,
+        tolerance: float = 0.01,
+        radius: float | None = None,
+    ):
+        for name, value in {"every": every, "batches": batches}.items():
+            if value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        if not hasattr(trainer, "lookahead_error"):
+            raise ValueError(f"trainer: expected a SAMPaTrainer, got {type(trainer).__name__}.")
+        self.trainer, self.every, self.batches = trainer, every, batches
+        self.iterations, self.tolerance, self.radius = iterations, tolerance, radius
+        self._held_out: list[MicroBatch] | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            error = self.trainer.lookahead_error()
+            found = {} if error is None else {"lookahead_cosine": error[0], "lookahead_distance": error[1]}
+            self._log({**found, **self.measure()})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._log(self.measure())
+
+    def _log(self, found: dict[str, float]) -> None:
+        if found:
+            self.trainer.log(found)
+
+    def measure(self) -> dict[str, float]:
+        """What there is to say of the weights as they are, on held-out batches; nothing without evaluation data."""
+        with self._aside():
+            if not self._batches():
+                return {}
+            params = [param for param in self.trainer.model.parameters() if param.requires_grad]
+            generator = torch.Generator().manual_seed(derive_seed(self.trainer.args.seed, "hessian"))
+            start = [torch.randn(param.shape, generator=generator).to(param) for param in params]
+            with sdpa_kernel(SDPBackend.MATH):
+                product = hessian_product(self._losses(), params)
+                eigenvalue = largest_eigenvalue(product, start, self.iterations, self.tolerance)
+            del product, start
+            return {**self._sharpness(params), "hessian_eigenvalue": eigenvalue}
+
+    def _sharpness(self, params: list[Tensor]) -> dict[str, float]:
+        losses = self._losses()
+        loss = sum(losses).item()
+        grads = torch.autograd.grad(sum(losses), params, allow_unused=True)
+        grads = [torch.zeros_like(param) if g is None else g for param, g in zip(params, grads, strict=True)]
+        del losses
+        radius = self.trainer.args.rho if self.radius is None else self.radius
+        moved = Buckets(params)
+        perturb(params, grads, radius, global_norm(grads), out=moved.views)
+        with self.trainer.sampa.displaced(moved), torch.no_grad():
+            sharpness = sum(self._losses()).item() - loss
+        return {"held_out_loss": loss, "held_out_sharpness": sharpness}
+
+    def _losses(self) -> list[Tensor]:
+        """Each batch's share of the mean loss over all of them."""
+        trainer, counts = self.trainer, [batch.count_items() for batch in self._batches()]
+        found = []
+        for batch, count in zip(self._batches(), counts, strict=True):
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batch.inputs)))
+            found.append(loss * (count / sum(counts)))
+        return found
+
+    def _batches(self) -> list[MicroBatch]:
+        """The first evaluation batches, the same on every process; read once."""
+        if self._held_out is None:
+            dataset, self._held_out = self.trainer.eval_dataset, []
+            if dataset is not None:
+                name = next(iter(dataset)) if isinstance(dataset, dict) else None
+                loader = self.trainer.get_eval_dataloader(name)
+                loader = getattr(loader, "unprepared", loader)  # not one process's part
+                inputs: list[dict[str, Any]] = [batch for batch, _ in zip(loader, range(self.batches), strict=False)]
+                self._held_out = [MicroBatch(each, update=0, position=i) for i, each in enumerate(inputs)]
+        return self._held_out
+
+    @contextmanager
+    def _aside(self):
+        """Evaluation mode, and generators that nobody else sees."""
+        model, args = self.trainer.model, self.trainer.args
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with seeded(derive_seed(args.seed, "diagnostics"), args.device):
+                yield
+        finally:
+            for module in training:
+                module.training = True

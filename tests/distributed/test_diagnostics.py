@@ -1,0 +1,181 @@
+"""What the diagnostics measure, and that no run is another one for being measured."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+from transformers import TrainerCallback
+
+from hf_sampa import DiagnosticsCallback, SAMPaTrainer
+from tests import models, tiny
+from tests.ranks import run_ranks
+
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("default:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's
+]
+
+OF_THE_LOOKAHEAD = {"lookahead_cosine", "lookahead_distance"}
+HELD_OUT = {"held_out_loss", "held_out_sharpness", "hessian_eigenvalue"}
+SENTENCES = {"model": partial(tiny.bert, 0.1), "dataset": tiny.sentences(19), "held_out": tiny.sentences(8, seed=2)}
+IMAGES = {"dataset": tiny.images(19), "held_out": tiny.images(8, seed=2)}
+CASES = {
+    "dropout, accumulation": {**SENTENCES, "gradient_accumulation_steps": 2},
+    "batch norm": {**IMAGES, "model": tiny.BatchNormNet},
+    "buffers of its own": {**IMAGES, "model": models.Drifting},
+    "reentrant checkpointing": {**SENTENCES, **models.CHECKPOINTED_REENTRANT},
+    "adapters": {**SENTENCES, "model": models.lora_bert},
+    "bf16": {**SENTENCES, "bf16": True},
+    "SAM": {**SENTENCES, "method": "sam"},
+    "mSAM": {**SENTENCES, "variant": "msam", "variant_args": {"size": 2}},
+    "stable SAM": {**SENTENCES, "variant": "stable_sam"},
+    "compiled": {**IMAGES, "dataset": tiny.images(16), "model": models.Perceptron, **models.COMPILED},
+    "no held-out data": {**SENTENCES, "held_out": None},
+    "several held-out datasets": {**SENTENCES, "held_out": {"a": tiny.sentences(8, seed=2), "b": tiny.sentences(4)}},
+}
+
+
+def train(folder, case, every, **changes):
+    """A run, and apart from it what was measured, by step."""
+    settings = {**CASES[case], "diagnostics_steps": every, **changes}
+    held_out = settings.pop("held_out")
+    found = tiny.run(
+        folder, settings.pop("model"), settings.pop("dataset"), trainer_kwargs={"eval_dataset": held_out}, **settings
+    )
+    measured = [line for line in found["logs"] if line.keys() & (OF_THE_LOOKAHEAD | HELD_OUT)]
+    found["logs"] = [line for line in found["logs"] if line not in measured]
+    return found, measured
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_training_is_the_same_bit_for_bit(tmp_path, case):
+    plain, nothing = train(tmp_path / "plain", case, 0)
+    found, measured = train(tmp_path / "measured", case, 3)
+    assert nothing == []
+    assert tiny.differing(tiny.comparable(found), tiny.comparable(plain)) == []
+    steps = found["steps"]
+    held_out = HELD_OUT if CASES[case]["held_out"] else set()
+    looks_ahead = case not in ("SAM", "mSAM")
+    expected = [(t, held_out | (OF_THE_LOOKAHEAD if looks_ahead and t else set())) for t in range(0, steps, 3)]
+    expected += [(steps, held_out)]
+    assert [(line["step"], line.keys() - {"step", "epoch"}) for line in measured] == [e for e in expected if e[1]]
+    for line in measured:
+        assert line.get("lookahead_cosine", 1.0) > 0.99
+        assert line.get("held_out_sharpness", 1.0) > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"shard_optimizer": True}], ids=["whole", "sharded"])
+@pytest.mark.parametrize("case", ["dropout, accumulation", "batch norm"])
+def test_two_processes_measure_what_one_does_and_train_the_same(tmp_path, case, changes):
+    plain, _ = train(tmp_path / "plain", case, 0)
+    _, measured = train(tmp_path / "one", case, 3)
+    for found, by_two in run_ranks(
+        partial(train, case=case, every=3, **changes), 2, tmp_path / "two", folder=tmp_path
+    ):
+        if changes:  # each process has half of the optimizer's state
+            found["optimizer"] = plain["optimizer"]
+        assert tiny.differing(tiny.comparable(found), tiny.comparable(plain)) == []
+        for line, expected in zip(by_two, measured, strict=True):
+            assert line == pytest.approx(expected, rel=1e-9)  # sums over halves are added up in another order
+
+
+def test_replicas_measure_the_whole_update_batch(tmp_path):
+    """Two pairs with half a batch each see what one process with the whole of it does, to rounding."""
+    settings = {"model": tiny.bert, "dataset": tiny.sentences(16), "optim": "sgd", "learning_rate": 0.5, "lmbda": 0.0}
+    _, measured = train(tmp_path / "one", "dropout, accumulation", 2, **settings)
+    settings["per_device_train_batch_size"] = 2
+    run = partial(train, case="dropout, accumulation", every=2, **settings)
+    for _, by_four in run_ranks(run, 4, tmp_path / "four", folder=tmp_path):
+        for line, expected in zip(by_four, measured, strict=True):
+            assert line == pytest.approx(expected, rel=1e-3)
+
+
+class Direct(TrainerCallback):
+    """Computes the gradient at x_t once more, by itself, for a model without dropout."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        engine = self.trainer.sampa
+        if engine.ascent is None:
+            return
+        (micro_batch,) = self.trainer._batch
+        loss = model(**micro_batch.inputs).loss
+        at_x = parameters_to_vector(torch.autograd.grad(loss, engine.params)).double()
+        g = parameters_to_vector(engine.ascent_grads.views).double()
+        cosine = torch.nn.functional.cosine_similarity(g, at_x, dim=0).item()
+        self.found.append((cosine, (g - at_x).norm().item()))
+
+
+def test_the_error_of_the_lookahead_is_that_of_its_gradient(tmp_path):
+    direct = Direct()
+    trainer = SAMPaTrainer(
+        model=tiny.bert(),
+        args=tiny.arguments(tmp_path, learning_rate=3e-2, diagnostics_steps=1, lmbda=0.0),
+        train_dataset=tiny.sentences(16),
+        callbacks=[direct],
+    )
+    direct.trainer = trainer
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "lookahead_cosine" in line]
+    found = [(line["lookahead_cosine"], line["lookahead_distance"]) for line in lines]
+    assert len(found) == 7 and min(cosine for cosine, _ in found) < 0.9999
+    for pair, expected in zip(found, direct.found, strict=True):
+        assert pair == pytest.approx(expected, rel=1e-4)
+
+
+def test_sharpness_and_eigenvalue_are_those_of_the_model_in_evaluation_mode(tmp_path):
+    held_out = tiny.sentences(8, seed=2)
+    trainer = SAMPaTrainer(
+        model=tiny.bert(0.1),
+        args=tiny.arguments(tmp_path, max_steps=2, per_device_eval_batch_size=4),
+        train_dataset=tiny.sentences(16),
+        eval_dataset=held_out,
+    )
+    callback = DiagnosticsCallback(trainer, batches=2, iterations=200, tolerance=1e-7, radius=0.1)
+    trainer.add_callback(callback)
+    trainer.train()
+    model = trainer.model.eval()
+    inputs = {name: torch.stack([torch.as_tensor(item[name]) for item in held_out]) for name in held_out[0]}
+    params, x = list(model.parameters()), [param.detach().clone() for param in model.parameters()]
+
+    def gradient_at(displacement):
+        for param, own, moved in zip(params, x, displacement, strict=True):
+            param.data = own + moved
+        loss = model(**inputs).loss
+        return loss.item(), torch.autograd.grad(loss, params)
+
+    loss, g = gradient_at([0.0] * len(x))
+    norm = parameters_to_vector(g).norm()
+    perturbed, _ = gradient_at([0.1 * each / norm for each in g])
+    last = trainer.state.log_history[-1]
+    assert last["held_out_loss"] == pytest.approx(loss, rel=1e-5)
+    assert last["held_out_sharpness"] == pytest.approx(perturbed - loss, rel=1e-3)
+    # Power iteration by differences of gradients, shifted because there is a negative eigenvalue as large.
+    vector = [torch.randn_like(each) for each in x]
+    for _ in range(150):
+        scale = 1e-2 / parameters_to_vector(vector).norm()
+        step = [scale * each for each in vector]
+        up, down = gradient_at(step)[1], gradient_at([-each for each in step])[1]
+        moved = [(a - b) / 2e-2 for a, b in zip(up, down, strict=True)]
+        quotient = sum((a * b).sum() for a, b in zip(moved, step, strict=True)).item() / 1e-2
+        vector = [a + 2 * b / 1e-2 for a, b in zip(moved, step, strict=True)]
+    assert last["hessian_eigenvalue"] == pytest.approx(quotient, rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ["every", "batches"])
+def test_what_cannot_be_measured_is_refused(tmp_path, name):
+    trainer = SAMPaTrainer(model=tiny.bert(), args=tiny.arguments(tmp_path), train_dataset=tiny.sentences(4))
+    with pytest.raises(ValueError, match=f"{name}: expected a whole number of at least 1, got 0"):
+        DiagnosticsCallback(trainer, **{name: 0})
+    with pytest.raises(
+        ValueError, match="diagnostics_steps: expected a whole number of steps, or 0 for never, got -1"
+    ):
+        tiny.arguments(tmp_path, diagnostics_steps=-1)
+    with pytest.raises(ValueError, match="trainer: expected a SAMPaTrainer, got int"):
+        DiagnosticsCallback(3)

@@ -1,0 +1,73 @@
+"""What a person sees of a run: the progress bar, and what reaches the trackers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import ProgressCallback
+
+from hf_sampa import SAMPaTrainer
+from hf_sampa.progress import SAMPaProgressCallback
+from tests import tiny
+
+
+def trainer_of(folder, callbacks=None, **changes):
+    return SAMPaTrainer(
+        model=tiny.bert(),
+        args=tiny.arguments(folder, max_steps=4, **changes),
+        train_dataset=tiny.sentences(16),
+        eval_dataset=tiny.sentences(8, seed=2),
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+def test_the_progress_bar_shows_both_losses_and_the_sharpness_of_the_last_step(tmp_path, capsys, method):
+    trainer = trainer_of(tmp_path, disable_tqdm=False, method=method)
+    trainer.train()
+    last = trainer.state.log_history[-2]  # the last line is the summary
+    shown = re.findall(r"loss=(\S+), perturbed=(\S+), sharpness=([^\s\]]+)", capsys.readouterr().err)[-1]
+    for text, name in zip(shown, ("loss", "perturbed_loss", "sharpness"), strict=True):
+        assert float(text) == pytest.approx(last[name], rel=1e-3)
+
+
+def test_the_progress_bar_leaves_out_what_a_step_does_not_have(tmp_path, capsys):
+    trainer_of(tmp_path, disable_tqdm=False, method="sam", variant="sam_db").train()
+    error = capsys.readouterr().err
+    assert "perturbed=" in error and "sharpness=" not in error
+
+
+def test_a_progress_bar_of_ones_own_stays(tmp_path):
+    class Mine(ProgressCallback):
+        pass
+
+    trainer = trainer_of(tmp_path, disable_tqdm=False, callbacks=[Mine])
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert Mine in kinds and SAMPaProgressCallback in kinds and ProgressCallback not in kinds
+    trainer.remove_callback(SAMPaProgressCallback)
+    trainer.train()
+    quiet = trainer_of(tmp_path)
+    assert SAMPaProgressCallback not in [type(callback) for callback in quiet.callback_handler.callbacks]
+
+
+def test_everything_reaches_tensorboard_under_clear_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = trainer_of(tmp_path, report_to="tensorboard", diagnostics_steps=2, eval_strategy="epoch")
+    trainer.train()
+    events = EventAccumulator(str(next((tmp_path / "events").rglob("events.*")).parent)).Reload()
+    expected = {
+        "loss",
+        "perturbed_loss",
+        "sharpness",
+        "grad_norm",
+        "ascent_grad_norm",
+        "ascent_cosine",
+        "learning_rate",
+    }
+    expected |= {"lookahead_cosine", "lookahead_distance", "held_out_loss", "held_out_sharpness", "hessian_eigenvalue"}
+    assert {f"train/{name}" for name in expected} | {"eval/loss"} <= set(events.Tags()["scalars"])
+    for name in ("sharpness", "hessian_eigenvalue"):
+        logged = [(line["step"], line[name]) for line in trainer.state.log_history if name in line]
+        assert {e.step: e.value for e in events.Scalars(f"train/{name}")} == pytest.approx(dict(logged), rel=1e-6)
