@@ -131,8 +131,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 4. Train, save and score
     card = {"tasks": "text-classification", "dataset": f"GLUE {task.name}"}
+    card |= {"dataset_args": task.name, "dataset_split": "validation"}
     if glue_args.data_dir is None:
-        card |= {"dataset_tags": HUB_DATASET, "dataset_args": task.name}
+        card["dataset_tags"] = HUB_DATASET
     return train_and_score(trainer, **card)
 
 

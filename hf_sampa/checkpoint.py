@@ -43,8 +43,9 @@ def write(folder: Path, tensors: dict[str, Tensor], content: dict[str, Any], rec
         partial = folder / f"{RECIPE}.partial"
         torch.save(recipe, partial)
         _put_in_place(partial, folder / RECIPE)
-    # Other processes write their random states at this moment, and resuming does not need them.
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("rng_state")]
+    # Other processes write their random states at this moment; a card is there for people to change. Resuming needs neither.
+    left_out = ("rng_state", "README")
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(left_out)]
     manifest = {"format": FORMAT, **content, "files": {file.name: file.stat().st_size for file in files}}
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=2) + "\n")

@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from .publish import PublishMixin
 from .training_args import SAMPaTrainingArguments
 from .variants import find
 
@@ -152,12 +153,15 @@ def train_and_score(trainer: Trainer, **card) -> dict[str, float]:
 
     Args:
         trainer: with data for what it is to do; SAMPa's or a plain one.
-        card: what `Trainer.create_model_card` is to be told, by its names.
+        card: what `Trainer.create_model_card` is to be told, by its names, and ``dataset_split``.
 
     Returns:
         The metrics on the evaluation data; empty without `do_eval`.
     """
     args = trainer.args
+    if isinstance(trainer, PublishMixin):
+        trainer.card_facts, card = card, {}  # for the cards of checkpoints, too
+    card.pop("dataset_split", None)  # upstream does not know it
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()

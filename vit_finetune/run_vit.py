@@ -31,7 +31,7 @@ folder, what was logged on the way to trainer_state.json.
 """
 
 import numpy as np
-from image_data import ImageDataset, ImageTransform, corrupt_labels, load_image_task
+from image_data import HUB_COLUMNS, ImageDataset, ImageTransform, corrupt_labels, load_image_task
 from sklearn.metrics import accuracy_score
 from transformers import EvalPrediction, Trainer, set_seed
 from vit_arguments import parse_args
@@ -79,7 +79,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     # 5. Training, and evaluation on the test images.
-    card = {"tasks": "image-classification", "dataset": data_args.dataset, "finetuned_from": model_args.finetuned_from}
+    card = {"tasks": "image-classification", "dataset": data_args.dataset, "dataset_split": "test"}
+    card["finetuned_from"] = model_args.finetuned_from
+    if data_args.data_dir is None:
+        card["dataset_tags"] = HUB_COLUMNS[data_args.dataset][0]
     return train_and_score(trainer, **card)
 
 
