@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-scaling bench-memory bench-variants test-gpu clean
+.PHONY: help demo test lint bench bench-scaling bench-memory bench-variants test-gpu docs docs-links clean
 
 help: ## Show the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -44,5 +44,12 @@ bench-variants: .venv ## Train a small ViT with every variant: accuracy, time, m
 test-gpu: .venv ## The tests that need two CUDA devices
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
+docs: .venv ## Build the documentation, and say where its first page is
+	$(BIN)/python -m sphinx -b html -E -W --keep-going -n -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+docs-links: .venv ## Try every link of the documentation that leads out of it; needs a network
+	$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/links
+
 clean: ## Remove the virtual environment and what the targets wrote
-	rm -rf .venv demo scaling variants .pytest_cache .ruff_cache
+	rm -rf .venv demo scaling variants docs/_build .pytest_cache .ruff_cache

@@ -134,7 +134,7 @@ class SAMPaArgumentsMixin:
 
     @property
     def num_replicas(self) -> int:
-        """Processes that share one update batch: half of them for SAMPa, all of them otherwise."""
+        """Processes that share one update batch; half of them for SAMPa, all of them otherwise."""
         return self.mesh.num_replicas
 
     def recipe(self) -> Recipe:

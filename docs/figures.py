@@ -1,0 +1,96 @@
+"""The picture of the documentation: `python docs/figures.py` writes docs/two_processes.svg, each time the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+
+HERE = Path(__file__).parent
+STEPS = 3
+# Okabe and Ito's colours, light enough for black letters: one for each batch.
+BATCHES = ("#A6D4EE", "#F5C96B", "#8FD6BF", "#E3B5D2")
+WHITE, GREY = "#FFFFFF", "#E4E4E4"
+# Of the parts of a step, in units of the horizontal axis.
+START, DISPLACE, PASS, EXCHANGE, UPDATE = 4.6, 1.3, 4.6, 1.9, 1.2
+STEP = DISPLACE + PASS + EXCHANGE + UPDATE
+# Lower edges of the two processes' lanes, and their height.
+PERTURBED, LOOKAHEAD, HEIGHT = 3.0, 0.0, 1.7
+
+
+def box(ax: Axes, left: float, bottom: float, width: float, text: str, colour: str) -> None:
+    """A box of a lane, with its text in the middle."""
+    ax.add_patch(plt.Rectangle((left, bottom), width, HEIGHT, facecolor=colour, edgecolor="black", linewidth=0.8))
+    ax.text(left + width / 2, bottom + HEIGHT / 2, text, ha="center", va="center", fontsize=10, linespacing=1.5)
+
+
+def arrow(ax: Axes, place: float, start: float, end: float, text: str) -> None:
+    """A vertical arrow between the lanes, with its text on the left."""
+    ax.annotate("", xy=(place, end), xytext=(place, start), arrowprops={"arrowstyle": "-|>", "color": "black"})
+    ax.text(place - 0.12, (start + end) / 2, text, ha="right", va="center", fontsize=10)
+
+
+def draw_step(ax: Axes, t: int) -> None:
+    """Everything between x_t and x_{t+1}."""
+    left = START + t * STEP
+    works, ends, updates = left + DISPLACE, left + DISPLACE + PASS, left + STEP - UPDATE
+    box(ax, left, PERTURBED, DISPLACE, rf"$\tilde{{x}}_{t}$", WHITE)
+    box(ax, left, LOOKAHEAD, DISPLACE, rf"$y_{t + 1}$", WHITE)
+    perturbed = rf"$\tilde{{g}}_{t}=\nabla f(\tilde{{x}}_{t};\,B_{t})$"
+    lookahead = rf"$g_{t + 1}=\nabla f(y_{t + 1};\,B_{t + 1})$"
+    box(ax, works, PERTURBED, PASS, f"forward, backward\n{perturbed}", BATCHES[t])
+    box(ax, works, LOOKAHEAD, PASS, f"forward, backward\n{lookahead}", BATCHES[t + 1])
+    arrow(ax, ends + 0.75, PERTURBED + HEIGHT / 2, LOOKAHEAD + HEIGHT / 2, rf"$\tilde{{g}}_{t}$")
+    arrow(ax, ends + 1.6, LOOKAHEAD + HEIGHT / 2, PERTURBED + HEIGHT / 2, rf"$g_{t + 1}$")
+    for lane in (PERTURBED, LOOKAHEAD):
+        box(ax, updates, lane, UPDATE, rf"$x_{t + 1}$", GREY)
+    ax.text(left + STEP / 2, PERTURBED + HEIGHT + 0.45, f"step {t}", ha="center", va="center", fontsize=11)
+    ax.plot([left, left], [LOOKAHEAD - 0.2, PERTURBED + HEIGHT + 0.7], color="grey", linewidth=0.8, linestyle=":")
+
+
+def two_processes() -> Figure:
+    """Who computes what in three steps of a pair."""
+    figure, ax = plt.subplots(figsize=(13, 3.9))
+    ax.set_axis_off()
+    names = {PERTURBED: "process 0\nat perturbed\nweights", LOOKAHEAD: "process 1\nat look-ahead\nweights"}
+    for lane, name in names.items():
+        ax.text(-0.4, lane + HEIGHT / 2, name, ha="right", va="center", fontsize=10)
+    first = "once, at the start\n" + r"$g_0=\nabla f(x_0;\,B_0)$"
+    box(ax, 0, LOOKAHEAD, START - 0.3, first, BATCHES[0])
+    for t in range(STEPS):
+        draw_step(ax, t)
+    ax.text(
+        START,
+        -1.0,
+        r"White: displace the weights, $\tilde{x}_t=x_t+\rho\,g_t/\Vert g_t\Vert$ and $y_{t+1}=U(x_t,g_t)$."
+        "   Arrows: the exchange.\n"
+        r"Grey: the update, $x_{t+1}=U(x_t,G_t)$ with $G_t=(1-\lambda)\,\tilde{g}_t+\lambda\,g_{t+1}$, the same on both."
+        "   One colour: one batch.",
+        ha="left",
+        va="center",
+        fontsize=10,
+        linespacing=1.7,
+    )
+    ax.set_xlim(-4.0, START + STEPS * STEP + 0.2)
+    ax.set_ylim(-1.7, PERTURBED + HEIGHT + 0.8)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1)
+    return figure
+
+
+def write(file: Path) -> None:
+    """Draw the picture into `file`."""
+    with plt.rc_context({"svg.hashsalt": "hf_sampa", "svg.fonttype": "path", "mathtext.fontset": "dejavusans"}):
+        figure = two_processes()
+        figure.savefig(file, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    write(HERE / "two_processes.svg")
