@@ -205,11 +205,12 @@ def command(world_size: int) -> str:
         return "Not from a script: the hyperparameters above are arguments of `SAMPaTrainingArguments`."
     words, hide = [], False
     for word in sys.argv[1:]:
-        name, _, value = word.rpartition("=")
-        if hide or value.startswith("hf_") or name in SECRETS:
-            word = f"{name}=HIDDEN" if name else "HIDDEN"
-        words.append(word)
-        hide = word in SECRETS
+        name, equals, value = word.partition("=")
+        if hide or word.startswith("hf_"):
+            words.append("HIDDEN")
+        else:
+            words.append(f"{name}=HIDDEN" if equals and (name in SECRETS or value.startswith("hf_")) else word)
+        hide = not hide and word in SECRETS
     start = ["python"]
     if world_size > 1:
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

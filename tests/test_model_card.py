@@ -78,6 +78,8 @@ def test_the_curve_has_a_line_for_each_evaluation_or_for_each_log_line():
         (2, ["--output_dir", "my model"], "torchrun --nproc_per_node 2 glue/run.py --output_dir 'my model'"),
         (1, ["--hub_token", "secret", "--x"], "python glue/run.py --hub_token HIDDEN --x"),
         (1, ["--push-to-hub-token=secret"], "python glue/run.py --push-to-hub-token=HIDDEN"),
+        (1, ["--hub_token=a=b"], "python glue/run.py --hub_token=HIDDEN"),
+        (1, ["--hub_token", "ab=cd"], "python glue/run.py --hub_token HIDDEN"),
         (1, ["--key", "hf_abc"], "python glue/run.py --key HIDDEN"),
         (1, ["--key=hf_abc"], "python glue/run.py --key=HIDDEN"),
     ],
