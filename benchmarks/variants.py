@@ -49,7 +49,7 @@ def make_jobs(names: list[str], rhos: list[float], seeds: int, epochs: int) -> l
     return [
         {"method": method, "variant": name, "rho": round(rho * multiple, 6), "seed": seed, "epochs": epochs}
         for method, name, rho in cases
-        for multiple in (rhos if method != "adamw" else [1.0])
+        for multiple in (rhos if rho else [1.0])  # AdamW and some variants do not perturb
         for seed in range(seeds)
     ]
 
@@ -135,7 +135,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         best, default = (f"{100 * value:.1f} +- {100 * half:.1f}" for value, half in (row["accuracy"], row["default"]))
-        rho = "" if row["method"] == "adamw" else f"{row['rho']:g}"
+        rho = f"{row['rho']:g}" if row["rho"] else ""
         lines.append(
             f"{row['variant']:12} {LABELS[row['method']]:11} {best:>14} {rho:>7} {default:>15} {row['time']:6.2f} "
             f"{row['passes']:7.2f} {row['forwards']:5.2f} {row['held']:5.1f}d"
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Run what is missing, print the table and write it and the picture."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args = parse_args(argv)
-    names = [find(name).name for name in args.only]
+    names = list(dict.fromkeys(find(name).name for name in args.only))
     folder = args.output_dir / "runs"
     results = run_all(make_jobs(names, args.rhos, args.seeds, args.epochs), folder, args.workers)
     rows = summarize(results, run_pairs([name for name in names if "sampa" in VARIANTS[name].timings], folder))

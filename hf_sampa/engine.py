@@ -17,6 +17,7 @@ from .parts import Moment, Norms
 from .passes import Batch, Pass, StepReport
 from .per_sample import SampleView
 from .recipe import Recipe
+from .roles import Role
 
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -62,6 +63,7 @@ class SharpnessAware(Gradients):
         self.owned = range(len(self.ascent_grads.flats))  # buckets that this process updates
         self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
         self.skipped_steps = self.skipped_in_a_row = 0
+        self._kept: tuple[int, Sequence[bool] | None] = (-1, None)
 
     def check_state(self) -> None:
         """Raise ValueError, on all ranks, where optimizer state is missing that another process has. A collective.
@@ -88,6 +90,12 @@ class SharpnessAware(Gradients):
         fraction = float(group["lr"] / peak) if peak else 0.0
         return Moment(batch.update, batch.epoch, self.max_steps, self.num_samples, fraction, self.seed)
 
+    def _keeps(self, now: Moment) -> Sequence[bool] | None:
+        """What the mask keeps in this step, whatever it observes meanwhile."""
+        if self._kept[0] != now.step:
+            self._kept = now.step, self.recipe.mask.keeps(now)
+        return self._kept[1]
+
     def _learn(self, now: Moment) -> None:
         """Show squared gradients of single samples to a mask that asks for them."""
         mask = self.recipe.mask
@@ -105,7 +113,7 @@ class SharpnessAware(Gradients):
     @torch.no_grad()
     def _ascend(self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment) -> None:
         """Write x~_t = x_t + eps_t of the owned parameters into `out`, which may be `grads`: g_t of norm `norm`, if any."""
-        recipe, keeps = self.recipe, self.recipe.mask.keeps(now)
+        recipe, keeps = self.recipe, self._keeps(now)
         if norm is None:  # there is no g_t
             for bucket in self.owned:
                 out.ensure(bucket)
@@ -130,7 +138,8 @@ class SharpnessAware(Gradients):
         recipe, g_tilde = self.recipe, self.perturbed_grads.views
         norms = Norms(ascent.norm if ascent else NOT_TAKEN, perturbed.norm)
         kept = g.views if recipe.mixing.needs_ascent else []
-        recipe.direction.observe(g_tilde)
+        if Role.PERTURBED in self.roles:  # where the direction was made
+            recipe.direction.observe(g_tilde)
         recipe.when.observe(kept, g_tilde, now)
         recipe.mixing(g_tilde, kept, norms, now)
         return recipe.mixing.reached(ascent.used if ascent else perturbed.used, perturbed.used)

@@ -166,13 +166,17 @@ def _how(args: Any) -> str:
         return HOW[args.method]
     chosen = find(args.variant)
     what = chosen.summary.partition(":")[0]
+    if not chosen.rho:
+        return f"{what} ({linked(chosen.source)}), which seeks flat minima without a perturbation"
     return f"{HOW[args.method]}, in the variant {what} ({linked(chosen.source)})"
 
 
 def _explanation(args: Any) -> str:
     if args.variant == "sam":
         return EXPLANATIONS[args.method]
-    return f"{EXPLANATIONS[args.method]} {' '.join(inspect.getdoc(find(args.variant).make).split())}"
+    chosen = find(args.variant)
+    what = " ".join(inspect.getdoc(chosen.make).split())
+    return f"{EXPLANATIONS[args.method]} {what}" if chosen.rho else what
 
 
 def _loading(trainer: Trainer) -> dict[str, str] | None:

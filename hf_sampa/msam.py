@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .buckets import Buckets
 from .engine import SharpnessAware
-from .functional import global_norm
+from .functional import NORM_GUARD, global_norm
 from .gradients import Gradient
 from .passes import Batch, Found, Pass, StepReport
 from .roles import Role
@@ -25,6 +25,10 @@ from .sampa import SAMPa
 
 
 Shard = tuple[Batch, Any]  # with its weight in the mean over all shards of the update batch
+
+
+def _weighted(values: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    return torch.stack([value * weight for value, weight in zip(values, weights, strict=True)]).sum().double()
 
 
 class Shards(SharpnessAware):
@@ -63,12 +67,9 @@ class Shards(SharpnessAware):
             self.exchange.start(flat, send=False)
         self.exchange.finish()
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat) for flat in into.flats]).double())
-        loss, dot = (
-            torch.stack([getattr(each, name) * weight for each, weight in zip(found, weights, strict=True)])
-            .sum()
-            .double()
-            for name in ("loss", "dot")
-        )
+        loss = _weighted([each.loss for each in found], weights)
+        # The cosine that is reported is the mean of the shards'.
+        dot = norm * _weighted([each.dot / (each.norm + NORM_GUARD) for each in found], weights)
         return Found(
             batch.fingerprint, loss, norm, dot, [any(used) for used in zip(*(f.used for f in found), strict=True)]
         )
@@ -89,12 +90,8 @@ class MSAM(Shards, SAM):
 
         runs = [(lambda s=shard: run(s), weight, self._part) for shard, weight in shards]
         found = self._mean(batch, runs, self.perturbed_grads)
-        loss = (
-            torch.stack([each.loss * weight for each, (_, weight) in zip(ascents, shards, strict=True)]).sum().double()
-        )
-        norm = (
-            torch.stack([each.norm * weight for each, (_, weight) in zip(ascents, shards, strict=True)]).sum().double()
-        )
+        weights = [weight for _, weight in shards]
+        loss, norm = (_weighted([getattr(each, name) for each in ascents], weights) for name in ("loss", "norm"))
         at_x = Found(batch.fingerprint, loss, norm, torch.zeros_like(loss), found.used)
         shared = self._share({Role.LOOKAHEAD: at_x, Role.PERTURBED: found})
         ascent, perturbed = shared[Role.LOOKAHEAD], shared[Role.PERTURBED]

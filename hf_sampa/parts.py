@@ -82,12 +82,10 @@ class Direction(Part):
 
     Attributes:
         needs_gradient: whether the direction is made of g_t; if not, g_t is not computed where nothing else needs it.
-        changes_gradient: whether the call writes to the list it is given.
         unit: whether ||eps_t|| is rho.
     """
 
     needs_gradient: ClassVar[bool] = True
-    changes_gradient: ClassVar[bool] = False
     unit: ClassVar[bool] = True
 
     def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> float | Tensor:
@@ -109,7 +107,7 @@ class Direction(Part):
         return 1.0
 
     def observe(self, g_tilde: Sequence[Tensor]) -> None:
-        """See g~_t, to be read only, before it is mixed."""
+        """See g~_t, to be read only, before it is mixed; called where `__call__` was."""
 
 
 class Mask(Part):
@@ -126,7 +124,7 @@ class Mask(Part):
     descent: ClassVar[bool] = False
 
     def keeps(self, now: Moment) -> Sequence[bool] | None:
-        """Per parameter, whether it is perturbed; None: all are. The radius is that of the kept ones alone."""
+        """Per parameter, whether it is perturbed; None: all are. The radius is that of the kept ones alone. Asked once a step."""
         return None
 
     def thin(self, direction: list[Tensor], now: Moment) -> bool:
@@ -134,7 +132,7 @@ class Mask(Part):
         return False
 
     def observe(self, g: Sequence[Tensor], now: Moment) -> None:
-        """See g_t, to be read only."""
+        """See g_t, to be read only, zero where `keeps` left a parameter out of it; of steps in which it is finite."""
 
     def wants_fisher(self, now: Moment) -> bool:
         """Whether `learn` is to be called before this step's perturbation."""
@@ -158,7 +156,7 @@ class When(Part):
         return True
 
     def observe(self, g: Sequence[Tensor], g_tilde: Sequence[Tensor], now: Moment) -> None:
-        """See g_t and g~_t, to be read only, of a step that ascended."""
+        """See g_t and g~_t, to be read only, of a step that ascended; `g` is empty where the mixing does not need g_t."""
 
 
 @dataclass(frozen=True)

@@ -109,14 +109,20 @@ def check_classes(logits: Any, labels: Any) -> None:
         raise ValueError(
             "variant: expected a model that sorts each sample into one of several classes, with logits of shape (samples, "
             f"classes) and whole labels of shape (samples,), because the variant needs the loss of single samples; got "
-            f"logits {shapes[0]} and labels {shapes[1]}. Take a variant without per-sample losses."
+            f"logits {shapes[0]} and labels {shapes[1]} (of the batch's key 'labels'). Take a variant without per-sample losses."
         )
+
+
+def logits_of(outputs: Any) -> Any:
+    """What a model's outputs, a dict or a tuple that begins with the loss, hold as logits; None where they hold none."""
+    if isinstance(outputs, dict):
+        return outputs.get("logits")
+    return outputs[1] if len(outputs) > 1 else None
 
 
 def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
     """What the recipe makes of the trainer's own loss; keeps that and the logits on `micro_batch`."""
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-    labels = micro_batch.inputs.get("labels")
+    logits, labels = logits_of(outputs), micro_batch.inputs.get("labels")
     check_classes(logits, labels)
     micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
     labels = labels.to(logits.device)

@@ -12,6 +12,25 @@ from .parts import Direction, Mask, Mixing, Part, When
 from .sample_parts import Loss, Samples
 
 
+KINDS = {
+    "direction": Direction,
+    "mask": Mask,
+    "samples": Samples,
+    "when": When,
+    "loss": Loss,
+    "mixing": Mixing,
+}
+# Methods that are called only where one of these attributes says so.
+ASKED = {
+    ("samples", "choose"): ("looks_first", "reads_indices"),
+    ("samples", "narrow"): ("looks_again",),
+    ("samples", "observe"): ("reads_losses",),
+    ("loss", "__call__"): ("reads_logits",),
+    ("loss", "recall"): ("reads_indices",),
+    ("loss", "record"): ("reads_indices",),
+}
+
+
 @dataclass
 class Recipe:
     """The parts of a step; the default is SAM, or SAMPa where the timing is parallel.
@@ -40,6 +59,10 @@ class Recipe:
         self.direction, self.mask = direction or Direction(), mask or Mask()
         self.samples, self.when = samples or Samples(), when or When()
         self.loss, self.mixing = loss or Loss(), mixing or Mixing()
+        for name, part in self.parts().items():
+            if not isinstance(part, KINDS[name]):
+                found = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
+                raise ValueError(f"{name}: expected an instance of a {KINDS[name].__name__}, got {found}.")
         if self.samples.sharded and len(self.changed_parts()) > 1:
             raise ValueError(
                 "samples: expected SAM's own other parts beside samples in shards, whose perturbations are taken one by one, "
@@ -47,13 +70,7 @@ class Recipe:
             )
         # As they are before a run: what a part learns in it is no setting.
         self.settings = {name: _described(part) for name, part in self.parts().items()}
-        if type(self.samples).choose is not Samples.choose and not (
-            self.samples.looks_first or self.samples.reads_indices
-        ):
-            raise ValueError(
-                "samples: expected looks_first or reads_indices to be True where `choose` is overridden, got neither: it would "
-                f"never be asked. Set in {type(self.samples).__name__} the one whose tensor it uses."
-            )
+        self._check_asked()
 
     def parts(self) -> dict[str, Part]:
         """By the name of their kind."""
@@ -61,8 +78,19 @@ class Recipe:
 
     def changed_parts(self) -> dict[str, Part]:
         """Those that are not SAM's own."""
-        own = (Direction, Mask, Samples, When, Loss, Mixing)
-        return {name: part for name, part in self.parts().items() if type(part) not in own}
+        return {name: part for name, part in self.parts().items() if type(part) is not KINDS[name]}
+
+    def _check_asked(self) -> None:
+        """Raise ValueError where a method is overridden that nobody would call."""
+        for (kind, method), flags in ASKED.items():
+            part = getattr(self, kind)
+            overridden = getattr(type(part), method) is not getattr(KINDS[kind], method)
+            # A part that sets a flag by its settings knows of it.
+            if overridden and not any(getattr(part, flag) or flag in vars(part) for flag in flags):
+                raise ValueError(
+                    f"{kind}: expected {' or '.join(flags)} to be True where `{method}` is overridden, got "
+                    f"{'neither' if len(flags) > 1 else 'False'}: it would never be called. Set it in {type(part).__name__}."
+                )
 
     @property
     def plain(self) -> bool:
@@ -72,7 +100,13 @@ class Recipe:
     @property
     def reads_logits(self) -> bool:
         """Whether a part needs to know the logits of single samples."""
-        return self.samples.reads_losses or self.samples.looks_first or self.loss.reads_logits or self.reads_indices
+        return (
+            self.samples.reads_losses
+            or self.samples.looks_first
+            or self.loss.reads_logits
+            or self.loss.reads_indices
+            or self.samples.looks_again
+        )
 
     @property
     def reads_indices(self) -> bool:
@@ -87,7 +121,8 @@ class Recipe:
     @property
     def waits(self) -> bool:
         """Whether a part must know that g_t is finite before it is used: to decide, or to remember it."""
-        return bool(self.when.reads_gradient or self.direction.state or self.mask.state)
+        observes = type(self.mask).observe is not Mask.observe
+        return bool(self.when.reads_gradient or self.direction.state or self.mask.state or observes)
 
     def check_parallel(self) -> None:
         """Raise ValueError where SAMPa's timing has no place for a part."""
@@ -128,7 +163,26 @@ class Recipe:
                 part.load_state_dict(state[name], params)
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(each) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def _described(part: Part) -> str:
     """What `part` is, with the plain values among its attributes."""
-    plain = {name: value for name, value in vars(part).items() if isinstance(value, bool | int | float | str)}
+    plain = {name: value for name, value in vars(part).items() if name not in part.state and _is_plain(value)}
     return f"{type(part).__qualname__}({', '.join(f'{name}={value}' for name, value in plain.items())})"
+
+
+def check_recipe(recipe: Any, variant: str) -> None:
+    """Raise ValueError for what cannot be a run's own recipe, beside the name of its variant."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise ValueError(
+            f"recipe: expected a Recipe, got {recipe!r}. A part goes into one, as in Recipe(direction=...); the name of a "
+            "variant is for SAMPaTrainingArguments."
+        )
+    if recipe is not None and variant != "sam":
+        raise ValueError(
+            f"recipe: expected variant='sam', the default, beside a recipe of one's own, got {variant!r}. Leave one of them out."
+        )

@@ -66,7 +66,7 @@ class SAM(SharpnessAware):
         recipe = self.recipe
         # Where nothing but the perturbation is made of g_t, backward need not compute what the mask leaves out.
         alone = ascends and not recipe.when.reads_gradient and not recipe.mixing.needs_ascent
-        only = recipe.mask.keeps(now) if alone or recipe.mask.descent else None
+        only = self._keeps(now) if alone or recipe.mask.descent else None
         return self._gradient(Role.LOOKAHEAD, batch, gradient, self.ascent_grads, only=only)
 
     def _perturbed_gradient(
@@ -83,7 +83,7 @@ class SAM(SharpnessAware):
             batch,
             gradient,
             self.perturbed_grads,
-            only=recipe.mask.keeps(now) if recipe.mask.descent else None,
+            only=self._keeps(now) if recipe.mask.descent else None,
             keep_statistics=keep_statistics,
         )
         if recipe.samples.reads_losses and not recipe.samples.looks_again:

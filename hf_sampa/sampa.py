@@ -147,6 +147,7 @@ class SAMPa(SharpnessAware):
 
     def _perturb(self, ascent: Pass) -> Buckets:
         """x~_t, in the place of g_t or, where that is still needed, in memory of its own."""
+        self.recipe.mask.observe(self.ascent_grads.views, self._moment)
         with record_function("SAMPa.displace"):
             self._write_perturbed(ascent, self._x_tilde)
         return self._x_tilde

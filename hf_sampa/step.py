@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from .batches import MicroBatch, UpdateBatch
 from .checks import check_trainable
 from .msam import MSAM, MSAMPa, TwoLossSAMPa
 from .parts import Moment
-from .per_sample import SampleView, check_classes, recipe_loss
+from .per_sample import SampleView, check_classes, logits_of, recipe_loss
 from .precision import SharedGradScaler
 from .progress import SAMPaProgressCallback
 from .randomness import INDICES, derive_seed, seeded
@@ -37,7 +38,8 @@ class StepMixin:
             self.accelerator.scaler = SharedGradScaler(self.accelerator.scaler, self.accelerator.device.type)
 
     def _engine(self, max_steps: int) -> SAMPa | SAM:
-        recipe = self._recipe or self.args.recipe()
+        # A copy, so that a recipe of one's own begins every run as it was made.
+        recipe = copy.deepcopy(self._recipe) if self._recipe else self.args.recipe()
         sharded_batch = recipe.samples.sharded
         common = {
             "rho": self.args.rho,
@@ -173,7 +175,7 @@ class StepMixin:
         with self._own_randomness(micro_batch), self.compute_loss_context_manager():
             _, outputs = self.compute_loss(model, self._prepare_inputs(micro_batch.inputs), return_outputs=True)
         model.train()
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        logits = logits_of(outputs)
         check_classes(logits, micro_batch.inputs.get("labels"))
         micro_batch.logits = logits
 

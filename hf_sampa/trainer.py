@@ -23,7 +23,7 @@ from .loaders import replica_loader, seeded_loader
 from .metrics import RunningMeans
 from .progress import replace_progress_bar
 from .publish import PublishMixin, StepClock
-from .recipe import Recipe
+from .recipe import Recipe, check_recipe
 from .resume import ResumeMixin
 from .sam import SAM
 from .sampa import SAMPa
@@ -62,6 +62,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
             )
         args.mesh  # refuses odd worlds before anything is built  # noqa: B018
         super().__init__(model, args, *other, **kwargs)
+        check_recipe(recipe, args.variant)
         self._recipe = recipe
         check_trainer(self)
         self._progress = replace_progress_bar(self)

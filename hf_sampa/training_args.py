@@ -118,6 +118,7 @@ class SAMPaArgumentsMixin:
         self._refuse_sharding()
         self.variant_args = parse_arguments(self.variant_args)
         chosen = find(self.variant)
+        self.variant = chosen.name
         self.rho = chosen.rho if self.rho is None else self.rho
         if self.lmbda is None:
             self.lmbda = 0.2 if chosen.lmbda is None else chosen.lmbda
@@ -153,13 +154,18 @@ class SAMPaArgumentsMixin:
         """Raise ValueError where a setting is out of range; a hyperparameter search sets them after construction."""
         if self.method not in self.METHODS:
             raise ValueError(f"method: expected one of {', '.join(self.METHODS)}, got {self.method!r}.")
-        if not (isinstance(self.rho, int | float) and math.isfinite(self.rho) and self.rho >= 0):
+        if not (
+            isinstance(self.rho, int | float)
+            and not isinstance(self.rho, bool)
+            and math.isfinite(self.rho)
+            and self.rho >= 0
+        ):
             raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho!r}. The paper uses 0.05.")
-        if not (isinstance(self.lmbda, int | float) and 0 <= self.lmbda <= 1):
+        if not (isinstance(self.lmbda, int | float) and not isinstance(self.lmbda, bool) and 0 <= self.lmbda <= 1):
             raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda!r}. The paper uses 0.2 and 0.1.")
-        if self.diagnostics_steps < 0:
+        if not isinstance(self.diagnostics_steps, int) or self.diagnostics_steps < 0:
             raise ValueError(
-                f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {self.diagnostics_steps}."
+                f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {self.diagnostics_steps!r}."
             )
         self._check_variant(find(self.variant))
         if self.shard_optimizer and self.method == "sam":

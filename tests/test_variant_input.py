@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.parts import Direction, Mask, When
+from hf_sampa.parts import Direction, Mask, Mixing, When
 from hf_sampa.recipe import Recipe
-from hf_sampa.sample_parts import Samples
+from hf_sampa.sample_parts import Loss, Samples
 from hf_sampa.variants import VARIANTS
 from hf_sampa.variants.__main__ import main
 from tests import tiny
@@ -26,6 +26,24 @@ REFUSED = {
         {"variant": "zzz"},
         r"variant: there is no 'zzz'\. `python -m hf_sampa.variants` shows them all",
     ),
+    "no name": ({"variant": None}, "variant: expected the name of one, got None"),
+    "arguments that are none": (
+        {"variant_args": 5},
+        "variant_args: expected a dict of arguments by name, or a list of",
+    ),
+    "arguments by number": (
+        {"variant_args": {1: 0.9}},
+        "variant_args: expected a dict of arguments by name, or a list of",
+    ),
+    "infinite": (
+        {"variant": "asam", "variant_args": {"eta": float("inf")}},
+        "variant_args: eta of 'asam' is to be a number, at least 0, got inf",
+    ),
+    "infinitely many": (
+        {"method": "sam", "variant": "looksam", "variant_args": {"k": float("inf")}},
+        "variant_args: k of 'looksam' is to be a whole number, at least 1, got inf",
+    ),
+    "a truth for a radius": ({"rho": True}, "rho: expected a finite number of at least 0, got True"),
     "unknown argument": (
         {"variant": "vasso", "variant_args": {"thta": 0.5}},
         r"variant_args: 'vasso' has no argument 'thta'; did you mean theta\? It takes theta=0.4",
@@ -172,7 +190,7 @@ def test_samples_that_would_never_be_asked():
         def choose(self, losses, indices, now):
             return indices % 2 == 0
 
-    with pytest.raises(ValueError, match="expected looks_first or reads_indices to be True.*Set in EverySecond"):
+    with pytest.raises(ValueError, match="expected looks_first or reads_indices to be True.*Set it in EverySecond"):
         Recipe(samples=EverySecond())
 
 
@@ -190,8 +208,6 @@ def test_samples_in_parallel_are_refused_for_what_they_do():
 
 class Sign(Direction):
     """A method of one's own: eps_t = rho scale sign(g_t) / sqrt(d)."""
-
-    changes_gradient = True
 
     def __init__(self, scale=1.0):
         self.scale = scale
@@ -291,3 +307,132 @@ def test_a_checkpoint_from_before_variants_goes_on(tmp_path):
     file.write_text(json.dumps(manifest))
     resumed = tiny.run(tmp_path, tiny.bert, tiny.sentences(16), resume=str(file.parent), **settings)
     assert tiny.differing(tiny.comparable(whole), tiny.comparable(resumed)) == []
+
+
+def trainer_of(folder, recipe=None, model=tiny.bert, dataset=None, **changes):
+    args = tiny.arguments(folder, max_steps=4, **changes)
+    return SAMPaTrainer(model=model(), args=args, train_dataset=dataset or tiny.sentences(16), recipe=recipe)
+
+
+class Wandering(Mask):
+    """Perturbs every second parameter, another half after each gradient that it has seen."""
+
+    state = ("seen",)
+    asked = 0
+
+    def __init__(self):
+        self.seen = 0
+
+    def bind(self, model, names, params):
+        self.count = len(params)
+
+    def keeps(self, now):
+        self.asked += 1
+        return [(i + self.seen) % 2 == 0 for i in range(self.count)]
+
+    def observe(self, g, now):
+        self.seen += 1
+
+
+@pytest.mark.parametrize("method", ["sam", "sampa"])
+def test_a_mask_is_asked_once_a_step_and_sees_every_gradient(tmp_path, method):
+    trainer = trainer_of(tmp_path, Recipe(mask=Wandering()), method=method)
+    trainer.train()
+    mask = trainer.sampa.recipe.mask
+    assert (mask.asked, mask.seen) == (4, 4)
+
+
+class Heavy(Direction):
+    """A running sum of g_t, which remembers."""
+
+    state = ("v",)
+
+    def __init__(self):
+        self.v = None
+
+    def __call__(self, g, x, norm, now):
+        self.v = [each.clone() if self.v is None else 0.5 * self.v[i] + each for i, each in enumerate(g)]
+        for each, own in zip(g, self.v, strict=True):
+            each.copy_(own)
+        return sum(each.square().sum() for each in g) ** 0.5
+
+
+def test_a_recipe_of_ones_own_begins_every_run_as_it_was_made(tmp_path):
+    recipe, weights = Recipe(direction=Heavy()), []
+    for _ in range(2):
+        trainer = trainer_of(tmp_path, recipe)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert recipe.direction.v is None
+    assert tiny.differing(*weights) == []
+
+
+class Loud(Loss):
+    def __call__(self, loss, seen, now):
+        return 2 * loss
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe(direction=Mixing()), "direction: expected an instance of a Direction, got Mixing"),
+        (lambda: Recipe(mask=Mask), "mask: expected an instance of a Mask, got the class Mask"),
+        (
+            lambda: Recipe(loss=Loud()),
+            "loss: expected reads_logits to be True where `__call__` is overridden, got False",
+        ),
+        (
+            lambda: Recipe(samples=Watching()),
+            "samples: expected reads_losses to be True where `observe` is overridden",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class Watching(Samples):
+    def observe(self, indices, before, after, now):
+        pass
+
+
+def test_what_is_no_recipe_or_one_too_many(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe: expected a Recipe, got 'asam'\. A part goes into one"):
+        trainer_of(tmp_path, "asam")
+    with pytest.raises(ValueError, match="recipe: expected variant='sam', the default, beside .*, got 'asam'"):
+        trainer_of(tmp_path, Recipe(direction=Sign()), variant="asam")
+
+
+class LossAlone(nn.Module):
+    """Gives no logits, as a dict or as a tuple."""
+
+    def __init__(self, as_tuple):
+        super().__init__()
+        self.as_tuple, self.head = as_tuple, nn.Linear(64, 3)
+
+    def forward(self, pixel_values, labels=None):
+        loss = nn.functional.cross_entropy(self.head(pixel_values.flatten(1)), labels)
+        return (loss,) if self.as_tuple else {"loss": loss}
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize("variant", ["bisam", "ksam"])
+def test_a_model_without_logits_is_refused_by_variants_that_need_them(tmp_path, variant, as_tuple):
+    trainer = trainer_of(
+        tmp_path, model=lambda: LossAlone(as_tuple), dataset=tiny.images(16), variant=variant, method="sam"
+    )
+    with pytest.raises(ValueError, match="variant: expected a model that sorts each sample .* got logits NoneType"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", ["sam", "sampa"])
+def test_the_cosine_of_shards_is_a_cosine(tmp_path, method):
+    trainer = trainer_of(tmp_path, method=method, variant="msam", variant_args={"size": 1})
+    trainer.train()
+    cosines = [line["ascent_cosine"] for line in trainer.state.log_history if "ascent_cosine" in line]
+    assert len(cosines) == 4 and all(0.5 < cosine <= 1 for cosine in cosines)
+
+
+def test_the_spelling_of_a_variant_is_not_part_of_it(tmp_path):
+    assert tiny.arguments(tmp_path, variant="SAM-ON").variant == "sam_on"

@@ -41,7 +41,7 @@ def entry(variant: Variant) -> str:
         "paper": variant.source,
         "parts": parts(variant),
         "arguments": arguments(variant),
-        "rho": f"{variant.rho:g}",
+        "rho": f"{variant.rho:g}" if variant.rho else "none: it does not perturb",
         "passes": f"forward and backward per step: {variant.passes}",
         "memory": f"in d, besides SAM's: {variant.memory}",
         "timing": timings(variant),

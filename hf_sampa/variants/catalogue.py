@@ -125,7 +125,9 @@ class Variant:
             converted = kind(value)
             if converted not in allowed or (kind is int and float(value) != converted) or isinstance(value, bool):
                 raise ValueError
-        except (TypeError, ValueError):
+            if kind is float and not math.isfinite(converted):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             what = {float: "a number", int: "a whole number", str: "one"}[kind]
             raise ValueError(
                 f"variant_args: {name} of {self.name!r} is to be {what}, {allowed}, got {value!r}."
@@ -149,6 +151,10 @@ def variant(**facts: Any) -> Callable[[Callable[..., Recipe]], Callable[..., Rec
 
 def find(name: str) -> Variant:
     """The variant called `name`. Raises ValueError, naming the nearest ones, where there is none."""
+    if not isinstance(name, str):
+        raise ValueError(
+            f"variant: expected the name of one, got {name!r}. `python -m hf_sampa.variants` shows them all."
+        )
     key = name.lower().replace("-", "_")
     if key not in VARIANTS:
         raise ValueError(
@@ -165,11 +171,15 @@ def suggestion(name: str, known: Any) -> str:
 
 def parse_arguments(given: dict[str, Any] | list[str] | None) -> dict[str, Any]:
     """Arguments of a variant as a dict, from one or from ``name=value`` strings, as a command line has them."""
-    if not given:
-        return {}
+    words = [given] if isinstance(given, str) else given or []
+    expected = dict if isinstance(given, dict) else list
+    if not isinstance(words, expected) or not all(isinstance(each, str) for each in words):
+        raise ValueError(
+            f"variant_args: expected a dict of arguments by name, or a list of 'name=value', got {given!r}."
+        )
     if isinstance(given, dict):
         return dict(given)
-    pairs = [each.partition("=") for each in ([given] if isinstance(given, str) else given)]
+    pairs = [each.partition("=") for each in words]
     for name, equals, value in pairs:
         if not (name and equals and value):
             raise ValueError(

@@ -45,7 +45,6 @@ class Adaptive(Direction):
         eta: at least 0; keeps weights of zero from staying where they are.
     """
 
-    changes_gradient = True
     unit = False
 
     def __init__(self, eta: float):
@@ -72,7 +71,6 @@ class Smoothed(Direction):
         theta: in (0, 1]; 1 is SAM.
     """
 
-    changes_gradient = True
     state = ("v",)
 
     def __init__(self, theta: float):
@@ -98,7 +96,6 @@ class Friendly(Direction):
         lam: of the mean, in [0, 1).
     """
 
-    changes_gradient = True
     state = ("m",)
 
     def __init__(self, sigma: float, lam: float):
@@ -120,7 +117,6 @@ class Random(Direction):
     """eps_t = rho e_t / ||e_t||, e_t ~ N(0, I) over all parameters (RandSAM; a control in Xie et al. 2024, section 2.2)."""
 
     needs_gradient = False
-    changes_gradient = True
 
     def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor | None, now: Moment) -> Tensor:
         generator = now.generator("random direction", g[0].device)
@@ -133,7 +129,6 @@ class Previous(Direction):
     """eps_t = rho g~_{t-1} / ||g~_{t-1}||, eps_0 = 0 (OptSAM; a control in Xie et al. 2024, section 2.2)."""
 
     needs_gradient = False
-    changes_gradient = True
     state = ("last",)
 
     def __init__(self):

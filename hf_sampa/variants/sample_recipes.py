@@ -24,7 +24,7 @@ from .catalogue import (
 @variant(
     source="Foret et al. 2021, arXiv 2010.01412; Behdin et al. 2023, arXiv 2302.09693",
     passes="2",
-    memory="1; number of shards in parallel",
+    memory="1; number of shards + 1 in parallel",
 )
 def msam(size: Count = 32, count: Annotated[int, Within(0)] = 0) -> Recipe:
     """mSAM: every shard of the batch has a perturbation of its own; shards of `size` samples, or `count` of a micro-batch."""
@@ -78,7 +78,11 @@ def ausam(alpha: AboveZero = 0.5, low: AboveZero = 0.1, high: AboveZero = 0.5, g
     return Recipe(samples=samples.LargestDifference(alpha, low, high, growth))
 
 
-@variant(source="Xie et al. 2024b, arXiv 2407.12993", passes="2", memory="0")
+@variant(
+    source="Xie et al. 2024b, arXiv 2407.12993",
+    passes="2; 3 in parallel with mix=own",
+    memory="0; 2 in parallel with mix=own",
+)
 def bisam(
     mu: Positive = 1.0,
     phi: Annotated[str, OneOf(("log", "tanh"))] = "log",
@@ -93,13 +97,20 @@ def bisam(
     return Recipe(loss=losses.Bilevel(mu, phi, alpha, separate=mix == "own"))
 
 
-@variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1", memory="0, and logits", method="sam", why=NO_ASCENT)
+@variant(
+    source="Du et al. 2022b, arXiv 2205.14083",
+    passes="1",
+    memory="0, and logits",
+    rho=0.0,
+    method="sam",
+    why=NO_ASCENT,
+)
 def saf(lam: NonNegative = 0.3, tau: Positive = 5.0, start: Part = 0.025, epochs: Count = 3) -> Recipe:
     """SAF: no ascent; the logits are kept near those of some epochs ago."""
     return Recipe(when=schedules.Never(), loss=losses.FromThePast(lam, tau, start, epochs))
 
 
-@variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1 + F", memory="1", method="sam", why=NO_ASCENT)
+@variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1 + F", memory="1", rho=0.0, method="sam", why=NO_ASCENT)
 def mesa(lam: NonNegative = 0.8, tau: Positive = 5.0, start: Part = 0.025, decay: Part = 0.9995) -> Recipe:
     """MESA: no ascent; the logits are kept near those of a running mean of the weights."""
     return Recipe(when=schedules.Never(), loss=losses.FromTheMean(lam, tau, start, decay))

@@ -18,7 +18,12 @@ def sam() -> Recipe:
 
 
 @variant(
-    source="Xie et al. 2024, arXiv 2410.10683", passes="2", memory="0", lmbda=0.0, method="sampa", why="it is one"
+    source="Xie et al. 2024, arXiv 2410.10683",
+    passes="2",
+    memory="0",
+    lmbda=0.0,
+    method="sampa",
+    why="it is a case of SAMPa",
 )
 def sampa_0() -> Recipe:
     """SAMPa-0: G_t is g~_t alone."""
@@ -26,7 +31,12 @@ def sampa_0() -> Recipe:
 
 
 @variant(
-    source="Xie et al. 2024, arXiv 2410.10683, B.3", passes="2", memory="0", lmbda=1.0, method="sampa", why="it is one"
+    source="Xie et al. 2024, arXiv 2410.10683, B.3",
+    passes="2",
+    memory="0",
+    lmbda=1.0,
+    method="sampa",
+    why="it is a case of SAMPa",
 )
 def optgd() -> Recipe:
     """Optimistic gradient descent: G_t is g_{t+1} alone; a control."""
@@ -112,7 +122,11 @@ def aesam(delta: Annotated[float, Within(0, 1, open_high=True)] = 0.9, lam1: Rea
 
 
 @variant(
-    source="Zhao et al. 2022b, arXiv 2203.09962", passes="1 + p", memory="0; 1 with gamma < 1", method="sam", why=SKIPS
+    source="Zhao et al. 2022b, arXiv 2203.09962",
+    passes="1 + the mean of p",
+    memory="0; 1 with gamma < 1",
+    method="sam",
+    why=SKIPS,
 )
 def rst(
     p: Part = 0.5,

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.parts import Direction
+from hf_sampa.recipe import Recipe
 from hf_sampa.variants import VARIANTS
 from tests import tiny
 from tests.ranks import run_ranks
@@ -111,6 +113,35 @@ def test_resumed_is_never_stopped(serial, tmp_path):
     """P5 of all."""
     expected, written = serial
     assert differences(train(tmp_path, CASES, resume=written), expected) == []
+
+
+class Following(Direction):
+    """Perturbs along a mean of g_t and the g~ of the step before, which it sees only where it was called."""
+
+    state = ("v", "last")
+
+    def __init__(self):
+        self.v = self.last = None
+
+    def __call__(self, g, x, norm, now):
+        self.v = [each.clone() for each in g]
+        for each, last in zip(g, self.last or [], strict=self.last is not None):
+            each.add_(last)
+        return sum(each.square().sum() for each in g).sqrt()
+
+    def observe(self, g_tilde):
+        self.last = [each - own for each, own in zip(g_tilde, self.v, strict=True)]
+
+
+def train_following(folder) -> dict:
+    recipe = {"recipe": Recipe(direction=Following())}
+    return tiny.run(folder, partial(tiny.bert, 0.1), tiny.sentences(19), trainer_kwargs=recipe, max_steps=STEPS)
+
+
+def test_a_direction_of_ones_own_observes_where_it_was_called(tmp_path):
+    expected = tiny.comparable(train_following(tmp_path / "one"))
+    for found in run_ranks(train_following, 2, tmp_path / "two", folder=tmp_path):
+        assert tiny.differing(tiny.comparable(found), expected) == []
 
 
 class Interrupted(Exception):
