@@ -171,9 +171,8 @@ def suggestion(name: str, known: Any) -> str:
 
 def parse_arguments(given: dict[str, Any] | list[str] | None) -> dict[str, Any]:
     """Arguments of a variant as a dict, from one or from ``name=value`` strings, as a command line has them."""
-    words = [given] if isinstance(given, str) else given or []
-    expected = dict if isinstance(given, dict) else list
-    if not isinstance(words, expected) or not all(isinstance(each, str) for each in words):
+    words = [given] if isinstance(given, str) else list(given) if isinstance(given, dict) else given or []
+    if not isinstance(words, list | tuple) or not all(isinstance(each, str) for each in words):
         raise ValueError(
             f"variant_args: expected a dict of arguments by name, or a list of 'name=value', got {given!r}."
         )
