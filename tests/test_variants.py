@@ -8,7 +8,9 @@ from torch.utils.data import default_collate
 from transformers import Trainer
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.parts import Moment
 from hf_sampa.variants import VARIANTS
+from hf_sampa.variants.masks import ImportantTensors
 from tests import tiny
 from tests import variants_reference as serial
 
@@ -286,3 +288,28 @@ def test_a_backward_that_leaves_nothing_out_has_the_same_bits(tmp_path, name):
         for trainer_class in (SAMPaTrainer, WholeBackward)
     ]
     assert tiny.differing(*outcomes) == []
+
+
+def test_sl_sam_leaves_the_same_tensors_out_of_all_of_a_step(tmp_path):
+    """Momentum and weight decay of a tensor rest with it; how its probabilities follow the norms is a test of the part."""
+    arguments = {"s": 0.7, "a": 3.0}
+    trainer = trained(tmp_path, "slsam", "sam", rho=0.05, variant_args=arguments, weight_decay=0.1)
+    model = tiny.bert()
+    plain = Trainer(model=model, args=trainer.args, train_dataset=trainer.train_dataset)
+    plain.create_optimizer_and_scheduler(STEPS)
+    params, mask, sets = list(model.parameters()), ImportantTensors(**arguments), []
+    mask.bind(model, [], params)
+
+    def choose(t, g):
+        now = Moment(step=t, seed=trainer.args.seed)
+        sets.append(mask.keeps(now))
+        parts = serial.cut(g, params)
+        mask.observe([g * kept for g, kept in zip(parts, sets[-1], strict=True)], now)
+        return sets[-1]
+
+    batches = batches_in_order(trainer.train_dataset, 4, STEPS)
+    serial.some_tensors(0.05, model, plain.optimizer, plain.lr_scheduler, loss, batches, choose)
+    assert_equal(trainer.model, model)
+    probabilities = trainer.sampa.recipe.mask.p
+    torch.testing.assert_close(probabilities, mask.p, rtol=1e-3, atol=1e-6)
+    assert probabilities.min() < 0.6 and probabilities.max() > 0.8 and len(set(map(tuple, sets))) == STEPS

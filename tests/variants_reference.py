@@ -100,6 +100,25 @@ def parallel(rule: SAM, model, optimizer, schedule, loss, batches, lmbda: float)
         g = g_next
 
 
+def some_tensors(
+    rho: float, model, optimizer, schedule, loss, batches, choose: Callable[[int, Tensor], list[bool]]
+) -> None:
+    """SL-SAM's step, in place: the tensors that are chosen have both gradients and the update, the others rest.
+
+    choose: says which tensors step t is about, given its g_t ``(d,)``, of all of them.
+    """
+    params = list(model.parameters())
+    for t, batch in enumerate(batches):
+        x, g = flat(params), gradient(model, loss, batch)
+        chosen = choose(t, g)
+        kept = torch.cat([torch.full((p.numel(),), float(c)) for p, c in zip(params, chosen, strict=True)])
+        g_tilde = gradient(model, loss, batch, x + rho * unit(g * kept))
+        for p, each, c in zip(params, cut(g_tilde, params), chosen, strict=True):
+            p.grad = each.clone() if c else None
+        optimizer.step()
+        schedule.step()
+
+
 class OptSAM(SAM):
     last = None
 

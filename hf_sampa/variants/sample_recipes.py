@@ -27,7 +27,7 @@ from .catalogue import (
     memory="1; number of shards + 1 in parallel",
 )
 def msam(size: Count = 32, count: Annotated[int, Within(0)] = 0) -> Recipe:
-    """mSAM: every shard of the batch has a perturbation of its own; shards of `size` samples, or `count` of a micro-batch."""
+    """mSAM: every shard of the batch has a perturbation of its own; shards of `size` samples, or, if it is above 0, `count` of a micro-batch."""
     return Recipe(samples=samples.Sharded(size, count))
 
 

@@ -28,7 +28,7 @@ class Never(When):
         return False
 
 
-# Probability of ascending, at a part of the run from 0 to 1, of which p is the mean over the run (constant, linear) or the peak.
+# Probability of ascending, at a part of the run from 0 to 1; p is its peak, over the run its mean is p or, where it grows, p / 2.
 PROBABILITIES = {
     "constant": lambda p, part: p,
     "linear": lambda p, part: p * part,

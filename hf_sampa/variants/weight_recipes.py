@@ -63,7 +63,10 @@ def gnp(alpha: Part = 0.8) -> Recipe:
 
 @variant(source="Kwon et al. 2021, arXiv 2102.11600", passes="2", memory="0", rho=0.5)
 def asam(eta: NonNegative = 0.01) -> Recipe:
-    """ASAM: the perturbation of a weight is as large as the weight allows."""
+    """ASAM: the perturbation of a weight is as large as the weight allows.
+
+    Weights are the parameters whose names contain "weight", as in the official code; the others are perturbed as by SAM.
+    """
     return Recipe(direction=directions.Adaptive(eta))
 
 
@@ -75,7 +78,10 @@ def vasso(theta: AboveZero = 0.4) -> Recipe:
 
 @variant(source="Li et al. 2024, arXiv 2403.12350", passes="2", memory="1")
 def fsam(sigma: Real = 1.0, lam: Annotated[float, Within(0, 1, open_high=True)] = 0.9) -> Recipe:
-    """Friendly SAM: the perturbation leaves out the running mean of g_t."""
+    """Friendly SAM: the perturbation leaves out the running mean of g_t.
+
+    The mean is that of the steps before, as in the official code; with g_t in it, the direction is the same for sigma = 1.
+    """
     return Recipe(direction=directions.Friendly(sigma, lam))
 
 
@@ -199,5 +205,5 @@ def gsam(alpha: NonNegative = 0.4, low: Part = 1.0) -> Recipe:
 
 @variant(source="Sun et al. 2023, arXiv 2303.00565", passes="2", memory="1", optimizer={"amsgrad": True})
 def adasam() -> Recipe:
-    """AdaSAM: SAM around AMSGrad, whose second moment never falls; torch's, with bias correction. Needs --optim adamw_torch."""
+    """AdaSAM: SAM around AMSGrad, whose second moment never falls; torch's, with bias correction. Needs Adam or AdamW of torch."""
     return Recipe()
