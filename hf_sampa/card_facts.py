@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -37,7 +38,7 @@ PREFIXES_NOT_OF_THE_COMPUTATION = (
     "ddp_",
     "local_rank",
 )
-SECRETS = ("--hub_token", "--hub-token", "--push_to_hub_token", "--push-to-hub-token")
+SECRET = re.compile(r"(^|[-_])(token|key|secret|password|credentials?)$", re.IGNORECASE)
 
 
 def evaluation(trainer: Trainer) -> dict[str, float]:
@@ -69,7 +70,7 @@ def results(trainer: Trainer, task: str, dataset: dict[str, str | None]) -> list
     found = []
     for key, value in evaluation(trainer).items():
         metric = key.removeprefix("eval_")
-        name = next((name for name in names if metric.startswith(f"{name}_")), "")
+        name = max((name for name in names if metric.startswith(f"{name}_")), key=len, default="")
         metric = metric.removeprefix(f"{name}_")
         found.append(
             EvalResult(
@@ -201,7 +202,7 @@ def _default(field: dataclasses.Field) -> Any:
 def command(world_size: int) -> str:
     """How this process, and its peers, were started; without secrets."""
     script = sys.argv[0]
-    if not script.endswith(".py"):
+    if not script.endswith(".py") or "ipykernel" in script:
         return "Not from a script: the hyperparameters above are arguments of `SAMPaTrainingArguments`."
     words, hide = [], False
     for word in sys.argv[1:]:
@@ -209,8 +210,8 @@ def command(world_size: int) -> str:
         if hide or word.startswith("hf_"):
             words.append("HIDDEN")
         else:
-            words.append(f"{name}=HIDDEN" if equals and (name in SECRETS or value.startswith("hf_")) else word)
-        hide = not hide and word in SECRETS
+            words.append(f"{name}=HIDDEN" if equals and (SECRET.search(name) or value.startswith("hf_")) else word)
+        hide = not hide and word.startswith("-") and not equals and bool(SECRET.search(word))
     start = ["python"]
     if world_size > 1:
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

@@ -116,7 +116,8 @@ def _complete(data: ModelCardData, trainer: Trainer, given: dict[str, Any], data
         data.library_name = "peft"
     task = _first(given.get("tasks")) or data.pipeline_tag or _task_of(trainer.model)
     data.eval_results = card_facts.results(trainer, task or "unknown", dataset)
-    data.metrics = [each.metric_type for each in data.eval_results if each.metric_type != "loss"] or None
+    metrics = [each.metric_type for each in data.eval_results if each.metric_type != "loss"]
+    data.metrics = list(dict.fromkeys(metrics)) or None
 
 
 def _source(args: Any) -> str | None:

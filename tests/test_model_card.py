@@ -45,14 +45,14 @@ def test_the_results_are_those_of_the_weights_that_are_saved():
 
 
 def test_every_metric_is_in_the_model_index_whatever_is_known_of_the_data():
-    trainer = trainer_of([{"eval_a_loss": 0.5, "eval_a_f1": 0.7, "step": 4}, {"eval_b_f1": float("nan"), "step": 4}])
-    trainer.eval_dataset = {"a": 1, "b": 2}
+    trainer = trainer_of([{"eval_a_loss": 0.5, "eval_a_f1": 0.7, "step": 4}, {"eval_a_b_f1": float("nan"), "step": 4}])
+    trainer.eval_dataset = {"a": 1, "a_b": 2}
     unknown = {"name": None, "type": None, "config": None, "split": "validation"}
     found = card_facts.results(trainer, "text-classification", unknown)
     assert [(each.dataset_split, each.metric_type, each.metric_value) for each in found] == [
         ("validation_a", "loss", 0.5),
         ("validation_a", "f1", 0.7),
-        ("validation_b", "f1", "nan"),
+        ("validation_a_b", "f1", "nan"),
     ]
     assert {each.dataset_type for each in found} == {"unknown"}
 
@@ -80,6 +80,9 @@ def test_the_curve_has_a_line_for_each_evaluation_or_for_each_log_line():
         (1, ["--push-to-hub-token=secret"], "python glue/run.py --push-to-hub-token=HIDDEN"),
         (1, ["--hub_token=a=b"], "python glue/run.py --hub_token=HIDDEN"),
         (1, ["--hub_token", "ab=cd"], "python glue/run.py --hub_token HIDDEN"),
+        (1, ["--wandb_key=abc", "--token", "abc"], "python glue/run.py --wandb_key=HIDDEN --token HIDDEN"),
+        (1, ["--tokenizer", "x", "--max_tokens=3"], "python glue/run.py --tokenizer x --max_tokens=3"),
+        (1, ["--word", "hf_abc"], "python glue/run.py --word HIDDEN"),
         (1, ["--key", "hf_abc"], "python glue/run.py --key HIDDEN"),
         (1, ["--key=hf_abc"], "python glue/run.py --key=HIDDEN"),
     ],
@@ -98,8 +101,9 @@ def test_several_nodes_and_threads_are_in_the_command(monkeypatch):
     assert "OMP_NUM_THREADS=1 torchrun --nnodes 3 --nproc_per_node 2 train.py" in card_facts.command(6)
 
 
-def test_no_command_where_there_is_no_script(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["-c"])
+@pytest.mark.parametrize("script", ["-c", "/usr/lib/python3/ipykernel_launcher.py"])
+def test_no_command_where_there_is_no_script(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script])
     assert card_facts.command(1).startswith("Not from a script")
 
 
