@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ class DiagnosticsCallback(TrainerCallback):
                 name = next(iter(dataset)) if isinstance(dataset, dict) else None
                 loader = self.trainer.get_eval_dataloader(name)
                 loader = getattr(loader, "unprepared", loader)  # not one process's part
-                inputs: list[dict[str, Any]] = [batch for batch, _ in zip(loader, range(self.batches), strict=False)]
+                inputs: list[dict[str, Any]] = list(islice(loader, self.batches))
                 self._held_out = [MicroBatch(each, update=0, position=i) for i, each in enumerate(inputs)]
         return self._held_out
 
