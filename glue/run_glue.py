@@ -130,10 +130,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     trainer.loss_is_scaled_for_ga = False
 
     # 4. Train, save and score
-    card = {"tasks": "text-classification", "dataset": f"GLUE {task.name}"}
-    card |= {"dataset_args": task.name, "dataset_split": "validation"}
+    card = {"tasks": "text-classification", "dataset_split": "validation"}
     if glue_args.data_dir is None:
-        card["dataset_tags"] = HUB_DATASET
+        card |= {"dataset": f"GLUE {task.name}", "dataset_tags": HUB_DATASET, "dataset_args": task.name}
+    else:
+        folder = Path(glue_args.data_dir).resolve().name
+        card["dataset"] = f"the local folder {folder} in the format of GLUE {task.name}"
     return train_and_score(trainer, **card)
 
 

@@ -1,24 +1,20 @@
-"""What a model card says of a run: results, curve, hyperparameters, cost, and how to run it again."""
+"""What a model card says of a run: what it was told, hyperparameters, cost, and how to run it again."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import platform
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from huggingface_hub import EvalResult
 from transformers import Trainer
 
 
-MOST_ROWS = 30
-# What an evaluation logs that is no result.
-COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 PACKAGES = ("hf_sampa", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft")
 # Listed always, and first.
 MAIN = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed")
@@ -27,6 +23,7 @@ NOT_OF_THE_COMPUTATION = (
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica", "resume_from_checkpoint"),
     *("do_train", "do_eval", "do_predict", "eval_on_start", "deepspeed", "fsdp", "fsdp_config", "accelerator_config"),
     *("overwrite_output_dir", "num_train_epochs", "max_steps", "data_dir", "average_tokens_across_devices", "trackio_space_id", "lmbda", "diagnostics_steps"),
+    *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
 )  # fmt: skip
 PREFIXES_NOT_OF_THE_COMPUTATION = (
     "hub_",
@@ -41,107 +38,70 @@ PREFIXES_NOT_OF_THE_COMPUTATION = (
 SECRET = re.compile(r"(^|[-_])(token|key|secret|password|credentials?)$", re.IGNORECASE)
 
 
-def evaluation(trainer: Trainer) -> dict[str, float]:
-    """The results of the weights that the card is of, by the names that `Trainer` logs them under."""
-    history, state = trainer.state.log_history, trainer.state
-    ended = max((i for i, line in enumerate(history) if "train_runtime" in line), default=None)
-    after = history[ended:] if ended is not None else []
-    if not any(_is_evaluation(line) for line in after):
-        after = history
-        if ended is not None and trainer.args.load_best_model_at_end and state.best_global_step:
-            after = [line for line in history if line.get("step") == state.best_global_step]
-    found: dict[str, float] = {}
-    for line in after:
-        found.update({name: value for name, value in line.items() if _is_result(name, value)})
-    return found
+@dataclass(slots=True)
+class CardFacts:
+    """What a run cannot know of itself, and its model card is to say; whatever is None, is looked for.
 
-
-def _is_evaluation(line: dict[str, Any]) -> bool:
-    return any(name.startswith("eval_") for name in line)
-
-
-def _is_result(name: str, value: Any) -> bool:
-    return name.startswith("eval_") and not name.endswith(COSTS) and isinstance(value, int | float)
-
-
-def results(trainer: Trainer, task: str, dataset: dict[str, str | None]) -> list[EvalResult]:
-    """One entry for the card's model index per metric; `dataset` has `name`, `type`, `config` and `split`."""
-    names = list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else []
-    found = []
-    for key, value in evaluation(trainer).items():
-        metric = key.removeprefix("eval_")
-        name = max((name for name in names if metric.startswith(f"{name}_")), key=len, default="")
-        metric = metric.removeprefix(f"{name}_")
-        found.append(
-            EvalResult(
-                task_type=task,
-                dataset_type=dataset["type"] or dataset["name"] or "unknown",
-                dataset_name=dataset["name"] or "unknown",
-                dataset_config=dataset["config"],
-                dataset_split="_".join(filter(None, (dataset["split"], name))) or None,
-                metric_type=metric,
-                metric_name=metric.replace("_", " "),
-                # JSON has neither infinity nor NaN.
-                metric_value=value if math.isfinite(value) else str(value),
-            )
-        )
-    return found
-
-
-def curve(history: list[dict[str, Any]]) -> str:
-    """A Markdown table of the run; empty where nothing was logged.
-
-    A line for every evaluation, with the training figures logged last before it; without evaluations, for every log line.
+    Args:
+        dataset: name of the data set, for people.
+        dataset_tags: its identifier on the Hub.
+        dataset_args: its configuration.
+        dataset_split: the split that is evaluated on.
+        tasks: the Hub's name of the task, ``"text-classification"`` for instance.
+        language: of the data, as an ISO code.
+        license: of the model, by the Hub's name of it; by default that of the base model.
+        tags: more of them.
+        finetuned_from: the base model, on the Hub or in a folder; by default where the model was loaded from.
+        model_name: by default the name of the output folder.
     """
-    rows: dict[int, dict[str, Any]] = {}
-    training: dict[str, Any] = {}
-    evaluated = any(_is_evaluation(line) and "train_runtime" not in line for line in history)
-    for line in history:
-        if "loss" in line:
-            training = {
-                name: line[name] for name in ("loss", "perturbed_loss", "sharpness", "grad_norm") if name in line
-            }
-        if "train_runtime" in line or not (_is_evaluation(line) if evaluated else "loss" in line):
-            continue
-        own = {name: value for name, value in line.items() if _is_result(name, value)}
-        rows.setdefault(line["step"], {"step": line["step"], "epoch": line["epoch"], **training}).update(own)
-    lines = list(rows.values())
-    stride = -(-len(lines) // MOST_ROWS)
-    if stride > 1:
-        lines = [line for i, line in enumerate(lines) if (len(lines) - 1 - i) % stride == 0]
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    if not lines:
-        return ""
-    table = [[name.replace("_", " ") for name in names], ["---"] * len(names)]
-    table += [[_shown(line.get(name)) for name in names] for line in lines]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    return text if stride == 1 else f"{text}\n\nOf the logged lines, one in {stride} is shown."
 
+    dataset: str | list[str] | None = None
+    dataset_tags: str | list[str] | None = None
+    dataset_args: str | list[str] | None = None
+    dataset_split: str | None = None
+    tasks: str | list[str] | None = None
+    language: str | list[str] | None = None
+    license: str | None = None
+    tags: str | list[str] | None = None
+    finetuned_from: str | None = None
+    model_name: str | None = None
 
-def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    def for_trainer(self) -> dict[str, Any]:
+        """Arguments of `Trainer.create_model_card`, which changes lists that it is given: copies."""
+        return {name: fact for name, fact in dataclasses.asdict(self).items() if name != "dataset_split"}
 
 
 def at_the_end(trainer: Trainer, seconds_per_step: float | None) -> list[str]:
-    """Sharpness at the end, and time per step."""
-    history, lines = (
-        trainer.state.log_history,
-        [f"steps: {trainer.state.global_step}, epochs: {trainer.state.epoch or 0:.4g}"],
-    )
-    last = next((line for line in reversed(history) if "sharpness" in line), None)
-    if last is not None:
+    """Which weights these are, how sharp the loss is around them, and time per step."""
+    state, step = trainer.state, trainer.weights_step
+    lines = [f"steps: {state.global_step}, epochs: {state.epoch or 0:.4g}"]
+    if step != state.global_step:
+        lines.append(f"weights: those of step {step}, the best by {trainer.args.metric_for_best_model}")
+    training, measured = (_last_up_to(step, state.log_history, name) for name in ("sharpness", "held_out_sharpness"))
+    if training is None and step == state.global_step:
+        training = {"step": step, **trainer.unlogged_means()}
+    if training and "sharpness" in training:
         lines.append(
-            f"sharpness over the last logged steps, loss at the perturbed weights less the clean one: {last['sharpness']:.4g}"
+            "sharpness, which is the loss at the perturbed weights less the clean one, mean over the last steps up to "
+            f"{training['step']}: {training['sharpness']:.4g}"
         )
-    measured = next((line for line in reversed(history) if "held_out_sharpness" in line), None)
-    if measured is not None:
+    if measured:
         lines.append(
-            f"on held-out batches at step {measured['step']}: sharpness {measured['held_out_sharpness']:.4g}, largest Hessian "
-            f"eigenvalue {measured['hessian_eigenvalue']:.4g}"
+            f"on held-out batches, at the weights of step {_weights_step(measured)}: sharpness "
+            f"{measured['held_out_sharpness']:.4g}, largest Hessian eigenvalue {measured['hessian_eigenvalue']:.4g}"
         )
     if seconds_per_step is not None:
         lines.append(f"seconds per step: {seconds_per_step:.4g}")
     return lines
+
+
+def _last_up_to(step: int, history: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    return next((line for line in reversed(history) if name in line and _weights_step(line) <= step), None)
+
+
+def _weights_step(line: dict[str, Any]) -> int:
+    """The step whose weights a log line is of."""
+    return line.get("weights_step", line["step"])
 
 
 def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
@@ -200,25 +160,43 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def command(world_size: int) -> str:
-    """How this process, and its peers, were started; without secrets."""
-    script = sys.argv[0]
-    if not script.endswith(".py") or "ipykernel" in script:
+    """How this process, and its peers, were started; without secrets.
+
+    A run that was continued computed what one computes that was never stopped, so that is what the command starts.
+    """
+    script = _script()
+    if script is None:
         return "Not from a script: the hyperparameters above are arguments of `SAMPaTrainingArguments`."
-    words, hide = [], False
-    for word in sys.argv[1:]:
-        name, equals, value = word.partition("=")
-        if hide or word.startswith("hf_"):
-            words.append("HIDDEN")
-        else:
-            words.append(f"{name}=HIDDEN" if equals and (SECRET.search(name) or value.startswith("hf_")) else word)
-        hide = not hide and word.startswith("-") and not equals and bool(SECRET.search(word))
     start = ["python"]
     if world_size > 1:
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         nodes = ["--nnodes", str(world_size // on_this_node)] if world_size > on_this_node else []
         start = ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
     threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
-    return f"```bash\n{threads}{shlex.join([*start, script, *words])}\n```"
+    return f"```bash\n{threads}{shlex.join([*start, *script, *_words(sys.argv[1:])])}\n```"
+
+
+def _script() -> list[str] | None:
+    """The script or ``-m`` and the module that Python runs; None for a notebook or an interpreter."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return None if "ipykernel" in spec.name else ["-m", spec.name.removesuffix(".__main__")]
+    return [sys.argv[0]] if sys.argv[0].endswith(".py") and "ipykernel" not in sys.argv[0] else None
+
+
+def _words(given: list[str]) -> list[str]:
+    words, before = [], ""  # the option that has no value yet
+    for word in given:
+        name, equals, value = word.partition("=")
+        option = word.startswith("-") and not SECRET.search(before)
+        if (name if option else before).replace("-", "_") == "__resume_from_checkpoint":
+            pass
+        elif word.startswith("hf_") or (SECRET.search(before) and not option):
+            words.append("HIDDEN")
+        else:
+            words.append(f"{name}=HIDDEN" if equals and (SECRET.search(name) or value.startswith("hf_")) else word)
+        before = word if option and not equals else ""
+    return words
 
 
 def versions() -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
@@ -16,6 +18,9 @@ from .buckets import Buckets
 from .curvature import hessian_product, largest_eigenvalue
 from .functional import global_norm, perturb
 from .randomness import derive_seed, seeded
+
+
+logger = get_logger(__name__)
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -29,9 +34,11 @@ class DiagnosticsCallback(TrainerCallback):
     ``hessian_eigenvalue``  the largest one of the Hessian of f at x_t
     ======================  ==========================================================================================
 
-    The first two are those of SAMPa's timing, from its second step on; the others need an evaluation dataset. The training
-    is the same without it, bit for bit. While it measures, a process holds two or three numbers per trainable weight
-    more, and the graph of the held-out losses.
+    The first two are those of SAMPa's timing, from its second step on; the others need an evaluation dataset with labels,
+    of several the first. The training is the same without it, bit for bit. While it measures, a process holds two or three
+    numbers per trainable weight more, and the graph of the held-out losses, which grows with the evaluation batch.
+
+    Where the best weights were loaded at the end, the last line is of those, and ``weights_step`` names their step.
 
     Args:
         trainer: whose run it is; ``trainer.add_callback(DiagnosticsCallback(trainer))``.
@@ -39,10 +46,10 @@ class DiagnosticsCallback(TrainerCallback):
         batches: how many evaluation batches to measure on, the first ones of the dataset; at least 1.
         iterations: products of the Hessian with a vector, at most so many, twice as many where it is indefinite.
         tolerance: relative change of the eigenvalue at which to stop earlier.
-        radius: that of ``held_out_sharpness``, in the units of the weights; by default the run's rho.
+        radius: that of ``held_out_sharpness``, in the units of the weights, at least 0; by default the run's rho.
 
     Raises:
-        ValueError: `every` or `batches` is less than 1, or `trainer` is not one of SAMPa's.
+        ValueError: an argument is of another type or out of range, or `trainer` is not one of SAMPa's.
     """
 
     def __init__(
@@ -54,14 +61,31 @@ class DiagnosticsCallback(TrainerCallback):
         tolerance: float = 0.01,
         radius: float | None = None,
     ):
-        for name, value in {"every": every, "batches": batches}.items():
-            if value < 1:
+        for name, value in {"every": every, "batches": batches, "iterations": iterations}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        for name, value in {"tolerance": tolerance, "radius": 0.0 if radius is None else radius}.items():
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}.")
         if not hasattr(trainer, "lookahead_error"):
             raise ValueError(f"trainer: expected a SAMPaTrainer, got {type(trainer).__name__}.")
         self.trainer, self.every, self.batches = trainer, every, batches
         self.iterations, self.tolerance, self.radius = iterations, tolerance, radius
         self._held_out: list[MicroBatch] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        dataset, handler = self.trainer.eval_dataset, self.trainer.callback_handler
+        if dataset is None:
+            what = "only the look-ahead is" if args.method == "sampa" else "nothing is"
+            logger.warning(f"Diagnostics: {what} measured, since the trainer has no eval_dataset.")
+        elif isinstance(dataset, dict) and len(dataset) > 1:
+            logger.warning(
+                f"Diagnostics: of the evaluation datasets the first, {next(iter(dataset))!r}, is measured on."
+            )
+        if [each for each in handler.callbacks if isinstance(each, DiagnosticsCallback)][0] is not self:
+            logger.warning(
+                "Diagnostics: two callbacks measure. Leave out diagnostics_steps, or the callback of your own."
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
@@ -70,7 +94,10 @@ class DiagnosticsCallback(TrainerCallback):
             self._log({**found, **self.measure()})
 
     def on_train_end(self, args, state, control, **kwargs):
-        self._log(self.measure())
+        found = self.measure()
+        if found and self.trainer.weights_step != state.global_step:
+            found["weights_step"] = self.trainer.weights_step
+        self._log(found)
 
     def _log(self, found: dict[str, float]) -> None:
         if found:
@@ -114,7 +141,7 @@ class DiagnosticsCallback(TrainerCallback):
         return found
 
     def _batches(self) -> list[MicroBatch]:
-        """The first evaluation batches, the same on every process; read once."""
+        """The first evaluation batches, the same on every process; read once. An empty list without any."""
         if self._held_out is None:
             dataset, self._held_out = self.trainer.eval_dataset, []
             if dataset is not None:
@@ -122,8 +149,23 @@ class DiagnosticsCallback(TrainerCallback):
                 loader = self.trainer.get_eval_dataloader(name)
                 loader = getattr(loader, "unprepared", loader)  # not one process's part
                 inputs: list[dict[str, Any]] = list(islice(loader, self.batches))
-                self._held_out = [MicroBatch(each, update=0, position=i) for i, each in enumerate(inputs)]
+                if self._have_loss(inputs):
+                    self._held_out = [MicroBatch(each, update=0, position=i) for i, each in enumerate(inputs)]
         return self._held_out
+
+    @torch.no_grad()
+    def _have_loss(self, inputs: list[dict[str, Any]]) -> bool:
+        """Whether the model has one without labels, if there are none: for Trainer evaluation data need no labels."""
+        trainer = self.trainer
+        if all(each.get(name) is not None for each in inputs for name in trainer.label_names):
+            return True
+        try:
+            for each in inputs:
+                trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(each)))
+        except Exception as error:  # whatever the model does then, a measurement is no reason to end the training
+            logger.warning(f"Diagnostics: nothing is measured on evaluation data without labels: {error}")
+            return False
+        return True
 
     @contextmanager
     def _aside(self):

@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from .card_facts import CardFacts
 from .publish import PublishMixin
 from .training_args import SAMPaTrainingArguments
 from .variants import find
@@ -153,15 +154,17 @@ def train_and_score(trainer: Trainer, **card) -> dict[str, float]:
 
     Args:
         trainer: with data for what it is to do; SAMPa's or a plain one.
-        card: what `Trainer.create_model_card` is to be told, by its names, and ``dataset_split``.
+        card: what the model card is to say, by the names of `CardFacts`.
 
     Returns:
         The metrics on the evaluation data; empty without `do_eval`.
     """
     args = trainer.args
+    facts = CardFacts(**card)
     if isinstance(trainer, PublishMixin):
-        trainer.card_facts, card = card, {}  # for the cards of checkpoints, too
-    card.pop("dataset_split", None)  # upstream does not know it
+        trainer.card_facts, card = facts, {}  # for the cards of checkpoints, too
+    else:
+        card = {name: fact for name, fact in facts.for_trainer().items() if fact is not None}
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()

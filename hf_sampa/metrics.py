@@ -29,9 +29,13 @@ class RunningMeans:
                 self.sums[name] += value
                 self.steps[name] += 1
 
+    def means(self) -> dict[str, float]:
+        """By name; those that there are."""
+        return {name: self.sums[name] / steps for name, steps in self.steps.items() if steps}
+
     def take(self) -> dict[str, float]:
         """Means by name, and the number of skipped steps where there are any; starts anew."""
-        means = {name: self.sums[name] / steps for name, steps in self.steps.items() if steps}
+        means = self.means()
         if self.skipped_steps:
             means["skipped_steps"] = self.skipped_steps
         self.sums, self.steps = dict.fromkeys(LOGGED, 0.0), dict.fromkeys(LOGGED, 0)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import shutil
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.modelcard import TrainingSummary
 
 from . import model_card
+from .card_facts import CardFacts
+from .evaluations import Evaluation, record
 
 
 logger = get_logger(__name__)
@@ -49,35 +52,68 @@ class StepClock(TrainerCallback):
 
 
 class PublishMixin:
-    """The part of `SAMPaMixin` that writes model cards and talks to the Hub.
+    """The part of `SAMPaMixin` that evaluates for, and writes, model cards, and talks to the Hub.
 
     Attributes:
-        card_facts: what `create_model_card` is to be told whenever a card is written, by its arguments' names: ``dataset``,
-            ``dataset_tags``, ``dataset_args``, ``tasks``, ``language``, ``license``, ``finetuned_from`` and so on, and
-            ``dataset_split``, that of the evaluation data.
+        card_facts: what cards are to say that a run cannot know; set its attributes.
+        weights_step: the step whose weights the model holds: the last, or the best where that was loaded at the end.
     """
 
-    card_facts: dict[str, Any]
+    card_facts: CardFacts
     _clock: StepClock
-    _card_data: ModelCardData | None = None  # what upstream found out; part of it by asking the Hub
+    _evaluations: list[Evaluation]
+    _best_step: int | None = None
+    _known: tuple[CardFacts, ModelCardData] | None = None  # what upstream made of facts; part of it by asking the Hub
+
+    @property
+    def weights_step(self) -> int:
+        return self.state.global_step if self._best_step is None else self._best_step
+
+    def _prepare_for_training(self, *args, **kwargs):
+        self._evaluations, self._best_step = [], None
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if Path(self.state.best_model_checkpoint).is_dir():
+            self._best_step = self.state.best_global_step
+
+    def evaluate(self, *args, **kwargs):
+        before = len(self.state.log_history)
+        metrics = super().evaluate(*args, **kwargs)
+        given = inspect.signature(super().evaluate).bind(*args, **kwargs).arguments
+        dataset, prefix = given.get("eval_dataset"), given.get("metric_key_prefix", "eval")
+        if found := record(self, self.state.log_history[before:], dataset, prefix):
+            self._evaluations.append(found)
+        return metrics
 
     def create_model_card(self, *args, **kwargs):
-        """As in Trainer, with a text of our own; a card that somebody wrote or changed is left alone."""
-        given = {**self.card_facts, **dict(zip(CARD_ARGUMENTS, args, strict=False)), **kwargs}
+        """As in Trainer, with a text of our own; what is not said here is taken from `card_facts`.
+
+        A card that somebody wrote or changed is left alone, with a warning.
+        """
+        told = dict(zip(inspect.signature(super().create_model_card).parameters, args, strict=False)) | kwargs
+        facts = replace(self.card_facts, **{name: fact for name, fact in told.items() if fact is not None})
+        if not self.is_world_process_zero():
+            return
         file = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and model_card.is_somebodys(file):
+        if model_card.is_somebodys(file):
             logger.warning(
                 f"{file} is left as it is, since somebody wrote or changed it. Remove it to have it written anew."
             )
             return
-        if not hasattr(self.model, "config"):
-            self._card_data = ModelCardData()  # upstream knows of configurations only
-        else:
-            super().create_model_card(**{name: given[name] for name in CARD_ARGUMENTS if name in given})
-            if self.is_world_process_zero():
-                self._card_data = ModelCard.load(file).data
-        if self.is_world_process_zero():
-            model_card.write(file, self, self._card_data, given, self._clock.mean)
+        if hasattr(self.model, "config"):  # upstream knows of configurations only
+            super().create_model_card(**facts.for_trainer())
+            self._known = facts, ModelCard.load(file).data
+        self._write_card(file, facts)
+
+    def _write_card(self, file: Path, facts: CardFacts) -> None:
+        if self._known is None or self._known[0] != facts:
+            data = ModelCardData()
+            if hasattr(self.model, "config"):
+                data = ModelCardData(**TrainingSummary.from_trainer(self, **facts.for_trainer()).create_metadata())
+            self._known = copy.deepcopy(facts), data
+        model_card.write(file, self, copy.deepcopy(self._known[1]), facts, self._clock.mean)
 
     def _save(self, output_dir=None, state_dict=None):
         card = Path(output_dir or self.args.output_dir) / "README.md"
@@ -89,14 +125,8 @@ class PublishMixin:
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
             card = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / "README.md"
-            if self._card_data is None and hasattr(self.model, "config"):
-                known = {name: fact for name, fact in self.card_facts.items() if name in CARD_ARGUMENTS}
-                summary = TrainingSummary.from_trainer(self, **known)
-                self._card_data = ModelCardData(**summary.create_metadata())
-            elif self._card_data is None:
-                self._card_data = ModelCardData()
             if not model_card.is_somebodys(card):
-                model_card.write(card, self, self._card_data, self.card_facts, self._clock.mean)
+                self._write_card(card, self.card_facts)
         super()._save_checkpoint(model, trial)
 
     def _push_from_checkpoint(self, checkpoint_folder):
@@ -111,9 +141,6 @@ class PublishMixin:
         for job in self.push_in_progress.jobs if self.push_in_progress else []:
             if job not in before:
                 job.add_done_callback(_report)
-
-
-CARD_ARGUMENTS = list(inspect.signature(Trainer.create_model_card).parameters)[1:]
 
 
 def _report(job: Future) -> None:

@@ -75,6 +75,7 @@ class ResumeMixin:
         content = {
             "settings": self._settings(),
             "recipe": self._recipe_settings(),
+            "optimizer": self._optimizer_name(),
             "stream": self._stream_settings(),
             "position": position,
             "ascent": ascent,
@@ -100,6 +101,9 @@ class ResumeMixin:
         if self._recipe is not None:
             return self._recipe.settings
         return {"variant": self.args.variant, "variant_args": self.args.variant_args}
+
+    def _optimizer_name(self) -> str:
+        return type(self.optimizer.optimizer).__name__
 
     def _stream_settings(self) -> dict[str, Any]:
         """What decides which samples are in B_t."""
@@ -134,6 +138,7 @@ class ResumeMixin:
         if folder is None:
             return
         found = checkpoint.inspect(Path(folder))
+        self._check_optimizer(folder, found or {})
         if found is None:
             logger.warning(
                 f"{folder} holds no state of SAMPa, as plain Trainer leaves it: g_t is computed at its weights."
@@ -160,6 +165,18 @@ class ResumeMixin:
             return
         if isinstance(self.sampa, SAMPa):
             self.sampa.load_state_dict(checkpoint.read_tensors(Path(folder)), found["ascent"])
+
+    def _check_optimizer(self, folder: str, found: dict[str, Any]) -> None:
+        """Raise ValueError where the loaded state is another optimizer's; by its options, where the checkpoint does not say."""
+        optimizer, own = self.optimizer.optimizer, self._optimizer_name()
+        wrote = found.get("optimizer", own)
+        # torch adds `differentiable` to the defaults afterwards.
+        missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys() - {"differentiable"}
+        if wrote != own or missing:
+            raise ValueError(
+                f"Expected the state of {own} in {folder}, but it is that of {wrote if wrote != own else 'another optimizer'}. "
+                "Resume with the old optim, or start a new run from these weights."
+            )
 
     def _open_stream(self, epoch: int, start: int) -> None:
         """Begin the stream at micro-batch `start` of `epoch`."""

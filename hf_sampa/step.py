@@ -15,7 +15,7 @@ from .msam import MSAM, MSAMPa, TwoLossSAMPa
 from .parts import Moment
 from .per_sample import SampleView, check_classes, logits_of, recipe_loss
 from .precision import SharedGradScaler
-from .progress import SAMPaProgressCallback
+from .progress import ShowsReport
 from .randomness import INDICES, derive_seed, seeded
 from .roles import Role
 from .sam import SAM
@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 class StepMixin:
     """The part of `SAMPaMixin` that runs the engine."""
 
-    _progress: SAMPaProgressCallback | None = None
+    _progress: ShowsReport | None = None
     _in_pass: tuple[MicroBatch, Role] | None = None  # what `compute_loss` is called for
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .batches import UpdateStream
+from .card_facts import CardFacts
 from .checks import check_dataset, check_loader, check_model, check_optimizer, check_trainer
 from .diagnostics import DiagnosticsCallback
 from .exchange import Exchange
@@ -66,7 +67,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         self._recipe = recipe
         check_trainer(self)
         self._progress = replace_progress_bar(self)
-        self.card_facts, self._clock = {}, StepClock()
+        self.card_facts, self._clock, self._evaluations = CardFacts(), StepClock(), []
         self.add_callback(self._clock)
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))
@@ -176,6 +177,17 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         self.callback_handler.train_dataloader = self._loader
         self._resume(resume_from_checkpoint)
         return model, self._loader
+
+    def add_callback(self, callback):
+        super().add_callback(callback)
+        if isinstance(callback, DiagnosticsCallback):
+            # It logs at the end of the training, when trackers further up would have closed their run.
+            callbacks = self.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop())
+
+    def unlogged_means(self) -> dict[str, float]:
+        """Means over the steps since the last log line, by the names that they are logged under."""
+        return self._means.means() if self._means else {}
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:

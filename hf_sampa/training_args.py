@@ -163,10 +163,9 @@ class SAMPaArgumentsMixin:
             raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho!r}. The paper uses 0.05.")
         if not (isinstance(self.lmbda, int | float) and not isinstance(self.lmbda, bool) and 0 <= self.lmbda <= 1):
             raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda!r}. The paper uses 0.2 and 0.1.")
-        if not isinstance(self.diagnostics_steps, int) or self.diagnostics_steps < 0:
-            raise ValueError(
-                f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {self.diagnostics_steps!r}."
-            )
+        steps = self.diagnostics_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {steps!r}.")
         self._check_variant(find(self.variant))
         if self.shard_optimizer and self.method == "sam":
             raise ValueError(

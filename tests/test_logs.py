@@ -56,7 +56,8 @@ def test_everything_reaches_tensorboard_under_clear_names(tmp_path, monkeypatch)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer = trainer_of(tmp_path, report_to="tensorboard", diagnostics_steps=2, eval_strategy="epoch")
     trainer.train()
-    events = EventAccumulator(str(next((tmp_path / "events").rglob("events.*")).parent)).Reload()
+    (file,) = (tmp_path / "events").rglob("events.*")  # the last measurement, too, is of this run
+    events = EventAccumulator(str(file.parent)).Reload()
     expected = {
         "loss",
         "perturbed_loss",
@@ -71,3 +72,19 @@ def test_everything_reaches_tensorboard_under_clear_names(tmp_path, monkeypatch)
     for name in ("sharpness", "hessian_eigenvalue"):
         logged = [(line["step"], line[name]) for line in trainer.state.log_history if name in line]
         assert {e.step: e.value for e in events.Scalars(f"train/{name}")} == pytest.approx(dict(logged), rel=1e-6)
+
+
+def test_a_notebook_shows_them_too(tmp_path, monkeypatch):
+    from transformers.utils import notebook
+
+    shown = []
+    monkeypatch.setattr(notebook.disp, "HTML", shown.append)
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", notebook.NotebookProgressCallback)
+    trainer = trainer_of(tmp_path, disable_tqdm=False, eval_strategy="epoch")
+    trainer.train()
+    last = trainer.state.log_history[-3]
+    bar = re.findall(r"loss (\S+), perturbed (\S+), sharpness (\S+)", shown[-1])
+    assert [float(text) for text in bar[0]] == pytest.approx(
+        [last[name] for name in ("loss", "perturbed_loss", "sharpness")], rel=1e-3
+    )
+    assert "Validation Loss" in shown[-1]

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import shutil
 import sys
+from itertools import cycle
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from transformers import TrainerCallback
 
-from hf_sampa import SAMPaTrainer, card_facts
+from hf_sampa import SAMPaTrainer, card_facts, evaluations
+from hf_sampa.evaluations import Evaluation
 from hf_sampa.model_card import is_somebodys
 from hf_sampa.recipe import Recipe
 from hf_sampa.variants.directions import Smoothed
 from tests import models, tiny
 
 
-def trainer_of(history, **state):
-    args = SimpleNamespace(load_best_model_at_end=state.pop("load_best_model_at_end", False))
-    state = SimpleNamespace(log_history=history, best_global_step=None, **state)
-    return SimpleNamespace(state=state, args=args, eval_dataset=None)
+RUN = {"name": "Reviews", "type": "user/reviews", "config": None, "split": "validation"}
 
 
-def evaluated(step, accuracy):
-    return {"eval_loss": 1 / step, "eval_accuracy": accuracy, "eval_runtime": 2.0, "step": step, "epoch": step / 4}
+def evaluated(step, accuracy, prefix="eval"):
+    found = {"loss": 1 / step, "accuracy": accuracy, "runtime": 2.0, "samples_per_second": 9.0}
+    return {**{f"{prefix}_{name}": value for name, value in found.items()}, "step": step, "epoch": step / 4}
 
 
 def logged(step):
@@ -33,42 +36,159 @@ def logged(step):
 END = {"train_runtime": 10.0, "train_loss": 0.5, "step": 8, "epoch": 2.0}
 
 
-def test_the_results_are_those_of_the_weights_that_are_saved():
+def trainer_of(history, weights_step, eval_dataset=None):
+    state = SimpleNamespace(log_history=history)
+    return SimpleNamespace(state=state, weights_step=weights_step, eval_dataset=eval_dataset)
+
+
+def results_of(trainer, recorded=()):
+    found = evaluations.results(evaluations.evaluations(trainer, recorded), trainer.weights_step, "task", RUN)
+    return [(each.entry.dataset_split, each.entry.metric_type, each.entry.metric_value, each.step) for each in found]
+
+
+def test_the_results_are_the_last_ones_of_the_weights_or_of_weights_before_them():
     history = [logged(4), evaluated(4, 0.9), logged(8), evaluated(8, 0.8), END]
-    assert card_facts.evaluation(trainer_of(history)) == {"eval_loss": 1 / 8, "eval_accuracy": 0.8}
-    best = trainer_of(history, load_best_model_at_end=True)
-    best.state.best_global_step = 4
-    assert card_facts.evaluation(best)["eval_accuracy"] == 0.9
-    best.state.log_history = [*history, evaluated(8, 0.85)]  # afterwards, of the best weights
-    assert card_facts.evaluation(best)["eval_accuracy"] == 0.85
-    assert card_facts.evaluation(trainer_of([logged(4)])) == {}
+    assert results_of(trainer_of(history, 8)) == [("validation", "loss", 1 / 8, 8), ("validation", "accuracy", 0.8, 8)]
+    best = trainer_of([*history, evaluated(8, 0.95)], 4)
+    assert results_of(best, [Evaluation(best.state.log_history[-1], 4)])[1] == ("validation", "accuracy", 0.95, 4)
+    assert results_of(trainer_of(history, 4))[1] == ("validation", "accuracy", 0.9, 4)
+    assert results_of(trainer_of(history, 9))[1] == ("validation", "accuracy", 0.8, 8)
+    assert results_of(trainer_of([logged(4), END], 8)) == []
 
 
-def test_every_metric_is_in_the_model_index_whatever_is_known_of_the_data():
-    trainer = trainer_of([{"eval_a_loss": 0.5, "eval_a_f1": 0.7, "step": 4}, {"eval_a_b_f1": float("nan"), "step": 4}])
-    trainer.eval_dataset = {"a": 1, "a_b": 2}
-    unknown = {"name": None, "type": None, "config": None, "split": "validation"}
-    found = card_facts.results(trainer, "text-classification", unknown)
-    assert [(each.dataset_split, each.metric_type, each.metric_value) for each in found] == [
-        ("validation_a", "loss", 0.5),
-        ("validation_a", "f1", 0.7),
-        ("validation_a_b", "f1", "nan"),
+def test_several_evaluation_datasets_are_told_apart_though_one_name_begins_like_another():
+    history = [evaluated(4, 0.5, "eval_a"), evaluated(4, 0.6, "eval_a_b")]
+    assert [
+        each for each in results_of(trainer_of(history, 4, {"a": [1], "a_b": [1, 2]})) if each[1] == "accuracy"
+    ] == [
+        ("validation_a", "accuracy", 0.5, 4),
+        ("validation_a_b", "accuracy", 0.6, 4),
     ]
-    assert {each.dataset_type for each in found} == {"unknown"}
 
 
-def test_the_curve_has_a_line_for_each_evaluation_or_for_each_log_line():
-    lines = card_facts.curve([logged(2), logged(4), evaluated(4, 0.9), logged(8), evaluated(8, 0.8), END]).splitlines()
+def test_a_metric_of_any_kind_is_in_the_results():
+    values = {"f1": float("nan"), "by_class": np.array([0.5, float("inf")]), "counts": {"a": 1}, "note": "a|b\nc"}
+    history = [{**{f"eval_{name}": value for name, value in values.items()}, "eval_runtime": 1.0, "step": 4}]
+    found = evaluations.results(evaluations.evaluations(trainer_of(history, 4), []), 4, "task", RUN)
+    plain = {each.entry.metric_type: each.entry.metric_value for each in found}
+    assert plain == {"f1": "nan", "by_class": [0.5, "inf"], "counts": {"a": 1}, "note": "a|b\nc"}
+    assert [each.cells()[-1] for each in found] == ["nan", "[0.5, inf]", "{'a': 1}", "a\\|b c"]
+
+
+def test_the_curve_has_a_line_for_each_evaluated_step_or_for_each_log_line():
+    def curve(history, recorded=()):
+        found = evaluations.evaluations(trainer_of(history, 8), recorded)
+        return evaluations.curve(history, found).splitlines()
+
+    history = [logged(2), logged(4), evaluated(4, 0.9), evaluated(6, 0.7), logged(8), evaluated(8, 0.8), END]
+    lines = curve(history)
     assert lines[0] == "| step | epoch | loss | perturbed loss | sharpness | eval loss | eval accuracy |"
-    assert lines[2:] == [
+    expected = [
         "| 4 | 1 | 0.25 | 0.5 | 0.25 | 0.25 | 0.9 |",
+        "| 6 | 1.5 |  |  |  | 0.1667 | 0.7 |",
         "| 8 | 2 | 0.125 | 0.25 | 0.125 | 0.125 | 0.8 |",
     ]
-    assert len(card_facts.curve([logged(2), logged(4), END]).splitlines()) == 4
-    assert card_facts.curve([END]) == ""
-    long = card_facts.curve([logged(step) for step in range(1, 92)]).splitlines()
+    assert lines[2:] == expected
+    test, best = evaluated(8, 0.1, "test"), evaluated(8, 0.95)
+    afterwards = [Evaluation(test, 4, "test", None, {"split": "test"}), Evaluation(best, 4)]
+    expected[0] = "| 4 | 1 | 0.25 | 0.5 | 0.25 | 0.125 | 0.95 |"
+    assert curve([*history, test, best], afterwards)[2:] == expected
+    assert len(curve([logged(2), logged(4), END])) == 4
+    assert curve([END]) == []
+    long = curve([logged(step) for step in range(1, 92)])
     assert long[2].startswith("| 3 |") and long[-3].startswith("| 91 |") and len(long) == 2 + 23 + 2
     assert long[-1] == "Of the logged lines, one in 4 is shown."
+
+
+def card_of(trainer):
+    trainer.create_model_card()
+    return ModelCard.load(Path(trainer.args.output_dir) / "README.md")
+
+
+def results(card):
+    return {
+        (each.dataset_name, each.dataset_split, each.metric_type): each.metric_value for each in card.data.eval_results
+    }
+
+
+class Part(list):
+    """Samples with what `datasets.Dataset` says of itself."""
+
+    def __init__(self, rows, builder_name, config_name, split):
+        super().__init__(rows)
+        self.builder_name, self.config_name, self.split = builder_name, config_name, split
+
+
+def test_evaluations_are_credited_to_their_own_data(tmp_path):
+    trainer = trained(tmp_path, eval_dataset={"a": tiny.sentences(4, seed=2), "b": tiny.sentences(6, seed=3)})
+    trainer.card_facts.dataset, trainer.card_facts.dataset_split = "Reviews", "validation"
+    found = {}
+    for arguments, where in (
+        ((), ("Reviews", "validation_a")),
+        ((trainer.eval_dataset["b"],), ("Reviews", "validation_b")),
+        ((tiny.sentences(5, seed=4), None, "test"), ("Reviews", "test")),
+        ((tiny.sentences(5, seed=5),), ("another data set", None)),
+        ((tiny.sentences(5, seed=6), None, "hard_ones"), ("hard_ones", None)),
+        ((Part(tiny.sentences(5, seed=7), "imdb", "plain", "unsupervised"),), ("imdb", "unsupervised")),
+    ):
+        metrics = trainer.evaluate(*arguments)
+        prefix = "eval_a" if not arguments else arguments[2] if len(arguments) == 3 else "eval"
+        found[(*where, "loss")] = metrics[f"{prefix}_loss"]
+        if not arguments:
+            first_of_b = metrics["eval_b_loss"]
+    assert found[("Reviews", "validation_b", "loss")] == first_of_b
+    card = card_of(trainer)
+    assert results(card) == found
+    assert (
+        "| Reviews | validation_b | 6 | 2 | loss |" in card.text and "| hard_ones | evaluation | 5 | 2 |" in card.text
+    )
+    imdb = next(each for each in card.data.eval_results if each.dataset_name == "imdb")
+    assert (imdb.dataset_type, imdb.dataset_config) == ("imdb", "plain")
+    trainer.train()
+    assert results(card_of(trainer)) == {}, "these weights were not evaluated"
+
+
+@pytest.mark.parametrize(("accuracies", "step"), [([0.5, 0.9, 0.7, 0.4], 2), ([0.5, 0.6, 0.7, 0.9], 4)])
+def test_of_the_best_weights_the_card_says_all_that_it_says(tmp_path, accuracies, step):
+    best = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    accuracies = cycle(accuracies)
+    trainer = trained(
+        tmp_path,
+        eval_dataset=tiny.sentences(4, seed=2),
+        compute_metrics=lambda prediction: {"accuracy": next(accuracies)},
+        **best,
+        **{"max_steps": 4, "logging_steps": 1, "diagnostics_steps": 2, "learning_rate": 1e-2},
+    )
+    history = trainer.state.log_history
+    assert trainer.weights_step == trainer.state.best_global_step == step
+    metrics = trainer.evaluate()
+    card = card_of(trainer)
+    assert results(card)[("unknown", None, "loss")] == metrics["eval_loss"]
+    assert (f"- weights: those of step {step}, the best by accuracy\n" in card.text) == (step < 4)
+    sharpness = next(line["sharpness"] for line in history if line["step"] == step and "sharpness" in line)
+    assert f"mean over the last steps up to {step}: {sharpness:.4g}" in card.text
+    measured = [line for line in history if "held_out_sharpness" in line]
+    assert [line.get("weights_step") for line in measured] == [None, None, step if step < 4 else None]
+    assert f"at the weights of step {step}: sharpness {measured[-1]['held_out_sharpness']:.4g}" in card.text
+    assert "weights of step 2: sharpness" in (tmp_path / "checkpoint-3" / "README.md").read_text()
+
+
+def test_a_run_too_short_for_a_log_line_has_a_sharpness(tmp_path):
+    trainer = trained(tmp_path, logging_steps=100)
+    assert f"steps up to 2: {trainer.unlogged_means()['sharpness']:.4g}" in card_of(trainer).text
+
+
+def started_as(monkeypatch, argv, module=None):
+    spec = None if module is None else SimpleNamespace(name=module)
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -85,35 +205,43 @@ def test_the_curve_has_a_line_for_each_evaluation_or_for_each_log_line():
         (1, ["--word", "hf_abc"], "python glue/run.py --word HIDDEN"),
         (1, ["--key", "hf_abc"], "python glue/run.py --key HIDDEN"),
         (1, ["--key=hf_abc"], "python glue/run.py --key=HIDDEN"),
+        (1, ["--resume_from_checkpoint", "out/checkpoint-2", "--x", "1"], "python glue/run.py --x 1"),
+        (1, ["--x", "1", "--resume-from-checkpoint=true"], "python glue/run.py --x 1"),
+        (1, ["--resume_from_checkpoint", "--x", "1"], "python glue/run.py --x 1"),
     ],
 )
 def test_the_command_is_the_one_that_started_the_run_without_secrets(world_size, words, expected, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["glue/run.py", *words])
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    started_as(monkeypatch, ["glue/run.py", *words])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world_size))
     assert card_facts.command(world_size) == f"```bash\n{expected}\n```"
 
 
 def test_several_nodes_and_threads_are_in_the_command(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    started_as(monkeypatch, ["train.py"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert "OMP_NUM_THREADS=1 torchrun --nnodes 3 --nproc_per_node 2 train.py" in card_facts.command(6)
 
 
+def test_a_module_is_started_as_one(monkeypatch):
+    started_as(monkeypatch, ["/home/me/project/train.py", "--rho", "0.1"], module="project.train")
+    assert "\npython -m project.train --rho 0.1\n" in card_facts.command(1)
+    started_as(monkeypatch, ["/home/me/project/__main__.py"], module="project.__main__")
+    assert "\ntorchrun --nproc_per_node 2 -m project\n" in card_facts.command(2)
+
+
+@pytest.mark.parametrize("module", [None, "ipykernel_launcher"])
 @pytest.mark.parametrize("script", ["-c", "/usr/lib/python3/ipykernel_launcher.py"])
-def test_no_command_where_there_is_no_script(script, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [script])
+def test_no_command_where_there_is_no_script(script, module, monkeypatch):
+    started_as(monkeypatch, [script], module)
     assert card_facts.command(1).startswith("Not from a script")
 
 
-def trained(folder, recipe=None, model=tiny.bert, resume=None, **changes):
-    trainer = SAMPaTrainer(
-        model=model(),
-        recipe=recipe,
-        args=tiny.arguments(folder, max_steps=2, save_strategy="steps", save_steps=1, **changes),
-        train_dataset=tiny.sentences(8),
-    )
+def trained(folder, model=tiny.bert, resume=None, **changes):
+    others = {name: changes.pop(name) for name in ("recipe", "eval_dataset", "compute_metrics") if name in changes}
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **changes}
+    args = tiny.arguments(folder, **settings)
+    trainer = SAMPaTrainer(model=model(), args=args, train_dataset=tiny.sentences(16), **others)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -195,3 +323,78 @@ def test_the_form_that_peft_leaves_is_no_card_of_somebodys(tmp_path, caplog):
             assert not is_somebodys(file) and "More Information Needed" not in card.text
             assert card.data.library_name == "peft" and "sampa" in card.data.tags
             assert "from peft import AutoPeftModel" in card.text
+
+
+def test_what_is_told_after_a_checkpoint_reaches_the_metadata_of_the_next(tmp_path):
+    class Tells(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                trainer.card_facts.license, trainer.card_facts.dataset_tags = "mit", "user/reviews"
+
+    trainer = SAMPaTrainer(
+        model=tiny.bert(),
+        args=tiny.arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1),
+        train_dataset=tiny.sentences(8),
+        callbacks=[Tells()],
+    )
+    trainer.card_facts.tags = ["mine", "sam"]
+    trainer.train()
+    before, after = (ModelCard.load(tmp_path / f"checkpoint-{step}" / "README.md").data for step in (1, 2))
+    assert (before.license, before.datasets) == (None, None)
+    assert (after.license, after.datasets) == ("mit", ["user/reviews"])
+    for data in (before, after, card_of(trainer).data):
+        assert "mine" in data.tags and "sam" not in data.tags
+
+
+def test_a_fact_that_there_is_not_is_refused(tmp_path):
+    trainer = trained(tmp_path)
+    with pytest.raises(AttributeError, match="datset"):
+        trainer.card_facts.datset = "Reviews"
+    with pytest.raises(TypeError, match="datset"):
+        trainer.create_model_card(datset="Reviews")
+
+
+def test_a_base_model_in_a_folder_is_no_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("my-bert", "models--user--small-bert/snapshots/0a1b"):
+        tiny.bert().save_pretrained(tmp_path / place)
+    texts = {}
+    for base, told in {
+        "my-bert": None,
+        "./my-bert": None,
+        str(tmp_path / "my-bert"): None,
+        str(tmp_path / "models--user--small-bert" / "snapshots" / "0a1b"): None,
+        "no-folder": "user/told",
+        "none": "./told",
+    }.items():
+        trainer = trained(tmp_path / "out", max_steps=1)
+        trainer.model.config._name_or_path = base
+        trainer.card_facts.finetuned_from = told
+        card = card_of(trainer)
+        texts[base] = card.data.base_model, card.text.partition("# out\n\n")[2].partition(" It was trained with")[0]
+    data = "a data set that the run did not name"
+    began = f"This model was trained on {data}, starting from what the local folder `my-bert` held."
+    assert texts == {
+        "my-bert": (None, began),
+        "./my-bert": (None, began),
+        str(tmp_path / "my-bert"): (None, began),
+        str(tmp_path / "models--user--small-bert" / "snapshots" / "0a1b"): (
+            "user/small-bert",
+            f"This model is a fine-tuned version of [user/small-bert](https://huggingface.co/user/small-bert) on {data}.",
+        ),
+        "no-folder": (
+            "user/told",
+            f"This model is a fine-tuned version of [user/told](https://huggingface.co/user/told) on {data}.",
+        ),
+        "none": (None, began.replace("my-bert", "told")),
+    }
+
+
+def test_the_lines_that_load_the_model_run_where_the_card_is(tmp_path, monkeypatch):
+    trainer = trained(tmp_path)
+    trainer.save_model()
+    block = card_of(trainer).text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(block, found)
+    assert tiny.differing(found["model"].state_dict(), trainer.model.state_dict()) == []

@@ -30,6 +30,8 @@ An interrupted run goes on with `--resume_from_checkpoint true`. Metrics are wri
 folder, what was logged on the way to trainer_state.json.
 """
 
+from pathlib import Path
+
 import numpy as np
 from image_data import HUB_COLUMNS, ImageDataset, ImageTransform, corrupt_labels, load_image_task
 from sklearn.metrics import accuracy_score
@@ -79,10 +81,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     # 5. Training, and evaluation on the test images.
-    card = {"tasks": "image-classification", "dataset": data_args.dataset, "dataset_split": "test"}
-    card["finetuned_from"] = model_args.finetuned_from
+    card = {"tasks": "image-classification", "dataset_split": "test", "finetuned_from": model_args.finetuned_from}
     if data_args.data_dir is None:
-        card["dataset_tags"] = HUB_COLUMNS[data_args.dataset][0]
+        card |= {"dataset": data_args.dataset, "dataset_tags": HUB_COLUMNS[data_args.dataset][0]}
+    else:
+        folder = Path(data_args.data_dir).resolve().name
+        card["dataset"] = f"the local folder {folder} in the format of {data_args.dataset}"
     return train_and_score(trainer, **card)
 
 

@@ -168,14 +168,84 @@ def test_sharpness_and_eigenvalue_are_those_of_the_model_in_evaluation_mode(tmp_
     assert last["hessian_eigenvalue"] == pytest.approx(quotient, rel=2e-2)
 
 
-@pytest.mark.parametrize("name", ["every", "batches"])
+@pytest.mark.parametrize("name", ["every", "batches", "iterations", "tolerance", "radius"])
 def test_what_cannot_be_measured_is_refused(tmp_path, name):
     trainer = SAMPaTrainer(model=tiny.bert(), args=tiny.arguments(tmp_path), train_dataset=tiny.sentences(4))
-    with pytest.raises(ValueError, match=f"{name}: expected a whole number of at least 1, got 0"):
-        DiagnosticsCallback(trainer, **{name: 0})
-    with pytest.raises(
-        ValueError, match="diagnostics_steps: expected a whole number of steps, or 0 for never, got -1"
-    ):
-        tiny.arguments(tmp_path, diagnostics_steps=-1)
+    whole = name in ("every", "batches", "iterations")
+    expected = "a whole number of at least 1" if whole else "a finite number of at least 0"
+    for value in (0, 1.5, "2", True) if whole else (-0.1, "2", float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{name}: expected {expected}, got {value!r}"):
+            DiagnosticsCallback(trainer, **{name: value})
+    for value in (-1, 1.5, "2", True):
+        with pytest.raises(
+            ValueError, match="diagnostics_steps: expected a whole number of steps, or 0 for never, got"
+        ):
+            tiny.arguments(tmp_path, diagnostics_steps=value)
     with pytest.raises(ValueError, match="trainer: expected a SAMPaTrainer, got int"):
         DiagnosticsCallback(3)
+
+
+UNLABELLED = [{name: value for name, value in item.items() if name != "labels"} for item in tiny.sentences(8)]
+
+
+@pytest.mark.parametrize(
+    ("method", "eval_dataset", "own", "said"),
+    [
+        ("sampa", None, False, "only the look-ahead is measured, since the trainer has no eval_dataset"),
+        ("sam", None, False, "nothing is measured, since the trainer has no eval_dataset"),
+        (
+            "sampa",
+            {"a": tiny.sentences(8), "b": tiny.sentences(4)},
+            False,
+            "of the evaluation datasets the first, 'a',",
+        ),
+        ("sampa", tiny.sentences(8), True, "two callbacks measure. Leave out diagnostics_steps, or the callback"),
+        (
+            "sampa",
+            UNLABELLED,
+            False,
+            "nothing is measured on evaluation data without labels: The model did not return",
+        ),
+    ],
+)
+def test_what_is_not_measured_as_one_may_expect_is_said_once(tmp_path, caplog, method, eval_dataset, own, said):
+    trainer = SAMPaTrainer(
+        model=tiny.bert(),
+        args=tiny.arguments(tmp_path, max_steps=3, diagnostics_steps=1, method=method),
+        train_dataset=tiny.sentences(16),
+        eval_dataset=eval_dataset,
+    )
+    if own:
+        trainer.add_callback(DiagnosticsCallback(trainer, every=2))
+    with tiny.transformers_log(caplog):
+        trainer.train()
+    # By identity: pytest may see one record twice.
+    found = {id(record): record.getMessage() for record in caplog.records if "Diagnostics: " in record.getMessage()}
+    assert len(found) == 1 and said in next(iter(found.values()))
+    held_out = [line for line in trainer.state.log_history if "held_out_loss" in line]
+    assert len(held_out) == (0 if eval_dataset in (None, UNLABELLED) else 4 + 3 * own)
+    assert trainer.state.global_step == 3
+
+
+class WithLossOfItsOwn(torch.nn.Module):
+    """Reads no labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        loss = ((x * self.weight - 1) ** 2).mean()
+        return {"loss": loss, "out": x}
+
+
+def test_a_model_that_needs_no_labels_is_measured(tmp_path):
+    samples = [{"x": torch.full((3,), float(i))} for i in range(8)]
+    trainer = SAMPaTrainer(
+        model=WithLossOfItsOwn(),
+        args=tiny.arguments(tmp_path, max_steps=2, diagnostics_steps=1),
+        train_dataset=samples,
+        eval_dataset=samples,
+    )
+    trainer.train()
+    assert len([line for line in trainer.state.log_history if "hessian_eigenvalue" in line]) == 3
