@@ -117,7 +117,8 @@ class PublishMixin:
 
     def _save(self, output_dir=None, state_dict=None):
         card = Path(output_dir or self.args.output_dir) / "README.md"
-        before = card.read_bytes() if card.exists() else None
+        # Trainer calls this on all processes, of which one writes.
+        before = card.read_bytes() if self.args.should_save and card.exists() else None
         super()._save(output_dir, state_dict)
         if before is not None:
             card.write_bytes(before)  # peft adds to any card that it finds

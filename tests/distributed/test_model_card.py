@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
+import torch.distributed as dist
 from huggingface_hub import ModelCard
+from transformers import Trainer
 
 from hf_sampa import SAMPaTrainer
 from tests import tiny
@@ -35,3 +39,31 @@ def test_the_card_of_a_run_on_two_processes(tmp_path, method, batch_size):
     processes = "2: 1 at perturbed and 1 at look-ahead weights" if method == "sampa" else "2, data parallel"
     assert f"- processes: {processes}\n" in text
     assert ("xie2024sampa" in text) == (method == "sampa") and ("foret2021" in text) == (method == "sam")
+
+
+def saves_while_the_card_is_written(folder):
+    """The second process saves while the first, which it does not wait for, is in the middle of writing the card."""
+    trainer = SAMPaTrainer(
+        model=tiny.bert(), args=tiny.arguments(folder, max_steps=1), train_dataset=tiny.sentences(18)
+    )
+    card = folder / "README.md"
+    if trainer.is_world_process_zero():
+        card.write_text("half of it")
+    dist.barrier()
+    if not trainer.is_world_process_zero():
+        save = Trainer._save
+
+        def finished_meanwhile(self, *args):
+            save(self, *args)
+            card.write_text("all of it")
+
+        with patch.object(Trainer, "_save", finished_meanwhile):
+            trainer._save(folder)
+    dist.barrier()
+    return card.read_text()
+
+
+def test_a_process_that_does_not_save_does_not_touch_the_card(tmp_path):
+    (tmp_path / "out").mkdir()
+    found = run_ranks(saves_while_the_card_is_written, 2, tmp_path / "out", folder=tmp_path / "ranks")
+    assert found == ["all of it"] * 2

@@ -142,8 +142,9 @@ def test_glue_on_two_processes_is_pushed_by_one_and_scores_the_same(hub, tmp_pat
     found = {each.metric_type: each for each in card.data.eval_results}
     assert found["accuracy"].metric_value == results["eval_accuracy"]
     assert found["loss"].metric_value == results["eval_loss"]
-    assert (found["accuracy"].task_type, found["accuracy"].dataset_name) == ("text-classification", "GLUE sst2")
-    assert (found["accuracy"].dataset_config, found["accuracy"].dataset_split) == ("sst2", "validation")
+    assert (found["accuracy"].task_type, found["accuracy"].dataset_split) == ("text-classification", "validation")
+    assert found["accuracy"].dataset_name == "the local folder sample in the format of GLUE sst2"
+    assert f"| validation | 50 | 4 | accuracy | {results['eval_accuracy']:.4g} |" in card.text
     assert {"sampa", "sharpness-aware-minimization", "arxiv:2410.10683", "arxiv:2309.15639"} <= set(card.data.tags)
     assert "sam" not in card.data.tags
     for line in (
@@ -161,4 +162,4 @@ def test_glue_on_two_processes_is_pushed_by_one_and_scores_the_same(hub, tmp_pat
     assert hub.token not in card.text and "HIDDEN" in card.text
     assert "largest Hessian eigenvalue" in card.text
     assert "More information needed" not in card.text
-    assert 'AutoModelForSequenceClassification.from_pretrained("user/sst2")' in card.text
+    assert 'name = "user/sst2"\nmodel = AutoModelForSequenceClassification.from_pretrained(name)' in card.text
