@@ -94,6 +94,14 @@ def test_replicas_measure_the_whole_update_batch(tmp_path):
             assert line == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_resumed_run_measures_what_one_that_was_never_stopped_does(tmp_path):
+    _, whole = train(tmp_path / "whole", "batch norm", 2, save_strategy="steps", save_steps=1)
+    for step in (2, 3):
+        checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
+        _, resumed = train(tmp_path / "resumed", "batch norm", 2, resume=checkpoint)
+        assert resumed == whole and len(whole) > 3
+
+
 class Direct(TrainerCallback):
     """Computes the gradient at x_t once more, by itself, for a model without dropout."""
 
