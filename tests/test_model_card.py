@@ -11,7 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from transformers import TrainerCallback
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
 
 from hf_sampa import SAMPaTrainer, card_facts, evaluations
 from hf_sampa.evaluations import Evaluation
@@ -390,11 +399,44 @@ def test_a_base_model_in_a_folder_is_no_link(tmp_path, monkeypatch):
     }
 
 
-def test_the_lines_that_load_the_model_run_where_the_card_is(tmp_path, monkeypatch):
-    trainer = trained(tmp_path)
+def small(kind, config_class, **changes):
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 8,
+        "d_model": 8,
+        "num_layers": 1,
+        "num_heads": 1,
+        "n_layer": 1,
+        "n_head": 1,
+    }
+    return kind(config_class(**{**sizes, "n_embd": 8, "d_kv": 8, "d_ff": 8, **changes}))
+
+
+def adapted_bert(folder):
+    tiny.bert().save_pretrained(folder / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+    return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda _: tiny.bert(), "AutoModelForSequenceClassification"),
+        (adapted_bert, "AutoPeftModelForSequenceClassification"),
+        (lambda _: small(GPT2LMHeadModel, GPT2Config), "AutoModelForCausalLM"),
+        (lambda _: small(T5ForConditionalGeneration, T5Config), "AutoModelForSeq2SeqLM"),
+        (lambda _: small(T5EncoderModel, T5Config), "AutoModelForTextEncoding"),
+    ],
+)
+@pytest.mark.filterwarnings("default:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_lines_that_load_the_model_make_the_same_one(tmp_path, monkeypatch, make, expected):
+    model = make(tmp_path)
+    trainer = SAMPaTrainer(model=model, args=tiny.arguments(tmp_path), train_dataset=tiny.sentences(8))
     trainer.save_model()
     block = card_of(trainer).text.partition("```python\n")[2].partition("```")[0]
+    assert f" import {expected}\n" in block
     monkeypatch.chdir(tmp_path)
     found = {}
     exec(block, found)
-    assert tiny.differing(found["model"].state_dict(), trainer.model.state_dict()) == []
+    assert type(found["model"]) is type(model)
+    assert tiny.differing(found["model"].state_dict(), model.state_dict()) == []
