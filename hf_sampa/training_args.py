@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -57,6 +57,8 @@ class SAMPaArgumentsMixin:
     """
 
     METHODS: ClassVar[tuple[str, ...]] = ("sampa", "sam")
+    _from_variant: ClassVar[list[str]] = []  # what was not given; in files from before there was such a list, nothing
+    _defaults: ClassVar[dict[str, Any]] = {}
 
     method: str = field(
         default="sampa",
@@ -117,11 +119,8 @@ class SAMPaArgumentsMixin:
     def __post_init__(self):
         self._refuse_sharding()
         self.variant_args = parse_arguments(self.variant_args)
-        chosen = find(self.variant)
-        self.variant = chosen.name
-        self.rho = chosen.rho if self.rho is None else self.rho
-        if self.lmbda is None:
-            self.lmbda = 0.2 if chosen.lmbda is None else chosen.lmbda
+        self._from_variant = [name for name in ("variant_args", "rho", "lmbda") if getattr(self, name) in (None, {})]
+        self._take_defaults()
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
@@ -142,6 +141,20 @@ class SAMPaArgumentsMixin:
         """What a step is made of. Raises ValueError for unknown or impossible arguments of the variant."""
         return find(self.variant).recipe(self.variant_args)
 
+    def _take_defaults(self) -> None:
+        """Set what was not given to the variant's own; anew, where another one was set since, as a search over them does."""
+        chosen = find(self.variant)
+        self.variant = chosen.name
+        defaults = {
+            "variant_args": chosen.complete({}),
+            "rho": chosen.rho,
+            "lmbda": 0.2 if chosen.lmbda is None else chosen.lmbda,
+        }
+        for name in self._from_variant:
+            if getattr(self, name) in (None, {}, self._defaults.get(name)):
+                setattr(self, name, defaults[name])
+        self._defaults = defaults
+
     def _refuse_sharding(self) -> None:
         for name, setting in {"DeepSpeed": self.deepspeed, "FSDP": self.fsdp}.items():
             if setting or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1"):
@@ -154,6 +167,7 @@ class SAMPaArgumentsMixin:
         """Raise ValueError where a setting is out of range; a hyperparameter search sets them after construction."""
         if self.method not in self.METHODS:
             raise ValueError(f"method: expected one of {', '.join(self.METHODS)}, got {self.method!r}.")
+        self._take_defaults()
         if not (
             isinstance(self.rho, int | float)
             and not isinstance(self.rho, bool)

@@ -436,3 +436,24 @@ def test_the_cosine_of_shards_is_a_cosine(tmp_path, method):
 
 def test_the_spelling_of_a_variant_is_not_part_of_it(tmp_path):
     assert tiny.arguments(tmp_path, variant="SAM-ON").variant == "sam_on"
+
+
+def test_a_variant_that_is_set_later_brings_its_own_defaults(tmp_path):
+    """As a hyperparameter search sets it."""
+
+    def after(*variants, **given):
+        args = tiny.arguments(tmp_path, rho=None, **given)
+        for name in variants:
+            args.variant = name
+            args.check_settings()
+        return args.variant, args.rho, args.lmbda, args.variant_args
+
+    assert after("asam") == ("asam", 0.5, 0.2, {"eta": 0.01})
+    assert after("asam", "vasso", "sampa-0") == ("sampa_0", 0.05, 0.0, {})
+    assert after("optgd", "sam") == ("sam", 0.05, 0.2, {})
+    args = tiny.arguments(tmp_path, rho=0.3, lmbda=0.1)
+    args.variant = "asam"
+    args.check_settings()
+    assert (args.rho, args.lmbda, args.variant_args) == (0.3, 0.1, {"eta": 0.01})
+    with pytest.raises(ValueError, match="'vasso' has no argument 'eta'"):
+        after("vasso", variant="asam", variant_args={"eta": 0.1})
