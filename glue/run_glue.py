@@ -136,6 +136,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         folder = Path(glue_args.data_dir).resolve().name
         card["dataset"] = f"the local folder {folder} in the format of GLUE {task.name}"
+    card["remarks"] = [f"inputs are truncated to {glue_args.max_length} tokens"]
+    if glue_args.max_train_samples is not None:
+        card["remarks"].append(f"trained on the first {len(data['train'])} examples only")
     return train_and_score(trainer, **card)
 
 

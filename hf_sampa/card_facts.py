@@ -1,21 +1,17 @@
-"""What a model card says of a run: what it was told, hyperparameters, cost, and how to run it again."""
+"""What a model card says of a run: what it was told, hyperparameters, sharpness and cost."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
-import re
-import shlex
-import sys
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from transformers import Trainer
 
+from .diagnostics import DiagnosticsCallback
+from .started import is_secret
 
-PACKAGES = ("hf_sampa", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft")
+
 # Listed always, and first.
 MAIN = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "data_seed")
 # Where things are, who is told and what is shown: not part of what was computed.
@@ -23,8 +19,27 @@ NOT_OF_THE_COMPUTATION = (
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica", "resume_from_checkpoint"),
     *("do_train", "do_eval", "do_predict", "eval_on_start", "deepspeed", "fsdp", "fsdp_config", "accelerator_config"),
     *("overwrite_output_dir", "num_train_epochs", "max_steps", "data_dir", "average_tokens_across_devices", "trackio_space_id", "lmbda", "diagnostics_steps"),
+    *("optim", "optim_args", "bf16", "fp16", "batch_size"),
     *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
 )  # fmt: skip
+# How a step is computed; learning rate and weight decay have lines of their own.
+NOT_OF_THE_OPTIMIZATION = {
+    "lr",
+    "decoupled_weight_decay",
+    "weight_decay",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+}
+NOT_OF_THE_ADAPTER = (
+    "peft_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+)
 PREFIXES_NOT_OF_THE_COMPUTATION = (
     "hub_",
     "push_to_hub",
@@ -35,7 +50,6 @@ PREFIXES_NOT_OF_THE_COMPUTATION = (
     "ddp_",
     "local_rank",
 )
-SECRET = re.compile(r"(^|[-_])(token|key|secret|password|credentials?)$", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -53,6 +67,10 @@ class CardFacts:
         tags: more of them.
         finetuned_from: the base model, on the Hub or in a folder; by default where the model was loaded from.
         model_name: by default the name of the output folder.
+        remarks: sentences on the training that nothing else says, what was done to the data for instance.
+
+    Raises:
+        TypeError: a fact is neither text nor, where there can be several, a list of texts.
     """
 
     dataset: str | list[str] | None = None
@@ -65,16 +83,28 @@ class CardFacts:
     tags: str | list[str] | None = None
     finetuned_from: str | None = None
     model_name: str | None = None
+    remarks: str | list[str] | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        several = "list" in type(self).__annotations__.get(name, "")
+        values = value if isinstance(value, list) and several else [value]
+        if value is not None and not all(isinstance(each, str) for each in values):
+            raise TypeError(
+                f"{name}: expected text{' or a list of texts' if several else ''} for the model card, got {value!r}."
+            )
+        object.__setattr__(self, name, value)
 
     def for_trainer(self) -> dict[str, Any]:
         """Arguments of `Trainer.create_model_card`, which changes lists that it is given: copies."""
-        return {name: fact for name, fact in dataclasses.asdict(self).items() if name != "dataset_split"}
+        return {
+            name: fact for name, fact in dataclasses.asdict(self).items() if name not in ("dataset_split", "remarks")
+        }
 
 
 def at_the_end(trainer: Trainer, seconds_per_step: float | None) -> list[str]:
     """Which weights these are, how sharp the loss is around them, and time per step."""
     state, step = trainer.state, trainer.weights_step
-    lines = [f"steps: {state.global_step}, epochs: {state.epoch or 0:.4g}"]
+    lines = [f"steps: {state.global_step}, epochs: {state.epoch or 0:.4g}", *trainer.continued]
     if step != state.global_step:
         lines.append(f"weights: those of step {step}, the best by {trainer.args.metric_for_best_model}")
     training, measured = (_last_up_to(step, state.log_history, name) for name in ("sharpness", "held_out_sharpness"))
@@ -87,12 +117,21 @@ def at_the_end(trainer: Trainer, seconds_per_step: float | None) -> list[str]:
         )
     if measured:
         lines.append(
-            f"on held-out batches, at the weights of step {_weights_step(measured)}: sharpness "
+            f"on held-out batches, at the weights of step {_weights_step(measured)}: sharpness{_radius(trainer)} "
             f"{measured['held_out_sharpness']:.4g}, largest Hessian eigenvalue {measured['hessian_eigenvalue']:.4g}"
         )
     if seconds_per_step is not None:
         lines.append(f"seconds per step: {seconds_per_step:.4g}")
     return lines
+
+
+def _radius(trainer: Trainer) -> str:
+    """At which radius the sharpness was measured, and on how much, where that is known."""
+    found = [each for each in trainer.callback_handler.callbacks if isinstance(each, DiagnosticsCallback)]
+    if not found:
+        return ""
+    radius = trainer.args.rho if found[0].radius is None else found[0].radius
+    return f" (radius {radius:g}, {found[0].batches} batch{'es' if found[0].batches > 1 else ''})"
 
 
 def _last_up_to(step: int, history: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
@@ -115,6 +154,7 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
         else f"{mesh.world_size}, data parallel"
     )
     found = {name: getattr(args, name) for name in MAIN if getattr(args, name) is not None}
+    found |= optimization(trainer)
     found |= {
         "method": args.method,
         "timing": "parallel, as in SAMPa" if args.method == "sampa" else "sequential, as in SAM",
@@ -127,17 +167,22 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "eval_batch_size_per_process": args.per_device_eval_batch_size,
         **({"training_steps": args.max_steps} if args.max_steps > 0 else {"num_epochs": args.num_train_epochs}),
-        "optimizer": _optimizer(args),
+        "mixed_precision": trainer.accelerator.mixed_precision,
+        **_adapters(trainer.model),
     }
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
-        hidden = name in NOT_OF_THE_COMPUTATION or name.startswith(PREFIXES_NOT_OF_THE_COMPUTATION) or "token" in name
+        hidden = (
+            name in NOT_OF_THE_COMPUTATION
+            or name.startswith(PREFIXES_NOT_OF_THE_COMPUTATION)
+            or is_secret(name, value)
+        )
         if name in found or hidden or name.startswith("adam_"):
             continue
         default = _default(field)
         if value != default and (value or default):  # nothing is nothing, whether False, None or an empty list
             found[name] = value
-    return {name: getattr(value, "value", value) for name, value in found.items()}
+    return {name: " ".join(str(getattr(value, "value", value)).split()) for name, value in found.items()}
 
 
 def _recipe(trainer: Trainer) -> dict[str, str]:
@@ -148,63 +193,43 @@ def _recipe(trainer: Trainer) -> dict[str, str]:
     return {"variant": trainer.args.variant, "variant_args": arguments or "none"}
 
 
-def _optimizer(args: Any) -> str:
-    name = getattr(args.optim, "value", args.optim)
-    if "adam" not in name:
-        return f"{name} {args.optim_args or ''}".strip()
-    return f"{name}, betas ({args.adam_beta1}, {args.adam_beta2}), epsilon {args.adam_epsilon} {args.optim_args or ''}".strip()
+def computation(trainer: Trainer) -> dict[str, str]:
+    """The hyperparameters that decide what is computed; not on how many processes, nor for how long."""
+    found = hyperparameters(trainer, trainer.get_total_train_batch_size(trainer.args))
+    apart = ("processes", "timing", "eval_batch_size_per_process", "training_steps", "num_epochs")
+    return {name: value for name, value in found.items() if name not in apart}
+
+
+def optimization(trainer: Trainer) -> dict[str, Any]:
+    """Optimizer, learning rate, weight decay and schedule, as they are and not as the arguments would have them."""
+    if trainer.optimizer is None:
+        return {}
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    groups, names = optimizer.param_groups, optimizer.defaults.keys() - NOT_OF_THE_OPTIMIZATION
+
+    def values(name: str) -> str:
+        return " or ".join(dict.fromkeys(str(group[name]) for group in groups if name in group))
+
+    options = [
+        f"{name} {value}" for name in sorted(names) if (value := values(name)) not in ("", "None", "False", "0")
+    ]
+    found = {"learning_rate": values("initial_lr") or values("lr"), "weight_decay": values("weight_decay")}
+    schedule = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
+    if schedule is not None and not getattr(trainer, "_created_lr_scheduler", False):
+        found["lr_scheduler_type"] = type(schedule).__name__
+    return {**found, "optimizer": ", ".join([type(optimizer).__name__, *options])}
+
+
+def _adapters(model: Any) -> dict[str, str]:
+    """Settings of peft's adapters, as far as they are not peft's own."""
+    found = {}
+    for name, config in getattr(model, "peft_config", {}).items():
+        fields = {field.name: (getattr(config, field.name), _default(field)) for field in dataclasses.fields(config)}
+        kept = {k: v for k, (v, default) in fields.items() if v != default and k not in NOT_OF_THE_ADAPTER}
+        parts = [f"{k} {sorted(v) if isinstance(v, set) else v}" for k, v in kept.items()]
+        found[f"adapter {name}"] = ", ".join([config.peft_type.value, *parts])
+    return found
 
 
 def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def command(world_size: int) -> str:
-    """How this process, and its peers, were started; without secrets.
-
-    A run that was continued computed what one computes that was never stopped, so that is what the command starts.
-    """
-    script = _script()
-    if script is None:
-        return "Not from a script: the hyperparameters above are arguments of `SAMPaTrainingArguments`."
-    start = ["python"]
-    if world_size > 1:
-        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        nodes = ["--nnodes", str(world_size // on_this_node)] if world_size > on_this_node else []
-        start = ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
-    threads = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} " if "OMP_NUM_THREADS" in os.environ else ""
-    return f"```bash\n{threads}{shlex.join([*start, *script, *_words(sys.argv[1:])])}\n```"
-
-
-def _script() -> list[str] | None:
-    """The script or ``-m`` and the module that Python runs; None for a notebook or an interpreter."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None:
-        return None if "ipykernel" in spec.name else ["-m", spec.name.removesuffix(".__main__")]
-    return [sys.argv[0]] if sys.argv[0].endswith(".py") and "ipykernel" not in sys.argv[0] else None
-
-
-def _words(given: list[str]) -> list[str]:
-    words, before = [], ""  # the option that has no value yet
-    for word in given:
-        name, equals, value = word.partition("=")
-        option = word.startswith("-") and not SECRET.search(before)
-        if (name if option else before).replace("-", "_") == "__resume_from_checkpoint":
-            pass
-        elif word.startswith("hf_") or (SECRET.search(before) and not option):
-            words.append("HIDDEN")
-        else:
-            words.append(f"{name}=HIDDEN" if equals and (SECRET.search(name) or value.startswith("hf_")) else word)
-        before = word if option and not equals else ""
-    return words
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that a run rests on, those that are installed."""
-    found = {"Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

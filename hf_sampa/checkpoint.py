@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+
+logger = get_logger(__name__)
 
 MANIFEST, TENSORS, RECIPE = "sampa.json", "sampa.safetensors", "sampa_recipe.pt"
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME
@@ -134,6 +138,29 @@ def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
         f"resume_from_checkpoint=True expected a whole checkpoint in {output_dir}, but found "
         + (f"only unusable ones: {' '.join(problems)}" if problems else "none. Start without it.")
     )
+
+
+def load_every_tensor(model: torch.nn.Module, folder: str) -> None:
+    """Load the weights in `folder` into `model` by way of `from_pretrained`, which knows renamed keys and tied weights.
+
+    Upstream loads by ``load_state_dict(strict=False)`` and only warns (transformers #43701, #48805): for ViT, whose
+    keys are renamed on saving, most tensors would silently stay as they were.
+
+    Raises ValueError where a tensor of the model or of the folder has no counterpart.
+    """
+    problems: dict[str, Any] = {"reason": "the model is no PreTrainedModel, and its keys differ from the file's"}
+    if isinstance(model, PreTrainedModel):
+        loaded, info = type(model).from_pretrained(
+            folder, config=model.config, dtype=torch.float32, output_loading_info=True
+        )
+        problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if problems:
+        raise ValueError(
+            f"Expected every tensor of the model in {folder}, and none besides, but got {problems}. These are weights "
+            "of another model; load them into the one that wrote them."
+        )
+    model.load_state_dict(loaded.state_dict())
+    logger.info(f"Loaded all {len(loaded.state_dict())} tensors of {folder} by way of from_pretrained.")
 
 
 def changed(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from .batches import MicroBatch
 from .buckets import Buckets
@@ -65,7 +66,7 @@ class DiagnosticsCallback(TrainerCallback):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}.")
         for name, value in {"tolerance": tolerance, "radius": 0.0 if radius is None else radius}.items():
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}.")
         if not hasattr(trainer, "lookahead_error"):
             raise ValueError(f"trainer: expected a SAMPaTrainer, got {type(trainer).__name__}.")
@@ -74,15 +75,17 @@ class DiagnosticsCallback(TrainerCallback):
         self._held_out: list[MicroBatch] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        dataset, handler = self.trainer.eval_dataset, self.trainer.callback_handler
-        if dataset is None:
+        dataset, callbacks = self.trainer.eval_dataset, self.trainer.callback_handler.callbacks
+        if not any(each is self for each in callbacks):
+            raise ValueError("trainer: expected the one that the callback was added to, got another.")
+        if dataset is None or (has_length(dataset) and not len(dataset)):
             what = "only the look-ahead is" if args.method == "sampa" else "nothing is"
             logger.warning(f"Diagnostics: {what} measured, since the trainer has no eval_dataset.")
         elif isinstance(dataset, dict) and len(dataset) > 1:
             logger.warning(
                 f"Diagnostics: of the evaluation datasets the first, {next(iter(dataset))!r}, is measured on."
             )
-        if [each for each in handler.callbacks if isinstance(each, DiagnosticsCallback)][0] is not self:
+        if [each for each in callbacks if isinstance(each, DiagnosticsCallback)][0] is not self:
             logger.warning(
                 "Diagnostics: two callbacks measure. Leave out diagnostics_steps, or the callback of your own."
             )
@@ -144,7 +147,7 @@ class DiagnosticsCallback(TrainerCallback):
         """The first evaluation batches, the same on every process; read once. An empty list without any."""
         if self._held_out is None:
             dataset, self._held_out = self.trainer.eval_dataset, []
-            if dataset is not None:
+            if dataset is not None and not (has_length(dataset) and not len(dataset)):
                 name = next(iter(dataset)) if isinstance(dataset, dict) else None
                 loader = self.trainer.get_eval_dataloader(name)
                 loader = getattr(loader, "unprepared", loader)  # not one process's part

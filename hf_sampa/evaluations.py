@@ -66,7 +66,7 @@ def record(
         dataset = own.get(name)
     else:
         name = next((name for name, each in own.items() if each is dataset), None)
-    other = _other(dataset, prefix.removeprefix("eval_")) if name is None else {}
+    other = _other(dataset, prefix.removeprefix("eval_"), split_of(dataset, trainer)) if name is None else {}
     return Evaluation(line, trainer.weights_step, prefix, name, other, _length(dataset))
 
 
@@ -74,13 +74,19 @@ def _own(trainer: Trainer) -> dict[str, Any]:
     return trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
 
 
+def split_of(dataset: Any, trainer: Trainer) -> str | None:
+    """The split that `dataset` says it is; None where that is the training data's, of which it is a part then."""
+    split, train = (getattr(each, "split", None) for each in (dataset, trainer.train_dataset))
+    return None if split is None or (str(split) == str(train) and dataset is not trainer.train_dataset) else str(split)
+
+
 def _length(dataset: Any) -> int | None:
     return len(dataset) if has_length(dataset) else None
 
 
-def _other(dataset: Any, prefix: str) -> dict[str, str | None]:
-    builder, split = getattr(dataset, "builder_name", None), getattr(dataset, "split", None)
-    found = {} if split is None else {"split": str(split)}
+def _other(dataset: Any, prefix: str, split: str | None) -> dict[str, str | None]:
+    builder = getattr(dataset, "builder_name", None)
+    found = {} if split is None else {"split": split}
     if builder and builder not in FILES:
         return {"name": builder, "type": builder, "config": dataset.config_name, **found}
     if prefix in SPLITS:
@@ -153,7 +159,7 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, int | str) else str(value)
+    return value if isinstance(value, int | str) else str(value)
 
 
 def cell(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import shutil
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -56,10 +55,12 @@ class PublishMixin:
 
     Attributes:
         card_facts: what cards are to say that a run cannot know; set its attributes.
+        continued: sentences on parts of the run that were of other settings, or of plain Trainer.
         weights_step: the step whose weights the model holds: the last, or the best where that was loaded at the end.
     """
 
     card_facts: CardFacts
+    continued: list[str]
     _clock: StepClock
     _evaluations: list[Evaluation]
     _best_step: int | None = None
@@ -70,7 +71,7 @@ class PublishMixin:
         return self.state.global_step if self._best_step is None else self._best_step
 
     def _prepare_for_training(self, *args, **kwargs):
-        self._evaluations, self._best_step = [], None
+        self._evaluations, self._best_step, self.continued = [], None, []
         return super()._prepare_for_training(*args, **kwargs)
 
     def _load_best_model(self):
@@ -97,23 +98,26 @@ class PublishMixin:
         if not self.is_world_process_zero():
             return
         file = Path(self.args.output_dir) / "README.md"
-        if model_card.is_somebodys(file):
-            logger.warning(
-                f"{file} is left as it is, since somebody wrote or changed it. Remove it to have it written anew."
-            )
+        whose = (
+            "somebody wrote or changed it"
+            if model_card.is_somebodys(file)
+            else "it is of a run, and this trainer of none"
+        )
+        if model_card.is_somebodys(file) or (self.sampa is None and model_card.is_of_a_run(file)):
+            logger.warning(f"{file} is left as it is, since {whose}. Remove it to have it written anew.")
             return
         if hasattr(self.model, "config"):  # upstream knows of configurations only
             super().create_model_card(**facts.for_trainer())
             self._known = facts, ModelCard.load(file).data
-        self._write_card(file, facts)
+        self._write_card(file, facts, self.hub_model_id)
 
-    def _write_card(self, file: Path, facts: CardFacts) -> None:
+    def _write_card(self, file: Path, facts: CardFacts, repository: str | None = None) -> None:
         if self._known is None or self._known[0] != facts:
             data = ModelCardData()
             if hasattr(self.model, "config"):
                 data = ModelCardData(**TrainingSummary.from_trainer(self, **facts.for_trainer()).create_metadata())
             self._known = copy.deepcopy(facts), data
-        model_card.write(file, self, copy.deepcopy(self._known[1]), facts, self._clock.mean)
+        model_card.write(file, self, copy.deepcopy(self._known[1]), facts, repository, self._clock.mean)
 
     def _save(self, output_dir=None, state_dict=None):
         card = Path(output_dir or self.args.output_dir) / "README.md"
@@ -126,9 +130,16 @@ class PublishMixin:
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
             card = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / "README.md"
-            if not model_card.is_somebodys(card):
-                self._write_card(card, self.card_facts)
+            self._try_to_write_card(card)
         super()._save_checkpoint(model, trial)
+
+    def _try_to_write_card(self, file: Path, repository: str | None = None) -> None:
+        """Write a card during the training, which it does not end if it cannot be written; not over somebody's."""
+        try:
+            if not model_card.is_somebodys(file):
+                self._write_card(file, self.card_facts, repository)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # of what people told or measured
+            logger.warning(f"There is no card in {file.parent}: {type(error).__name__}: {error}")
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if not self.is_world_process_zero():
@@ -136,8 +147,8 @@ class PublishMixin:
         running = self.push_in_progress
         before = list(running.jobs) if running else []
         card = Path(self.args.output_dir) / "README.md"
-        if (running is None or running.is_done()) and not model_card.is_somebodys(card):
-            shutil.copy(Path(checkpoint_folder) / "README.md", card)
+        if running is None or running.is_done():
+            self._try_to_write_card(card, self.hub_model_id)
         super()._push_from_checkpoint(checkpoint_folder)
         for job in self.push_in_progress.jobs if self.push_in_progress else []:
             if job not in before:
@@ -148,7 +159,7 @@ def _report(job: Future) -> None:
     """Say what became of a push; nobody else looks at it."""
     if not job.cancelled() and (error := job.exception()) is not None:
         logger.error(
-            f"A push to the Hub failed: {type(error).__name__}: {error}. The checkpoint is where it was saved, the training goes "
-            "on, and the next save pushes again.",
+            f"A push to the Hub failed: {type(error).__name__}: {error}. The checkpoint is where it was saved; the next save, or "
+            "push_to_hub(), pushes again.",
             main_process_only=False,
         )

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers import PreTrainedModel
+from transformers import TrainerState
 
 from . import checkpoint
 from .batches import UpdateStream
+from .card_facts import computation
 from .sampa import SAMPa
 from .sharding import ShardedSAMPa
 
@@ -76,6 +77,8 @@ class ResumeMixin:
             "settings": self._settings(),
             "recipe": self._recipe_settings(),
             "optimizer": self._optimizer_name(),
+            "computation": computation(self),
+            "continued": self.continued,
             "stream": self._stream_settings(),
             "position": position,
             "ascent": ascent,
@@ -143,6 +146,7 @@ class ResumeMixin:
             logger.warning(
                 f"{folder} holds no state of SAMPa, as plain Trainer leaves it: g_t is computed at its weights."
             )
+            self.continued = [f"steps 1 to {self._steps_of(folder)} were plain Trainer's"]
             return
         if differing := checkpoint.changed(found["stream"], self._stream_settings()):
             raise ValueError(
@@ -156,6 +160,15 @@ class ResumeMixin:
             )
         for difference in checkpoint.changed(found["settings"], self._settings()):
             logger.warning(f"Resuming with a changed setting, {difference}.")
+        self.continued = found.get("continued", [])
+        if (
+            differing := checkpoint.changed(found.get("computation", {}), computation(self))
+            if "computation" in found
+            else []
+        ):
+            self.continued += [
+                f"continued after step {self._steps_of(folder)} with other settings: {'; '.join(differing)}"
+            ]
         self.sampa.skipped_steps, self.sampa.skipped_in_a_row = found["skipped"]["steps"], found["skipped"]["in_a_row"]
         self._unlogged = found["unlogged"]
         self._expected = None if self.args.ignore_data_skip else found["position"]["fingerprints"]
@@ -165,6 +178,9 @@ class ResumeMixin:
             return
         if isinstance(self.sampa, SAMPa):
             self.sampa.load_state_dict(checkpoint.read_tensors(Path(folder)), found["ascent"])
+
+    def _steps_of(self, folder: str) -> int:
+        return TrainerState.load_from_json(str(Path(folder) / checkpoint.TRAINER_STATE)).global_step
 
     def _check_optimizer(self, folder: str, found: dict[str, Any]) -> None:
         """Raise ValueError where the loaded state is another optimizer's; by its options, where the checkpoint does not say."""
@@ -219,27 +235,4 @@ class ResumeMixin:
     def _issue_warnings_after_load(self, load_result):
         super()._issue_warnings_after_load(load_result)
         if load_result.missing_keys or load_result.unexpected_keys:
-            load_every_tensor(self.model, self._folder)
-
-
-def load_every_tensor(model: torch.nn.Module, folder: str) -> None:
-    """Load the weights in `folder` into `model` by way of `from_pretrained`, which knows renamed keys and tied weights.
-
-    Upstream loads by ``load_state_dict(strict=False)`` and only warns (transformers #43701, #48805): for ViT, whose
-    keys are renamed on saving, most tensors would silently stay as they were.
-
-    Raises ValueError where a tensor of the model or of the folder has no counterpart.
-    """
-    problems: dict[str, Any] = {"reason": "the model is no PreTrainedModel, and its keys differ from the file's"}
-    if isinstance(model, PreTrainedModel):
-        loaded, info = type(model).from_pretrained(
-            folder, config=model.config, dtype=torch.float32, output_loading_info=True
-        )
-        problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if problems:
-        raise ValueError(
-            f"Expected every tensor of the model in {folder}, and none besides, but got {problems}. These are weights "
-            "of another model; load them into the one that wrote them."
-        )
-    model.load_state_dict(loaded.state_dict())
-    logger.info(f"Loaded all {len(loaded.state_dict())} tensors of {folder} by way of from_pretrained.")
+            checkpoint.load_every_tensor(self.model, self._folder)

@@ -67,7 +67,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         self._recipe = recipe
         check_trainer(self)
         self._progress = replace_progress_bar(self)
-        self.card_facts, self._clock, self._evaluations = CardFacts(), StepClock(), []
+        self.card_facts, self._clock, self._evaluations, self.continued = CardFacts(), StepClock(), [], []
         self.add_callback(self._clock)
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))

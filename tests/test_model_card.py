@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
-from hf_sampa import SAMPaTrainer, card_facts, evaluations
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, evaluations, model_card, started
 from hf_sampa.evaluations import Evaluation
 from hf_sampa.model_card import is_somebodys
 from hf_sampa.recipe import Recipe
@@ -30,6 +39,7 @@ from hf_sampa.variants.directions import Smoothed
 from tests import models, tiny
 
 
+TOKEN = "hf_" + "a1" * 17  # as long as the Hub's are
 RUN = {"name": "Reviews", "type": "user/reviews", "config": None, "split": "validation"}
 
 
@@ -183,7 +193,8 @@ def test_of_the_best_weights_the_card_says_all_that_it_says(tmp_path, accuracies
     assert f"mean over the last steps up to {step}: {sharpness:.4g}" in card.text
     measured = [line for line in history if "held_out_sharpness" in line]
     assert [line.get("weights_step") for line in measured] == [None, None, step if step < 4 else None]
-    assert f"at the weights of step {step}: sharpness {measured[-1]['held_out_sharpness']:.4g}" in card.text
+    sharpness = f"sharpness (radius 0.05, 1 batch) {measured[-1]['held_out_sharpness']:.4g}"
+    assert f"at the weights of step {step}: {sharpness}" in card.text
     assert "weights of step 2: sharpness" in (tmp_path / "checkpoint-3" / "README.md").read_text()
 
 
@@ -211,9 +222,15 @@ def started_as(monkeypatch, argv, module=None):
         (1, ["--hub_token", "ab=cd"], "python glue/run.py --hub_token HIDDEN"),
         (1, ["--wandb_key=abc", "--token", "abc"], "python glue/run.py --wandb_key=HIDDEN --token HIDDEN"),
         (1, ["--tokenizer", "x", "--max_tokens=3"], "python glue/run.py --tokenizer x --max_tokens=3"),
-        (1, ["--word", "hf_abc"], "python glue/run.py --word HIDDEN"),
-        (1, ["--key", "hf_abc"], "python glue/run.py --key HIDDEN"),
-        (1, ["--key=hf_abc"], "python glue/run.py --key=HIDDEN"),
+        (1, ["--word", TOKEN, "--x", "1"], "python glue/run.py --word HIDDEN --x 1"),
+        (1, [TOKEN], "python glue/run.py HIDDEN"),
+        (1, [f"--word={TOKEN}"], "python glue/run.py --word=HIDDEN"),
+        (1, ["--key", "abc", "--passwd", "-x"], "python glue/run.py --key HIDDEN --passwd HIDDEN"),
+        (1, ["--wandb_apikey", "S", "--hub.token=S"], "python glue/run.py --wandb_apikey HIDDEN --hub.token=HIDDEN"),
+        (1, ["--api_tokens", "S", "--pwd=S"], "python glue/run.py --api_tokens HIDDEN --pwd=HIDDEN"),
+        (1, ["--auth", "S", "https://u:S@h/x"], "python glue/run.py --auth HIDDEN HIDDEN"),
+        (1, ["--pad_token", "x", "--text_key=a"], "python glue/run.py --pad_token x --text_key=a"),
+        (1, ["--data_dir", "hf_data", "--author", "me"], "python glue/run.py --data_dir hf_data --author me"),
         (1, ["--resume_from_checkpoint", "out/checkpoint-2", "--x", "1"], "python glue/run.py --x 1"),
         (1, ["--x", "1", "--resume-from-checkpoint=true"], "python glue/run.py --x 1"),
         (1, ["--resume_from_checkpoint", "--x", "1"], "python glue/run.py --x 1"),
@@ -222,32 +239,33 @@ def started_as(monkeypatch, argv, module=None):
 def test_the_command_is_the_one_that_started_the_run_without_secrets(world_size, words, expected, monkeypatch):
     started_as(monkeypatch, ["glue/run.py", *words])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world_size))
-    assert card_facts.command(world_size) == f"```bash\n{expected}\n```"
+    assert started.command(world_size) == f"```bash\n{expected}\n```"
 
 
 def test_several_nodes_and_threads_are_in_the_command(monkeypatch):
     started_as(monkeypatch, ["train.py"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert "OMP_NUM_THREADS=1 torchrun --nnodes 3 --nproc_per_node 2 train.py" in card_facts.command(6)
+    assert "OMP_NUM_THREADS=1 torchrun --nnodes 3 --nproc_per_node 2 train.py" in started.command(6)
 
 
 def test_a_module_is_started_as_one(monkeypatch):
     started_as(monkeypatch, ["/home/me/project/train.py", "--rho", "0.1"], module="project.train")
-    assert "\npython -m project.train --rho 0.1\n" in card_facts.command(1)
+    assert "\npython -m project.train --rho 0.1\n" in started.command(1)
     started_as(monkeypatch, ["/home/me/project/__main__.py"], module="project.__main__")
-    assert "\ntorchrun --nproc_per_node 2 -m project\n" in card_facts.command(2)
+    assert "\ntorchrun --nproc_per_node 2 -m project\n" in started.command(2)
 
 
 @pytest.mark.parametrize("module", [None, "ipykernel_launcher"])
 @pytest.mark.parametrize("script", ["-c", "/usr/lib/python3/ipykernel_launcher.py"])
 def test_no_command_where_there_is_no_script(script, module, monkeypatch):
     started_as(monkeypatch, [script], module)
-    assert card_facts.command(1).startswith("Not from a script")
+    assert started.command(1).startswith("Not from a script")
 
 
 def trained(folder, model=tiny.bert, resume=None, **changes):
-    others = {name: changes.pop(name) for name in ("recipe", "eval_dataset", "compute_metrics") if name in changes}
+    others = ("recipe", "eval_dataset", "compute_metrics", "optimizers")
+    others = {name: changes.pop(name) for name in others if name in changes}
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **changes}
     args = tiny.arguments(folder, **settings)
     trainer = SAMPaTrainer(model=model(), args=args, train_dataset=tiny.sentences(16), **others)
@@ -363,40 +381,175 @@ def test_a_fact_that_there_is_not_is_refused(tmp_path):
         trainer.create_model_card(datset="Reviews")
 
 
+def origin(card):
+    return card.data.base_model, card.text.partition("# out\n\n")[2].partition(" It was trained with")[0]
+
+
 def test_a_base_model_in_a_folder_is_no_link(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for place in ("my-bert", "models--user--small-bert/snapshots/0a1b"):
-        tiny.bert().save_pretrained(tmp_path / place)
-    texts = {}
-    for base, told in {
-        "my-bert": None,
-        "./my-bert": None,
-        str(tmp_path / "my-bert"): None,
-        str(tmp_path / "models--user--small-bert" / "snapshots" / "0a1b"): None,
-        "no-folder": "user/told",
-        "none": "./told",
-    }.items():
-        trainer = trained(tmp_path / "out", max_steps=1)
-        trainer.model.config._name_or_path = base
-        trainer.card_facts.finetuned_from = told
-        card = card_of(trainer)
-        texts[base] = card.data.base_model, card.text.partition("# out\n\n")[2].partition(" It was trained with")[0]
+    in_cache = tmp_path / "models--user--small-bert" / "snapshots" / "0a1b"
+    for place in (tmp_path / "my-bert", in_cache):
+        tiny.bert().save_pretrained(place)
     data = "a data set that the run did not name"
-    began = f"This model was trained on {data}, starting from what the local folder `my-bert` held."
-    assert texts == {
-        "my-bert": (None, began),
-        "./my-bert": (None, began),
-        str(tmp_path / "my-bert"): (None, began),
-        str(tmp_path / "models--user--small-bert" / "snapshots" / "0a1b"): (
-            "user/small-bert",
-            f"This model is a fine-tuned version of [user/small-bert](https://huggingface.co/user/small-bert) on {data}.",
-        ),
-        "no-folder": (
-            "user/told",
-            f"This model is a fine-tuned version of [user/told](https://huggingface.co/user/told) on {data}.",
-        ),
-        "none": (None, began.replace("my-bert", "told")),
-    }
+    began = f"This model was trained on {data}, starting from the model in the local folder `{{}}`."
+    linked = "This model is a fine-tuned version of [{0}](https://huggingface.co/{0}) on " + f"{data}."
+    for number, (folder, told, expected) in enumerate(
+        [
+            ("my-bert", None, (None, began.format("my-bert"))),
+            ("./my-bert", None, (None, began.format("my-bert"))),
+            (str(tmp_path / "my-bert"), None, (None, began.format("my-bert"))),
+            (str(in_cache), None, ("user/small-bert", linked.format("user/small-bert"))),
+            ("my-bert", "user/told", ("user/told", linked.format("user/told"))),
+            ("my-bert", "./told", (None, began.format("told"))),
+        ]
+    ):
+        model = partial(AutoModelForSequenceClassification.from_pretrained, folder)
+        trainer = trained(tmp_path / str(number) / "out", model=model, max_steps=1)
+        trainer.card_facts.finetuned_from = told
+        assert origin(card_of(trainer)) == expected
+    config = AutoConfig.from_pretrained("my-bert")
+    config._name_or_path = "user/small-bert"
+    trainer = trained(
+        tmp_path / "out", model=lambda: AutoModelForSequenceClassification.from_config(config), max_steps=1
+    )
+    assert origin(card_of(trainer)) == (None, f"This model was trained on {data}."), "it has no weight of that model"
+
+
+def lines(trainer):
+    """Of the card's list of hyperparameters."""
+    return dict(re.findall(r"^- ([\w ]+): (.*)$", card_of(trainer).text.partition("### Hyperparameters")[2], re.M))
+
+
+@dataclass
+class WithSecrets(SAMPaTrainingArguments):
+    wandb_api_key: str = ""
+    db_password: str = ""
+    note: str = ""
+    place: str = ""
+    text_key: str = ""
+
+
+def test_arguments_that_are_secret_are_not_in_the_card(tmp_path):
+    secrets = {"wandb_api_key": "SECRET1", "db_password": "SECRET2", "place": f"https://me:{TOKEN}@host"}
+    args = WithSecrets(str(tmp_path), use_cpu=True, report_to=[], **secrets, note="two\nlines", text_key="review")
+    found = lines(SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(8)))
+    assert found["note"] == "two lines" and found["text_key"] == "review"
+    assert not {"SECRET1", "SECRET2", TOKEN} & set(re.findall(r"\w+", str(found)))
+
+
+def test_an_optimizer_and_a_schedule_of_ones_own_are_what_the_card_says(tmp_path):
+    model = tiny.bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    found = lines(trained(tmp_path, model=lambda: model, optimizers=(optimizer, schedule)))
+    assert found["optimizer"] == "SGD, momentum 0.9" and found["learning_rate"] == "0.3"
+    assert (found["weight_decay"], found["lr_scheduler_type"]) == ("0.1", "ConstantLR")
+    found = lines(trained(tmp_path, weight_decay=0.01, optim="sgd", optim_args="momentum=0.5"))
+    assert found["optimizer"] == "SGD, momentum 0.5" and not {"optim", "optim_args"} & found.keys()
+    assert (found["learning_rate"], found["weight_decay"]) == ("0.001", "0.01 or 0.0")
+    assert found["lr_scheduler_type"] == "linear"
+
+
+def test_a_precision_that_only_the_launcher_knows_is_in_the_card_and_in_the_command(tmp_path, monkeypatch):
+    started_as(monkeypatch, ["train.py"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert "\npython train.py\n" in started.command(1)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = trained(tmp_path)
+    assert lines(trainer)["mixed_precision"] == "bf16"
+    assert "\nACCELERATE_MIXED_PRECISION=bf16 python train.py\n" in card_of(trainer).text
+
+
+def test_a_run_that_was_continued_with_other_settings_says_so(tmp_path, monkeypatch):
+    checkpoint = str(tmp_path / "checkpoint-1")
+    started_as(monkeypatch, ["train.py", "--resume_from_checkpoint", "out/checkpoint-1"])
+    trained(tmp_path, rho=0.05)
+    same = trained(tmp_path / "same", rho=0.05, resume=checkpoint)
+    assert same.continued == [] and "\npython train.py\n" in card_of(same).text
+    other = trained(tmp_path / "other", rho=0.2, lmbda=0.1, resume=checkpoint)
+    said = "- continued after step 1 with other settings: rho: '0.05' in the checkpoint, '0.2' now; lmbda: '0.2' in"
+    assert (
+        said in card_of(other).text and "train.py --resume_from_checkpoint out/checkpoint-1\n" in card_of(other).text
+    )
+    again = trained(
+        tmp_path / "again", rho=0.2, lmbda=0.1, resume=str(tmp_path / "other" / "checkpoint-2"), max_steps=3
+    )
+    assert again.continued == other.continued != []
+
+
+def test_steps_of_plain_trainer_are_called_so(tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3, "use_cpu": True}
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, report_to=[], **settings)
+    Trainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16)).train()
+    trainer = trained(tmp_path / "on", resume=str(tmp_path / "checkpoint-1"))
+    assert "\n- steps 1 to 1 were plain Trainer's\n" in card_of(trainer).text
+
+
+def test_a_trainer_that_did_not_train_leaves_the_card_of_a_run(tmp_path, caplog):
+    trainer = trained(tmp_path, rho=0.2)
+    before = card_of(trainer).text
+    trainer.create_model_card(license="mit")
+    args = tiny.arguments(tmp_path)
+    later = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(8))
+    with tiny.transformers_log(caplog):
+        later.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "- rho: 0.2\n" in card.text and card.data.license == "mit" and before != card.text
+    assert "README.md is left as it is, since it is of a run, and this trainer of none" in caplog.text
+    (tmp_path / "README.md").unlink()
+    assert "- steps: 0," in card_of(later).text
+
+
+def test_a_fact_of_another_type_is_refused_and_a_card_that_fails_ends_no_training(tmp_path, caplog):
+    trainer = trained(tmp_path / "facts")
+    for name, value in {"tags": ("a", "b"), "dataset_args": 7, "license": ["mit"]}.items():
+        with pytest.raises(TypeError, match=f"{name}: expected text.* for the model card, got "):
+            setattr(trainer.card_facts, name, value)
+    (tmp_path / "facts" / "README.md").write_bytes(b"\xff\xfe mine")
+    trainer.create_model_card()
+    assert (tmp_path / "facts" / "README.md").read_bytes() == b"\xff\xfe mine"
+    trainer = trained(
+        tmp_path / "none",
+        eval_dataset=tiny.sentences(4),
+        compute_metrics=lambda prediction: {"accuracy": 0.5, "auc": None},
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    assert results(card_of(trainer))[("unknown", None, "auc")] == "None"
+    with patch.object(model_card, "write", side_effect=ValueError("no card today")), tiny.transformers_log(caplog):
+        trained(tmp_path / "failing")
+    assert "There is no card in" in caplog.text and "ValueError: no card today" in caplog.text
+    assert (tmp_path / "failing" / "checkpoint-2" / "sampa.json").exists()
+
+
+def test_what_a_dataset_says_of_itself_is_taken_for_what_it_is(tmp_path):
+    whole = Dataset.from_generator(lambda: iter(tiny.sentences(12)), cache_dir=str(tmp_path / "cache"), split="train")
+    parts = whole.train_test_split(4)
+    trainer = SAMPaTrainer(
+        model=tiny.bert(), args=tiny.arguments(tmp_path), train_dataset=parts["train"], eval_dataset=parts["test"]
+    )
+    trainer.evaluate()
+    card = card_of(trainer)
+    assert card.data.datasets is None and results(card).keys() == {("unknown", None, "loss")}
+    assert "on a data set that the run did not name." in card.text
+
+
+def test_remarks_are_in_the_card(tmp_path):
+    trainer = trained(tmp_path)
+    trainer.card_facts.remarks = ["labels of 40 % of the training images are wrong"]
+    trainer.card_facts.dataset = ["One", "Other"]
+    card = card_of(trainer)
+    assert (
+        "\n- labels of 40 % of the training images are wrong\n- steps: 2," in card.text
+        and "on One and Other." in card.text
+    )
+
+
+@pytest.mark.parametrize(("variant", "method"), [("sampa_0", "sampa"), ("optgd", "sampa"), ("randsam", "sam")])
+def test_a_variant_is_not_said_to_do_what_it_does_not(tmp_path, variant, method):
+    text = card_of(trained(tmp_path, variant=variant, method=method, lmbda=None)).text
+    assert "lambda of the look-ahead gradient goes" not in text and "each update takes the gradient at" not in text
+    assert "flat minima tend to generalize better. " in text and "G_t: what the optimizer gets" in text
 
 
 def small(kind, config_class, **changes):

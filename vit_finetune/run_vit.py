@@ -87,6 +87,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         folder = Path(data_args.data_dir).resolve().name
         card["dataset"] = f"the local folder {folder} in the format of {data_args.dataset}"
+    card["remarks"] = [
+        f"trained on {len(train_dataset)} images, {'with' if data_args.augment else 'without'} augmentation"
+    ]
+    if data_args.label_noise:
+        card["remarks"].append(f"of their labels {data_args.label_noise:.0%} were replaced at random")
     return train_and_score(trainer, **card)
 
 

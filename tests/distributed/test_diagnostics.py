@@ -181,7 +181,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path, name):
     trainer = SAMPaTrainer(model=tiny.bert(), args=tiny.arguments(tmp_path), train_dataset=tiny.sentences(4))
     whole = name in ("every", "batches", "iterations")
     expected = "a whole number of at least 1" if whole else "a finite number of at least 0"
-    for value in (0, 1.5, "2", True) if whole else (-0.1, "2", float("nan"), float("inf")):
+    for value in (0, 1.5, "2", True) if whole else (-0.1, "2", True, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"{name}: expected {expected}, got {value!r}"):
             DiagnosticsCallback(trainer, **{name: value})
     for value in (-1, 1.5, "2", True):
@@ -231,8 +231,18 @@ def test_what_is_not_measured_as_one_may_expect_is_said_once(tmp_path, caplog, m
     found = {id(record): record.getMessage() for record in caplog.records if "Diagnostics: " in record.getMessage()}
     assert len(found) == 1 and said in next(iter(found.values()))
     held_out = [line for line in trainer.state.log_history if "held_out_loss" in line]
-    assert len(held_out) == (0 if eval_dataset in (None, UNLABELLED) else 4 + 3 * own)
+    assert len(held_out) == (0 if not eval_dataset or eval_dataset is UNLABELLED else 4 + 3 * own)
     assert trainer.state.global_step == 3
+
+
+def test_the_callback_of_another_trainer_is_refused(tmp_path):
+    one, other = (
+        SAMPaTrainer(model=tiny.bert(), args=tiny.arguments(tmp_path), train_dataset=tiny.sentences(8))
+        for _ in range(2)
+    )
+    one.add_callback(DiagnosticsCallback(other))
+    with pytest.raises(ValueError, match="trainer: expected the one that the callback was added to, got another"):
+        one.train()
 
 
 class WithLossOfItsOwn(torch.nn.Module):
