@@ -35,8 +35,13 @@ napoleon_numpy_docstring = False
 
 
 def link_repository_files(app, docname: str, source: list[str]) -> None:
-    """Let links that lead out of docs/, which a reader of the repository can follow, be files to open here, too."""
-    source[0] = re.sub(r"\]\((\.\./[^)#]+)(#[^)]*)?\)", r"](path:\1)", source[0])
+    """Show the README as a page, and let links out of docs/, which a reader of the repository can follow, open files."""
+    text = source[0]
+    if docname == "readme":
+        text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+        text = re.sub(r"\]\((?!https?:|#)", "](../", text).replace("](../docs/", "](")
+    text = re.sub(r"(?<!!)(\[[^\]]*\])\(\.\./README\.md(#[^)]*)?\)", r"\1(readme.md\2)", text)
+    source[0] = re.sub(r"(?<!!)(\[[^\]]*\])\((\.\./[^)#]+)(#[^)]*)?\)", r"\1(path:\2)", text)
 
 
 def setup(app) -> None:

@@ -63,7 +63,8 @@ def two_processes() -> Figure:
     for lane, name in names.items():
         ax.text(-0.4, lane + HEIGHT / 2, name, ha="right", va="center", fontsize=10)
     first = "once, at the start\n" + r"$g_0=\nabla f(x_0;\,B_0)$"
-    box(ax, 0, LOOKAHEAD, START - 0.3, first, BATCHES[0])
+    box(ax, 0, LOOKAHEAD, START - 0.5, first, BATCHES[0])
+    arrow(ax, START - 0.25, LOOKAHEAD + HEIGHT / 2, PERTURBED + HEIGHT / 2, "$g_0$")
     for t in range(STEPS):
         draw_step(ax, t)
     ax.text(

@@ -44,10 +44,12 @@ SYMBOLS = {
     "sam": "(x_t: the weights; g_t: the gradient there; eps_t: the perturbation; g~_t: the gradient at the perturbed weights; "
     "G_t: what the optimizer gets.)",
 }
+PARALLEL = (
+    f"{SHARPNESS_AWARE} To know where uphill is takes another gradient, which SAM computes first and SAMPa one step early, at "
+    "look-ahead weights, so that two processes compute both at the same time."
+)
 EXPLANATIONS = {
-    "sampa": f"{SHARPNESS_AWARE} To know where uphill is takes another gradient, which SAM computes first and SAMPa one step "
-    "early, at look-ahead weights, so that two processes compute both at the same time. A part lambda of the look-ahead gradient "
-    "goes into the update, too.",
+    "sampa": f"{PARALLEL} A part lambda of the look-ahead gradient goes into the update, too.",
     "sam": f"{SHARPNESS_AWARE} To know where uphill is takes another gradient, computed first, on the same batch.",
 }
 MARKER = "Written by hf_sampa, which replaces it as long as nobody changes it."
@@ -117,7 +119,7 @@ def write(
         versions=started.versions(),
         citations=cite(args.method, _source(args), _model_type(trainer), data.base_model),
     )
-    text = f"{card}".rstrip() + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", f"{card}".rstrip()) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text.replace(f"<!-- {MARKER} -->", f"<!-- {MARKER} {_digest(text)} -->", 1), encoding="utf-8")
 
@@ -224,6 +226,7 @@ def _explanation(args: Any) -> str:
         return EXPLANATIONS[args.method]
     chosen = find(args.variant)
     what = " ".join(inspect.getdoc(chosen.make).split())
-    # Those that set lambda, or have one timing only, differ from what is said of the method.
-    general = EXPLANATIONS[args.method] if args.method == "sampa" and chosen.lmbda is None else f"{FLAT}."
+    # Sequential variants, and one whose lambda is 1, may not do what is said of the method.
+    of_sampa = {None: EXPLANATIONS["sampa"], 0.0: PARALLEL}
+    general = of_sampa.get(chosen.lmbda, f"{FLAT}.") if args.method == "sampa" else f"{FLAT}."
     return f"{general} {what} {SYMBOLS[args.method]}"

@@ -158,7 +158,7 @@ def test_without_a_folder_the_task_comes_from_the_hub(tiny_bert, tmp_path, monke
     assert metrics["eval_accuracy"] in [n / 8 for n in range(9)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"- {HUB_DATASET}" in card
-    assert f"This model was trained on GLUE sst2, starting from what the local folder `{tiny_bert.name}` held." in card
+    assert "This model was trained on GLUE sst2. It" in card, "the folder has no weights to start from"
 
 
 # Runs
