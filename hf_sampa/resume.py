@@ -160,15 +160,7 @@ class ResumeMixin:
             )
         for difference in checkpoint.changed(found["settings"], self._settings()):
             logger.warning(f"Resuming with a changed setting, {difference}.")
-        self.continued = found.get("continued", [])
-        if (
-            differing := checkpoint.changed(found.get("computation", {}), computation(self))
-            if "computation" in found
-            else []
-        ):
-            self.continued += [
-                f"continued after step {self._steps_of(folder)} with other settings: {'; '.join(differing)}"
-            ]
+        self.continued = [*found.get("continued", []), *self._other_settings(folder, found)]
         self.sampa.skipped_steps, self.sampa.skipped_in_a_row = found["skipped"]["steps"], found["skipped"]["in_a_row"]
         self._unlogged = found["unlogged"]
         self._expected = None if self.args.ignore_data_skip else found["position"]["fingerprints"]
@@ -178,6 +170,15 @@ class ResumeMixin:
             return
         if isinstance(self.sampa, SAMPa):
             self.sampa.load_state_dict(checkpoint.read_tensors(Path(folder)), found["ascent"])
+
+    def _other_settings(self, folder: str, found: dict[str, Any]) -> list[str]:
+        """A sentence on what is computed otherwise from here on; nothing where all is as it was."""
+        now = computation(self)
+        was = found.get("computation", now)  # not in checkpoints of earlier versions
+        names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
+        differing = [f"{name} {was.get(name, 'none')}, then {now.get(name, 'none')}" for name in names]
+        after = f"continued after step {self._steps_of(folder)} with other settings"
+        return [f"{after}: {'; '.join(differing)}"] if differing else []
 
     def _steps_of(self, folder: str) -> int:
         return TrainerState.load_from_json(str(Path(folder) / checkpoint.TRAINER_STATE)).global_step
