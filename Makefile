@@ -23,7 +23,7 @@ demo: .venv ## Fine-tune a small BERT and a small ViT with AdamW, SAM and SAMPa;
 	$(BIN)/python benchmarks/demo.py
 
 test: lint ## Lint, then every test that needs no GPU, three files at a time (under 15 minutes on two cores)
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv ## Check style and formatting
 	$(BIN)/ruff check .
