@@ -155,6 +155,8 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
     )
     found = {name: getattr(args, name) for name in MAIN if getattr(args, name) is not None}
     found |= optimization(trainer)
+    if found["lr_scheduler_type"] != args.lr_scheduler_type:
+        del found["warmup_steps"]
     found |= {
         "method": args.method,
         "timing": "parallel, as in SAMPa" if args.method == "sampa" else "sequential, as in SAM",
@@ -194,10 +196,12 @@ def _recipe(trainer: Trainer) -> dict[str, str]:
 
 
 def computation(trainer: Trainer) -> dict[str, str]:
-    """The hyperparameters that decide what is computed; not on how many processes, nor for how long."""
+    """The hyperparameters that decide what is computed; not on how many processes."""
     found = hyperparameters(trainer, trainer.get_total_train_batch_size(trainer.args))
-    apart = ("processes", "timing", "eval_batch_size_per_process", "training_steps", "num_epochs")
-    return {name: value for name, value in found.items() if name not in apart}
+    apart = ("processes", "timing", "eval_batch_size_per_process")
+    # The optimizer of a checkpoint keeps its own learning rate.
+    given = {"learning rate given": str(trainer.args.learning_rate)}
+    return {name: value for name, value in found.items() if name not in apart} | given
 
 
 def optimization(trainer: Trainer) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._held_out: list[MicroBatch] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._held_out = None
         dataset, callbacks = self.trainer.eval_dataset, self.trainer.callback_handler.callbacks
         if not any(each is self for each in callbacks):
             raise ValueError("trainer: expected the one that the callback was added to, got another.")

@@ -19,7 +19,10 @@ TRAINING = ("loss", "perturbed_loss", "sharpness", "grad_norm")
 # Metric prefixes that name a part of the run's own data set.
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 # Builders whose names say nothing of the data.
-FILES = ("csv", "json", "pandas", "parquet", "text", "generator", "arrow", "imagefolder", "audiofolder")
+FILES = tuple(
+    "csv json pandas parquet text generator arrow sql xml spark webdataset hdf5 lance imagefolder audiofolder videofolder "
+    "pdffolder cache_dataset".split()
+)
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Evaluation:
     """One evaluation of one data set.
 
     Attributes:
-        line: what was logged.
+        line: what was logged; its place in the log, where that is still to be read from a checkpoint.
         step: whose weights were evaluated; with `load_best_model_at_end` not that of the line.
         prefix: of the metrics' names in `line`, without the underscore.
         name: which of several evaluation data sets; "" for the only one, None for data that are not the run's.
@@ -35,7 +38,7 @@ class Evaluation:
         samples: how many, where that is known.
     """
 
-    line: dict[str, Any]
+    line: Any
     step: int
     prefix: str = "eval"
     name: str | None = ""
@@ -50,7 +53,22 @@ class Evaluation:
 
     def data(self, own: dict[str, str | None]) -> dict[str, str | None]:
         """Name, type, configuration and split of the data, `own` being those of the run's."""
-        return own | {"split": "_".join(filter(None, (own["split"], self.name))) or None} | self.other
+        part = (self.name or "").removeprefix(f"{own['split']}_")
+        return own | {"split": "_".join(filter(None, (own["split"], part))) or None} | self.other
+
+
+def bound(trainer: Trainer, recorded: list[Evaluation]) -> list[Evaluation]:
+    """`recorded`, with the lines of the log that those from a checkpoint know by their place."""
+    for each in recorded:
+        if isinstance(each.line, int):
+            each.line = trainer.state.log_history[each.line]
+    return recorded
+
+
+def plain(evaluation: Evaluation, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """`evaluation` as JSON can say it, with the place of its line in the log for that line."""
+    place = next(place for place, line in enumerate(history) if line is evaluation.line)
+    return {**vars(evaluation), "line": place}
 
 
 def record(
@@ -66,7 +84,9 @@ def record(
         dataset = own.get(name)
     else:
         name = next((name for name, each in own.items() if each is dataset), None)
-    other = _other(dataset, prefix.removeprefix("eval_"), split_of(dataset, trainer)) if name is None else {}
+    other = {}
+    if name is None or len({_builder(each) for each in own.values()}) > 1:
+        other = _other(dataset, prefix.removeprefix("eval_"), split_of(dataset, trainer), own)
     return Evaluation(line, trainer.weights_step, prefix, name, other, _length(dataset))
 
 
@@ -84,22 +104,30 @@ def _length(dataset: Any) -> int | None:
     return len(dataset) if has_length(dataset) else None
 
 
-def _other(dataset: Any, prefix: str, split: str | None) -> dict[str, str | None]:
-    builder = getattr(dataset, "builder_name", None)
-    found = {} if split is None else {"split": split}
-    if builder and builder not in FILES:
-        return {"name": builder, "type": builder, "config": dataset.config_name, **found}
+def _builder(dataset: Any) -> tuple[str, str | None] | None:
+    """What `datasets` calls the data set and its configuration, where it knows them."""
+    name = getattr(dataset, "builder_name", None)
+    return None if not name or name in FILES else (name, dataset.config_name)
+
+
+def _other(dataset: Any, prefix: str, split: str | None, own: dict[str, Any]) -> dict[str, str | None]:
+    """What is known of data that are not, or not all, of the run's data set; `split` is what they say they are."""
+    length, builder = _length(dataset), _builder(dataset)
+    first = next(iter(own.values()), None)
+    if builder is not None and (builder != _builder(first) or (len(own) > 1 and dataset in own.values())):
+        return {"name": builder[0], "type": builder[0], "config": builder[1], "split": split}
+    if builder is not None and split is not None:
+        whole = split != str(getattr(first, "split", None))
+        return {"split": split if whole else f"{split}, {length} samples"}
     if prefix in SPLITS:
         return {"split": prefix}
-    name = "another data set" if prefix == "eval" else prefix
-    return {"name": name, "type": None, "config": None, "split": None, **found}
+    name = f"another data set of {length} samples" if prefix == "eval" and length is not None else "another data set"
+    return {"name": name if prefix == "eval" else prefix, "type": None, "config": None, "split": split}
 
 
 def evaluations(trainer: Trainer, recorded: list[Evaluation]) -> list[Evaluation]:
     """All of the run, in order; those that another process of it made before a checkpoint, from the log."""
-    known = {id(each.line): each for each in recorded}
-    own = _own(trainer)
-    found = []
+    own, known, found = _own(trainer), {id(each.line): each for each in bound(trainer, recorded)}, []
     for line in trainer.state.log_history:
         if id(line) in known:
             found.append(known[id(line)])

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import (
     Trainer,
 )
@@ -20,6 +17,7 @@ from . import card_facts, evaluations, started
 from .card_facts import CardFacts
 from .citations import arxiv_tags, cite, linked
 from .loading import loading_of
+from .origin import base_model_of, dataset_of, first, listed, origin, trained_on
 from .variants import find
 
 
@@ -73,6 +71,21 @@ def is_of_a_run(file: Path) -> bool:
     return file.exists() and re.search(r"^- steps: [1-9]", file.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
+def lead_to(file: Path, repository: str | None) -> None:
+    """Let the code in a card of ours load the model from `repository`, unless that is None."""
+    text = file.read_text(encoding="utf-8")
+    if repository is None:
+        return
+    text = re.sub(r'^name = ".*$', f'name = "{repository}"', text, count=1, flags=re.MULTILINE)
+    text = re.sub(rf"^<!-- {re.escape(MARKER)} \w+ -->$", f"<!-- {MARKER} -->", text, count=1, flags=re.MULTILINE)
+    file.write_text(_signed(text), encoding="utf-8")
+
+
+def _signed(text: str) -> str:
+    """`text` with its own checksum beside the marker."""
+    return text.replace(f"<!-- {MARKER} -->", f"<!-- {MARKER} {_digest(text)} -->", 1)
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -95,11 +108,11 @@ def write(
         repository: where others load the model from; None for the folder of the card.
         seconds_per_step: mean over the run; None where there were no steps.
     """
-    args, dataset = trainer.args, _dataset(trainer, facts, data)
+    args, dataset = trainer.args, dataset_of(trainer, facts, data)
     found = evaluations.evaluations(trainer, trainer._evaluations)
-    task = _first(facts.tasks) or data.pipeline_tag or _task_of(trainer.model) or "unknown"
+    task = first(facts.tasks) or data.pipeline_tag or _task_of(trainer.model) or "unknown"
     results = evaluations.results(found, trainer.weights_step, task, dataset)
-    folder = _base_model(trainer, data, facts.finetuned_from)
+    folder = base_model_of(trainer, data, facts.finetuned_from)
     _complete(data, trainer, facts, [each.entry for each in results if each.step == trainer.weights_step])
     card = ModelCard.from_template(
         data,
@@ -107,12 +120,15 @@ def write(
         marker=MARKER,
         model_name=data.model_name,
         repository=repository,
-        origin=_origin(data.base_model, folder, dataset),
+        origin=origin(data.base_model, folder, trained_on(trainer, facts, data, dataset)),
         how=_how(args),
         explanation=_explanation(args),
         loading=loading_of(trainer),
         results=[each.cells() for each in results],
-        at_the_end=[*_list(facts.remarks), *card_facts.at_the_end(trainer, seconds_per_step)],
+        at_the_end=[
+            *map(evaluations.cell, filter(None, listed(facts.remarks))),
+            *card_facts.at_the_end(trainer, seconds_per_step),
+        ],
         curve=evaluations.curve(trainer.state.log_history, found),
         hyperparameters=card_facts.hyperparameters(trainer, trainer.get_total_train_batch_size(args)),
         command=started.command(args.world_size, bool(trainer.continued)),
@@ -121,7 +137,7 @@ def write(
     )
     text = re.sub(r"\n{3,}", "\n\n", f"{card}".rstrip()) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text.replace(f"<!-- {MARKER} -->", f"<!-- {MARKER} {_digest(text)} -->", 1), encoding="utf-8")
+    file.write_text(_signed(text), encoding="utf-8")
 
 
 def _complete(data: ModelCardData, trainer: Trainer, facts: CardFacts, results: list[EvalResult]) -> None:
@@ -131,34 +147,12 @@ def _complete(data: ModelCardData, trainer: Trainer, facts: CardFacts, results: 
     # peft tags adapters with their base model, even with the path of a folder.
     elsewhere = {"sam", *(tag for tag in tags if tag.startswith("base_model:") and not data.base_model)}
     data.tags = [tag for tag in dict.fromkeys(tags) if tag not in elsewhere]
-    data.model_name = facts.model_name or data.model_name or Path(args.output_dir).name
+    data.model_name = facts.model_name or data.model_name or Path(args.output_dir).resolve().name
     if hasattr(trainer.model, "peft_config"):
         data.library_name = "peft"
     data.eval_results = results
     metrics = [each.metric_type for each in results if each.metric_type != "loss"]
     data.metrics = list(dict.fromkeys(metrics)) or None
-
-
-def _base_model(trainer: Trainer, data: ModelCardData, told: str | None) -> str | None:
-    """Name of the local folder that the model was loaded from, in which case `data` has no base model; else None."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
-    # A configuration names a model, too, whose weights this one never had.
-    loaded = hasattr(model, "_weight_conversions")
-    base = told or (model.config._name_or_path if loaded else None)
-    if in_cache := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", f"{Path(base or '')}/"):
-        base = in_cache[1].replace("--", "/")
-    data.base_model = base if _is_repository(base) else None
-    return Path(base).resolve().name if base and not data.base_model else None
-
-
-def _is_repository(name: str | None) -> bool:
-    """Whether `name` may be that of a repository on the Hub, and is none of a folder."""
-    try:
-        validate_repo_id(name or "")
-    except HFValidationError:
-        return False
-    return not Path(name).is_dir()
 
 
 def _source(args: Any) -> str | None:
@@ -170,45 +164,10 @@ def _model_type(trainer: Trainer) -> str | None:
     return getattr(getattr(trainer.model, "config", None), "model_type", None)
 
 
-def _list(value: str | list[str] | None) -> list[str]:
-    """One name, several or none as a list."""
-    return [value] if isinstance(value, str) else value or []
-
-
-def _first(value: str | list[str] | None) -> str | None:
-    return next(iter(_list(value)), None)
-
-
 def _task_of(model: Any) -> str | None:
     """The Hub's name of what a model does, as upstream finds it."""
     name = type(model.get_base_model() if hasattr(model, "peft_config") else model).__name__
     return next((task for task, classes in TASK_MAPPING.items() if name in classes.values()), None)
-
-
-def _dataset(trainer: Trainer, facts: CardFacts, data: ModelCardData) -> dict[str, str | None]:
-    """Name, identifier, configuration and split of the evaluation data, as far as they are known."""
-    own = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
-    known = [tag for tag in _list(data.datasets) if tag not in evaluations.FILES]
-    data.datasets = known or None
-    config = getattr(own, "config_name", None) if getattr(own, "builder_name", None) in known else None
-    split = facts.dataset_split or evaluations.split_of(own, trainer)
-    return {
-        "name": " and ".join(_list(facts.dataset)) or _first(known),
-        "type": _first(facts.dataset_tags) or _first(known),
-        "config": _first(facts.dataset_args) or config,
-        "split": split,
-    }
-
-
-def _origin(base_model: str | None, folder: str | None, dataset: dict[str, str | None]) -> str:
-    config = (
-        f" ({dataset['config']})" if dataset["config"] and dataset["config"] not in (dataset["name"] or "") else ""
-    )
-    data = f"{dataset['name'] or 'a data set that the run did not name'}{config}"
-    if base_model:
-        return f"This model is a fine-tuned version of [{base_model}](https://huggingface.co/{base_model}) on {data}."
-    begun = f", starting from the model in the local folder `{folder}`" if folder else ""
-    return f"This model was trained on {data}{begun}."
 
 
 def _how(args: Any) -> str:
@@ -225,8 +184,8 @@ def _explanation(args: Any) -> str:
     if args.variant == "sam":
         return EXPLANATIONS[args.method]
     chosen = find(args.variant)
-    what = " ".join(inspect.getdoc(chosen.make).split())
+    what = f"{chosen.summary.rstrip('.')}."
     # Sequential variants, and one whose lambda is 1, may not do what is said of the method.
     of_sampa = {None: EXPLANATIONS["sampa"], 0.0: PARALLEL}
     general = of_sampa.get(chosen.lmbda, f"{FLAT}.") if args.method == "sampa" else f"{FLAT}."
-    return f"{general} {what} {SYMBOLS[args.method]}"
+    return f"{general} {what} {SYMBOLS[args.method]}" if "_t" in what else f"{general} {what}"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate.logging import get_logger
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from transformers import TrainerCallback
 from transformers.modelcard import TrainingSummary
 
@@ -59,12 +59,20 @@ class PublishMixin:
         weights_step: the step whose weights the model holds: the last, or the best where that was loaded at the end.
     """
 
-    card_facts: CardFacts
+    _card_facts: CardFacts
     continued: list[str]
     _clock: StepClock
     _evaluations: list[Evaluation]
     _best_step: int | None = None
     _known: tuple[CardFacts, ModelCardData] | None = None  # what upstream made of facts; part of it by asking the Hub
+
+    @property
+    def card_facts(self) -> CardFacts:
+        return self._card_facts
+
+    @card_facts.setter
+    def card_facts(self, facts: CardFacts | dict[str, str | list[str]]) -> None:
+        self._card_facts = CardFacts(**facts) if isinstance(facts, dict) else facts
 
     @property
     def weights_step(self) -> int:
@@ -98,18 +106,22 @@ class PublishMixin:
         if not self.is_world_process_zero():
             return
         file = Path(self.args.output_dir) / "README.md"
-        whose = (
-            "somebody wrote or changed it"
-            if model_card.is_somebodys(file)
-            else "it is of a run, and this trainer of none"
-        )
-        if model_card.is_somebodys(file) or (self.sampa is None and model_card.is_of_a_run(file)):
-            logger.warning(f"{file} is left as it is, since {whose}. Remove it to have it written anew.")
-            return
-        if hasattr(self.model, "config"):  # upstream knows of configurations only
-            super().create_model_card(**facts.for_trainer())
-            self._known = facts, ModelCard.load(file).data
-        self._write_card(file, facts, self.hub_model_id)
+        if model_card.is_somebodys(file):
+            logger.warning(
+                f"{file} is left as it is, since somebody wrote or changed it. Remove it to have it written anew."
+            )
+        elif self._is_published_later(file):
+            logger.warning(f"{file} is left as it is, since it is of the run that made this model.")
+            model_card.lead_to(file, self.hub_model_id)
+        else:
+            # Not by way of super(), whose text is not ours, and which takes over tags of the card that is there.
+            self._write_card(file, facts, self.hub_model_id)
+
+    def _is_published_later(self, file: Path) -> bool:
+        """Whether `file` is the card of a run, and this trainer has trained nothing but loaded that run's model."""
+        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        own = bool(base) and file.parent.resolve() in (Path(base).resolve(), *Path(base).resolve().parents)
+        return self.sampa is None and own and model_card.is_of_a_run(file)
 
     def _write_card(self, file: Path, facts: CardFacts, repository: str | None = None) -> None:
         if self._known is None or self._known[0] != facts:

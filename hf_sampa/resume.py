@@ -13,6 +13,7 @@ from transformers import TrainerState
 from . import checkpoint
 from .batches import UpdateStream
 from .card_facts import computation
+from .evaluations import Evaluation, bound, plain
 from .sampa import SAMPa
 from .sharding import ShardedSAMPa
 
@@ -79,6 +80,7 @@ class ResumeMixin:
             "optimizer": self._optimizer_name(),
             "computation": computation(self),
             "continued": self.continued,
+            "evaluations": [plain(each, self.state.log_history) for each in bound(self, self._evaluations)],
             "stream": self._stream_settings(),
             "position": position,
             "ascent": ascent,
@@ -161,6 +163,7 @@ class ResumeMixin:
         for difference in checkpoint.changed(found["settings"], self._settings()):
             logger.warning(f"Resuming with a changed setting, {difference}.")
         self.continued = [*found.get("continued", []), *self._other_settings(folder, found)]
+        self._evaluations = [Evaluation(**each) for each in found.get("evaluations", [])]
         self.sampa.skipped_steps, self.sampa.skipped_in_a_row = found["skipped"]["steps"], found["skipped"]["in_a_row"]
         self._unlogged = found["unlogged"]
         self._expected = None if self.args.ignore_data_skip else found["position"]["fingerprints"]

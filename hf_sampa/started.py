@@ -16,18 +16,22 @@ PACKAGES = ("hf_sampa", "transformers", "torch", "accelerate", "datasets", "toke
 VARIABLES = ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
 # Names of what is not to be shown, and what makes a token or key one of a tokenizer or a data set.
 SECRET = re.compile(
-    r"(?<![a-z])(?:secrets?|pass(?:word|wd|phrase)|pwd|credentials?|auth)(?![a-z])|api_?(?:keys?|tokens?)(?![a-z])"
-    r"|(?<![a-z])(?:keys?|token)$|(?:access|auth|hub|hf)_tokens$"
+    r"(?<![a-z])(?:secrets?|pass(?:word|wd|phrase)|pwd|credentials?|auth|authorization)(?![a-z])"
+    r"|api_?(?:keys?|tokens?)(?![a-z])|(?<![a-z])(?:keys?|token)$|(?:access|auth|hub|hf)_tokens$"
 )
 HARMLESS = re.compile(
-    r"(?:pad|eos|bos|unk|sep|cls|mask|start|end|special|text|label|image|audio|sort|group|column|input)_(?:token|key)s?$"
+    r"(?:pad|eos|bos|unk|sep|cls|mask|start|end|special|max|min|text|sentence|label|image|audio|sort|group|column|input)\d*"
+    r"_(?:token|key)s?$"
 )
-SECRET_VALUE = re.compile(r"^hf_\w{20,}$|://[^/\s:@]+:[^/\s@]+@")
+SECRET_VALUE = re.compile(
+    r"(?:hf_|ghp_|sk-)[A-Za-z0-9]{20,}|://[^/\s:@]+:[^/\s@]+@|bearer\s|[\"'?&_\s](?:token|password|secret|api_?key)[\"']?\s*[:=]",
+    re.IGNORECASE,
+)
 
 
 def is_secret(name: str, value: Any = "") -> bool:
     """Whether an option or field of this name, or with this value, is not to be shown."""
-    plain = re.sub(r"[-.]+", "_", name.lower()).strip("_")
+    plain = re.sub(r"[-.]+", "_", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()).strip("_")
     return bool((SECRET.search(plain) and not HARMLESS.search(plain)) or SECRET_VALUE.search(str(value)))
 
 
@@ -61,18 +65,21 @@ def _script() -> list[str] | None:
 
 
 def _words(given: list[str], resumed: bool) -> list[str]:
-    words, before = [], ""  # the option that has no value yet
+    words, before = [], ""  # the option whose values these are
     for word in given:
         name, equals, value = word.partition("=")
-        option = word.startswith("-") and not is_secret(before)
+        option = word.startswith("--") or (word.startswith("-") and not is_secret(before))
         if (name if option else before).replace("-", "_") == "__resume_from_checkpoint" and not resumed:
             pass
-        elif option or not before:
-            words.append(f"{name}=HIDDEN" if equals and is_secret(name, value) else word)
+        elif is_secret("" if option else before, word):
+            words.append("HIDDEN" if not (option and equals) else f"{name}=HIDDEN")
         else:
-            words.append("HIDDEN" if is_secret(before, word) else word)
-        before = word if option and not equals else ""
-    return ["HIDDEN" if SECRET_VALUE.search(word) else word for word in words]
+            words.append(f"{name}=HIDDEN" if equals and is_secret(name, value) else word)
+        if option:
+            before = "" if equals else word
+        elif not is_secret(before):
+            before = ""
+    return words
 
 
 def versions() -> dict[str, str]:

@@ -267,3 +267,15 @@ def test_a_model_that_needs_no_labels_is_measured(tmp_path):
     )
     trainer.train()
     assert len([line for line in trainer.state.log_history if "hessian_eigenvalue" in line]) == 3
+
+
+def test_evaluation_data_that_come_later_are_measured_on(tmp_path):
+    trainer = SAMPaTrainer(
+        model=tiny.bert(),
+        args=tiny.arguments(tmp_path, max_steps=1, diagnostics_steps=1),
+        train_dataset=tiny.sentences(8),
+    )
+    trainer.train()
+    trainer.eval_dataset = tiny.sentences(4)
+    trainer.train()
+    assert any("held_out_loss" in line for line in trainer.state.log_history)
