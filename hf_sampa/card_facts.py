@@ -156,7 +156,7 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
     found = {name: getattr(args, name) for name in MAIN if getattr(args, name) is not None}
     found |= optimization(trainer)
     if found["lr_scheduler_type"] != args.lr_scheduler_type:
-        del found["warmup_steps"]
+        found.pop("warmup_steps", None)
     found |= {
         "method": args.method,
         "timing": "parallel, as in SAMPa" if args.method == "sampa" else "sequential, as in SAM",
