@@ -65,10 +65,10 @@ def bound(trainer: Trainer, recorded: list[Evaluation]) -> list[Evaluation]:
     return recorded
 
 
-def plain(evaluation: Evaluation, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """`evaluation` as JSON can say it, with the place of its line in the log for that line."""
-    place = next(place for place, line in enumerate(history) if line is evaluation.line)
-    return {**vars(evaluation), "line": place}
+def plain(recorded: list[Evaluation], history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`recorded` as JSON can say it: the place in the log for each line, without those whose line a callback took out."""
+    places = {id(line): place for place, line in enumerate(history)}
+    return [{**vars(each), "line": places[id(each.line)]} for each in recorded if id(each.line) in places]
 
 
 def record(

@@ -20,7 +20,7 @@ FIRST, LAST = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"), ("AutoModelForP
 def loading_of(trainer: Trainer) -> dict[str, str] | None:
     """What loads the model, and what prepares its inputs, without this package; None where nothing does."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if hasattr(model, "peft_config"):
+    if hasattr(model, "get_base_model"):  # peft's; a model with adapters of transformers' own is an AutoModel
         found = {"library": "peft", "model_class": f"Auto{type(model).__name__}"}
     elif auto := _auto_class(model):
         found = {"library": "transformers", "model_class": auto}

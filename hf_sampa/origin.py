@@ -26,7 +26,7 @@ def first(value: str | list[str] | None) -> str | None:
 def base_model_of(trainer: Trainer, data: ModelCardData, told: str | None) -> str | None:
     """Name of the local folder that the model was loaded from, in which case `data` has no base model; else None."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     # A configuration names a model, too, whose weights this one never had.
     loaded = hasattr(model, "_weight_conversions")
     base = told or (model.config._name_or_path if loaded else None)

@@ -80,7 +80,7 @@ class ResumeMixin:
             "optimizer": self._optimizer_name(),
             "computation": computation(self),
             "continued": self.continued,
-            "evaluations": [plain(each, self.state.log_history) for each in bound(self, self._evaluations)],
+            "evaluations": plain(bound(self, self._evaluations), self.state.log_history),
             "stream": self._stream_settings(),
             "position": position,
             "ascent": ascent,

@@ -581,11 +581,19 @@ def adapted_bert(folder):
     return get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
 
 
+def bert_with_adapters_of_transformers(folder):
+    tiny.bert().save_pretrained(folder / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
         (lambda _: tiny.bert(), "AutoModelForSequenceClassification"),
         (adapted_bert, "AutoPeftModelForSequenceClassification"),
+        (bert_with_adapters_of_transformers, "AutoModelForSequenceClassification"),
         (lambda _: small(GPT2LMHeadModel, GPT2Config), "AutoModelForCausalLM"),
         (lambda _: small(T5ForConditionalGeneration, T5Config), "AutoModelForSeq2SeqLM"),
         (lambda _: small(T5EncoderModel, T5Config), "AutoModelForTextEncoding"),
@@ -708,3 +716,22 @@ def test_secrets_of_every_form_are_hidden_and_nothing_else(words, hidden, monkey
         not {TOKEN, "abc", "k1", "k2", "x"} & set(re.findall(r"\w+", command.replace("--x 1", ""))) if hidden else True
     )
     assert ("HIDDEN" in command) == hidden
+
+
+def test_a_log_that_a_callback_shortens_can_be_saved(tmp_path):
+    class Forgets(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            state.log_history = state.log_history[-1:]
+
+    trainer = SAMPaTrainer(
+        model=tiny.bert(),
+        args=tiny.arguments(
+            tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
+        ),
+        train_dataset=tiny.sentences(16),
+        eval_dataset=tiny.sentences(4),
+        callbacks=[Forgets()],
+    )
+    trainer.train()
+    assert (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
+    assert "| 4 | 3 | loss |" in card_of(trainer).text
