@@ -720,8 +720,8 @@ def test_secrets_of_every_form_are_hidden_and_nothing_else(words, hidden, monkey
 
 def test_a_log_that_a_callback_shortens_can_be_saved(tmp_path):
     class Forgets(TrainerCallback):
-        def on_evaluate(self, args, state, control, **kwargs):
-            state.log_history = state.log_history[-1:]
+        def on_step_begin(self, args, state, control, **kwargs):
+            state.log_history = []
 
     trainer = SAMPaTrainer(
         model=tiny.bert(),
