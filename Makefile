@@ -52,4 +52,4 @@ docs-links: .venv ## Try every link of the documentation that leads out of it; n
 	$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/links
 
 clean: ## Remove the virtual environment and what the targets wrote
-	rm -rf .venv demo scaling variants docs/_build .pytest_cache .ruff_cache
+	rm -rf .venv out/demo out/scaling out/variants docs/_build .pytest_cache .ruff_cache

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--output_dir",
         type=Path,
-        default=Path("demo"),
+        default=Path("out/demo"),
         help="folder of all results; an earlier demo in it is replaced",
     )
     args = parser.parse_args()

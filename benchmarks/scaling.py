@@ -126,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_size(parser, name)
     parser.add_argument("--bf16", action="store_true", help="forward passes under bf16 autocast")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("scaling"), help="folder of scaling.json and scaling.png"
+        "--output_dir", type=Path, default=Path("out/scaling"), help="folder of scaling.json and scaling.png"
     )
     parser.add_argument("--from_json", type=Path, help="measure nothing, show these figures of an earlier run")
     return parser

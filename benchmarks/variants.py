@@ -178,7 +178,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (3)")
     parser.add_argument("--epochs", type=int, default=12, help="passes over the 1000 training images (12)")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time (2)")
-    parser.add_argument("--output_dir", type=Path, default=Path("variants"), help="folder of runs, table and picture")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("out/variants"), help="folder of runs, table and picture"
+    )
     return parser.parse_args(argv)
 
 
