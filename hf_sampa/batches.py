@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,16 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import skip_first_batches
-from accelerate.utils import find_batch_size
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from .loaders import parts_of
+from .fingerprints import fingerprint
+from .loaders import is_seeded, parts_of
 from .randomness import INDICES, OwnGenerators, derive_seed
-
-
-# Enough to tell any two batches apart, little enough for a batch of images to cost nothing.
-FINGERPRINT_ENTRIES = 4096
 
 
 @dataclass
@@ -39,7 +35,7 @@ class MicroBatch:
         teacher: ``(n, classes)``, what a variant's teacher says of them.
     """
 
-    inputs: dict[str, Any]
+    inputs: Any
     update: int
     position: int | tuple[int, int]
     epoch: int = 0
@@ -53,7 +49,7 @@ class MicroBatch:
     @property
     def size(self) -> int:
         """Number of samples."""
-        return find_batch_size(self.inputs) or 0
+        return count_samples(self.inputs)
 
     def narrowed(self, chosen: Tensor, piece: int | None = None) -> MicroBatch:
         """Those of its samples that `chosen` ``(n,)`` says, yet without a share; as its `piece`-th piece, if it has more."""
@@ -73,10 +69,14 @@ class MicroBatch:
 
     def count_items(self) -> float:
         """Labels that count or, without labels, samples: what a mean loss is taken to be the mean of."""
-        labels = self.inputs.get("labels")
+        labels = self.inputs.get("labels") if isinstance(self.inputs, Mapping) else None
         if isinstance(labels, Tensor):
             return float((labels != -100).sum())
-        return float(find_batch_size(self.inputs) or 1)
+        return float(count_samples(self.inputs) or 1)
+
+    def own_inputs(self, device: torch.device) -> Any:
+        """A copy of the inputs, but for tensors that will be copied on their way to `device`."""
+        return _copied(self.inputs, device)
 
 
 @dataclass
@@ -106,11 +106,48 @@ class UpdateBatch:
         return self.micro_batches[0].update
 
 
+def count_samples(inputs: Any) -> int:
+    """Number of samples in what a collator made: rows of the first tensor in it, or entries of a list of samples; 0 of nothing."""
+    if isinstance(inputs, Tensor | np.ndarray):
+        return len(inputs) if inputs.ndim else 0
+    if isinstance(inputs, Mapping):
+        return next((count for count in map(count_samples, inputs.values()) if count), 0)
+    if isinstance(inputs, list | tuple):
+        columns = inputs and all(isinstance(each, Tensor | np.ndarray) and each.ndim for each in inputs)
+        if columns and len({len(each) for each in inputs}) == 1:
+            return len(inputs[0])
+        nested = [each for each in inputs if isinstance(each, list | tuple)]
+        # A tuple is made of columns, as (features, labels); a list of dicts, texts or images, of samples.
+        if isinstance(inputs, tuple) or len(nested) == len(inputs):
+            return next((count for count in map(count_samples, inputs) if count), 0)
+        return len(inputs)
+    return count_samples(vars(inputs)) if hasattr(inputs, "__dict__") else 0
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone() if value.device == device else value
+    if isinstance(value, Mapping):
+        copied = copy.copy(value)  # its class, and what else an encoding or a defaultdict has
+        for key in value:
+            copied[key] = _copied(value[key], device)
+        return copied
+    if isinstance(value, list | tuple):
+        items = [_copied(each, device) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, str | bytes | int | float | None):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except TypeError:  # what holds a lock or a file
+        return value
+
+
 class UpdateStream:
-    """Update batches, epoch after epoch without end, one of them visible ahead.
+    """Update batches, epoch after epoch, one of them visible ahead, until the data are over, if ever.
 
     Args:
-        loader: from `seeded_loader`.
+        loader: from `seeded_loader`, or of one's own.
         seed: of the run's data; equal on all processes.
         accumulation: micro-batches in an update batch; the last of an epoch may have fewer.
         epoch: where to begin, and
@@ -120,26 +157,31 @@ class UpdateStream:
 
     def __init__(self, loader: DataLoader, *, seed: int, accumulation: int, epoch: int, start: int, update: int):
         self.loader, self.seed, self.accumulation = loader, seed, accumulation
-        self._update = update
+        self._update, self._has_read, self._end = update, bool(epoch or start), (epoch, start)
         generators = [part.generator for part in parts_of(loader) if _keeps_generator(part)]
         self._kept_generators = [(generator, generator.initial_seed()) for generator in generators]
         self._begin(epoch, start)
         self._ahead = self._read()
 
-    def peek(self) -> UpdateBatch:
-        """The batch that `advance` will return next."""
+    def peek(self) -> UpdateBatch | None:
+        """The batch that `advance` will return next; None where the data are over."""
         return self._ahead
 
     def advance(self) -> UpdateBatch:
-        """Next batch. Raises ValueError where an epoch turns out to be empty."""
+        """Next batch, of which there must be one. Raises ValueError where there never was one."""
         batch, self._ahead = self._ahead, self._read()
         return batch
 
     def leave_epoch(self) -> None:
         """Go on with the next epoch's first batch, leaving out what is left of this one."""
-        self._update = self._ahead.micro_batches[0].update
+        self._update = self._ahead.update
         self._begin(self._ahead.epoch + 1, 0)
         self._ahead = self._read()
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Epoch, and micro-batches of it, before the batch that comes next."""
+        return (self._ahead.epoch, self._ahead.start) if self._ahead else self._end
 
     def _begin(self, epoch: int, start: int) -> None:
         self._epoch, self._position = epoch, start
@@ -150,23 +192,22 @@ class UpdateStream:
         for generator, initial_seed in self._kept_generators:
             # The first epoch is the one that plain Trainer would see.
             generator.manual_seed(derive_seed(initial_seed, epoch) if epoch else initial_seed)
-        sampled = not isinstance(self.loader.dataset, IterableDataset) and self.loader.batch_sampler is not None
+        skips = is_seeded(self.loader)  # by indices, without reading
         with self._generators.lent():
-            self._iterator = iter(skip_first_batches(self.loader, start) if sampled and start else self.loader)
-            for _ in range(0 if sampled else start):
+            self._iterator = iter(skip_first_batches(self.loader, start) if skips and start else self.loader)
+            for _ in range(0 if skips else start):
                 next(self._iterator, None)
 
-    def _read(self) -> UpdateBatch:
+    def _read(self) -> UpdateBatch | None:
         inputs = self._read_group()
         if not inputs:
             if self._position == 0:
-                raise ValueError(
-                    f"Expected at least one batch in epoch {self._epoch} of the training data, but got none. The "
-                    "dataset is empty, smaller than one batch with dataloader_drop_last=True, or can be read only once "
-                    "and is over: one update batch is always read ahead, so max_steps needs one more."
-                )
+                self._check_has_read()
+                return None  # what can be read once is over
+            self._end = self._epoch, self._position
             self._begin(self._epoch + 1, 0)
             return self._read()
+        self._has_read = True
         micro_batches = [
             MicroBatch(
                 each,
@@ -182,7 +223,14 @@ class UpdateStream:
         self._update += 1
         return batch
 
-    def _read_group(self) -> list[dict]:
+    def _check_has_read(self) -> None:
+        if not self._has_read:
+            raise ValueError(
+                "Expected at least one batch in the first epoch of the training data, but got none. The dataset is empty, "
+                "smaller than one batch with dataloader_drop_last=True, or can be read only once and was read before."
+            )
+
+    def _read_group(self) -> list[Any]:
         inputs = []
         with self._generators.lent():
             while len(inputs) < self.accumulation and (batch := next(self._iterator, None)) is not None:
@@ -192,37 +240,3 @@ class UpdateStream:
 
 def _keeps_generator(part: Any) -> bool:
     return isinstance(getattr(part, "generator", None), torch.Generator)
-
-
-def fingerprint(batch: Any) -> int:
-    """A number in [0, 2**63) that two processes agree on when, and in practice only when, their batches are equal.
-
-    Covers names, types, shapes and up to `FINGERPRINT_ENTRIES` evenly spread entries of each tensor.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    _update_digest(digest, batch)
-    return int.from_bytes(digest.digest(), "little") >> 1
-
-
-def _update_digest(digest, value: Any) -> None:
-    if isinstance(value, Tensor) and value.is_sparse:
-        value = (tuple(value.shape), value.coalesce().indices(), value.coalesce().values())
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        value = torch.frombuffer(bytearray(np.ascontiguousarray(value).tobytes() or b"\0"), dtype=torch.uint8)
-    if isinstance(value, Tensor):
-        entries = value.detach().reshape(-1)
-        entries = entries[:: max(1, -(-entries.numel() // FINGERPRINT_ENTRIES))].contiguous().cpu()
-        digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
-        digest.update(entries.view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            digest.update(repr(key).encode())
-            _update_digest(digest, value[key])
-    elif isinstance(value, list | tuple):
-        digest.update(repr(len(value)).encode())
-        for item in value:
-            _update_digest(digest, item)
-    else:
-        # The repr of other objects may name an address in memory.
-        plain = isinstance(value, str | bytes | int | float | None)
-        digest.update((repr(value) if plain else type(value).__qualname__).encode())

@@ -22,6 +22,7 @@ class Buckets:
         params: what the storage is for.
         bucket_bytes: where to cut; a larger parameter has a bucket to itself. By default `BUCKET_BYTES`, or less for few
             weights.
+        cut_at: index of a parameter that is in no bucket with those before it.
 
     Attributes:
         flats: 1-d tensors, each holding whole parameters of one dtype and device, in the order in which backward
@@ -31,11 +32,11 @@ class Buckets:
         members: per bucket, the indices of the parameters it holds, in the order of their places.
     """
 
-    def __init__(self, params: Sequence[Tensor], bucket_bytes: int | None = None):
+    def __init__(self, params: Sequence[Tensor], bucket_bytes: int | None = None, cut_at: int | None = None):
         if bucket_bytes is None:
             bucket_bytes = min(BUCKET_BYTES, sum(param.nbytes for param in params) // FEWEST_BUCKETS)
         self.bucket_of: list[int] = [0] * len(params)
-        self.members: list[list[int]] = partition(params, bucket_bytes)
+        self.members: list[list[int]] = partition(params, bucket_bytes, cut_at)
         self.flats: list[Tensor] = []
         # Not contiguous where the parameter is not, so that a kernel does not see another layout in displaced weights.
         self._layouts = [(param.shape, torch.empty_like(param, device="meta").stride()) for param in params]
@@ -98,12 +99,12 @@ def _is_sole_owner(grad: Tensor) -> bool:
     return memory.nbytes() == grad.nbytes and count_users is not None and count_users(memory._cdata) == 2
 
 
-def partition(params: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
-    """Indices of `params` from last to first, cut where `bucket_bytes` are full or dtype or device change."""
+def partition(params: Sequence[Tensor], bucket_bytes: int, cut_at: int | None = None) -> list[list[int]]:
+    """Indices of `params` from last to first, cut where `bucket_bytes` are full or dtype or device change, and below `cut_at`."""
     groups: list[list[int]] = []
     filled = 0
     for i in reversed(range(len(params))):
-        fits = groups and filled + params[i].nbytes <= bucket_bytes
+        fits = groups and i + 1 != cut_at and filled + params[i].nbytes <= bucket_bytes
         alike = groups and (params[groups[-1][0]].dtype, params[groups[-1][0]].device) == (
             params[i].dtype,
             params[i].device,
@@ -129,6 +130,7 @@ class GradientRecorder:
     def __init__(self, params: Sequence[nn.Parameter], overlap: bool = True):
         self.params, self.overlap = params, overlap
         self.used = [False] * len(params)
+        self.pieces = False  # whether a gradient has come in more than one piece
         self._into: Buckets | None = None
         self._on_full: Callable[[int], None] | None = None
         self._handles = [
@@ -162,6 +164,7 @@ class GradientRecorder:
         self._next = 0
         try:
             yield
+            self._take_assigned()
             self._finish(into)
         finally:
             self._into = self._on_full = None
@@ -188,11 +191,18 @@ class GradientRecorder:
             self._into.take(i, param.grad)
             param.grad = self._into.views[i]
         self.used[i] = True
+        self.pieces |= self._fired[i]
         if not self._fired[i]:
             self._fired[i] = True
             self._waiting[bucket] -= 1
             if self.overlap:
                 self._report()
+
+    def _take_assigned(self) -> None:
+        """Gradients that were put into ``.grad`` without backward: a step of one's own may do so."""
+        for i, param in enumerate(self.params):
+            if param.grad is not None and not self._fired[i] and param.grad is not self._into.views[i]:
+                self._record(i, param)
 
     def _report(self) -> None:
         while self._on_full is not None and self._next < len(self._waiting) and self._waiting[self._next] == 0:

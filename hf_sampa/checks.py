@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+from typing import Any
+
 import torch
 from accelerate.logging import get_logger
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from .training_args import launched_world_size
+from .role_world import groups_of_modules
+from .training_args import launched_world_size, named_world_size
 
 
 logger = get_logger(__name__)
@@ -24,9 +28,10 @@ def check_trainer(trainer: Trainer) -> None:
         )
     if launched_world_size() != args.world_size:
         raise ValueError(
-            f"The launcher started {launched_world_size()} processes, but this trainer sees a world of "
-            f"{args.world_size}: each process would train alone. Pass --use_cpu on machines without accelerators, and "
-            "create the training arguments only after the launcher has set its environment."
+            f"The environment variable {named_world_size()} says that a launcher started {launched_world_size()} processes, but "
+            f"this trainer sees a world of {args.world_size}: each process would train alone. Pass --use_cpu on machines "
+            "without accelerators, and create the training arguments only after the launcher has set its environment. If no "
+            f"launcher started this process, the variable is left from elsewhere: unset {named_world_size()}."
         )
     if args.device.type == "mps":
         raise ValueError(
@@ -42,27 +47,64 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """Raise ValueError where `optimizer` trains tensors that the look-ahead could not put back."""
-    known = {id(param) for param in model.parameters()}
-    foreign = [
-        p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known
-    ]
-    if foreign:
-        raise ValueError(
-            f"Expected an optimizer of the model's parameters, but {len(foreign)} of its tensors, the first of shape "
-            f"{tuple(foreign[0].shape)}, are not among them. Register them in the model, as parameters of a module."
-        )
-
-
 def check_trainable(model: torch.nn.Module, params: list[torch.nn.Parameter]) -> None:
-    """Raise ValueError where the trainable parameters of `model` are no longer `params`."""
+    """Raise ValueError where the trainable parameters of `model` are no longer the first of `params`, or others are frozen."""
     trainable = [param for param in model.parameters() if param.requires_grad]
-    if len(trainable) != len(params) or any(a is not b for a, b in zip(trainable, params, strict=True)):
+    frozen = [param for param in params if not param.requires_grad]
+    if frozen or any(a is not b for a, b in zip_longest(trainable, params[: len(trainable)])):
         raise ValueError(
-            f"Expected the {len(params)} trainable parameters that the run began with, but requires_grad changed during "
-            f"training and there are {len(trainable)} now. Freeze and unfreeze between two calls of train()."
+            f"Expected the {len(params)} trainable parameters that the run began with, but requires_grad, or the model, "
+            f"changed during training: {len(frozen)} of them are frozen, and the model has {len(trainable)} trainable ones. "
+            "Do that between two calls of train(), with trainer.optimizer = trainer.lr_scheduler = None before the second."
         )
+
+
+def check_settings_kept(args, before: dict[str, Any]) -> None:
+    """Raise ValueError where a setting is not what it was `before`, and steps cannot follow."""
+    for name, value in before.items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"{name}: expected {value!r} throughout, but a callback set it to {getattr(args, name)!r} during the run. "
+                "The next batch is read, and its gradient taken, one step ahead with the old value. Set it before train(), or "
+                "save, stop, and go on in another run."
+            )
+
+
+def check_groups(modules: dict[str, torch.nn.Module]) -> None:
+    """Raise ValueError where a module holds a process group: a step's roles have groups of their own."""
+    if found := groups_of_modules(modules):
+        name, group = next(iter(found.items()))
+        raise ValueError(
+            f"Expected modules that use the default process group, which is that of a process's role during a pass, but {name!r} "
+            f"holds a group of {group.size()} process(es). Build it without (process_group=None)."
+        )
+
+
+def check_not_generating(kind: type) -> None:
+    """Raise ValueError for a trainer whose batches are samples that the model generates within the step."""
+    for each in kind.__mro__:
+        if each.__module__.startswith("trl.") and each.__name__ in GENERATING:
+            raise ValueError(
+                f"{each.__name__} generates its samples within the step, with the weights of that moment: g_t and the gradient "
+                "at the perturbed weights would come from different samples, and the two processes would train on different "
+                f"data. SAMPa needs a batch that is there before the step. Use {each.__name__} without SAMPaMixin, or generate "
+                "the data first and train on them, with DPOTrainer, KTOTrainer or SFTTrainer."
+            )
+
+
+# Of TRL: trainers that sample completions while they train.
+GENERATING = (
+    *("GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "NashMDTrainer", "XPOTrainer", "PPOTrainer", "GKDTrainer"),
+    *(
+        "DistillationTrainer",
+        "AsyncDistillationTrainer",
+        "AsyncGRPOTrainer",
+        "A2POTrainer",
+        "GOLDTrainer",
+        "IWOPDTrainer",
+    ),
+    *("MiniLLMTrainer", "PAPOTrainer", "SDFTTrainer", "SDPOTrainer"),
+)
 
 
 def check_model(model: torch.nn.Module) -> None:
@@ -76,13 +118,7 @@ def check_model(model: torch.nn.Module) -> None:
             "Expected at least one trainable parameter, but requires_grad is False for all of the model's. Unfreeze "
             "some before training."
         )
-    for name, param in trainable.items():
-        if param.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"Expected trainable weights in float32, but {name!r} is {param.dtype}: a perturbation of radius rho is "
-                "rounded away in it. Load the model with from_pretrained(..., dtype=torch.float32); bf16=True still "
-                "computes in half precision."
-            )
+    check_precision(trainable)
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) and any(param.requires_grad for param in module.parameters(recurse=False)):
             raise ValueError(
@@ -94,6 +130,17 @@ def check_model(model: torch.nn.Module) -> None:
             raise ValueError(
                 f"Expected every trainable parameter to have memory of its own, but {one!r} and {other!r} share theirs: "
                 "when the one is moved to perturbed weights, the other would stay. Tie them as one Parameter."
+            )
+
+
+def check_precision(trained: dict[str, torch.nn.Parameter]) -> None:
+    """Raise ValueError where a trained parameter is in half precision."""
+    for name, param in trained.items():
+        if param.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"Expected trainable weights in float32, but {name!r} is {param.dtype}: a perturbation of radius rho is "
+                "rounded away in it. Load the model with from_pretrained(..., dtype=torch.float32); bf16=True still "
+                "computes in half precision."
             )
 
 
@@ -137,8 +184,9 @@ def check_loader(loader, args) -> None:
     """Raise ValueError where an epoch of `loader` would have no batch."""
     if not has_length(loader) or len(loader):
         return
+    samples = f"{len(loader.dataset)} sample(s)" if hasattr(loader, "dataset") else "none"
     raise ValueError(
-        f"Expected a training dataset of at least one batch, but got {len(loader.dataset)} sample(s) for batches of "
+        f"Expected a training dataset of at least one batch, but got {samples} for batches of "
         f"{args.per_device_train_batch_size} on {args.num_replicas} replica(s) with dataloader_drop_last="
         f"{args.dataloader_drop_last}: use a smaller batch, or keep the last one."
     )

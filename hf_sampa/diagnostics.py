@@ -173,12 +173,12 @@ class DiagnosticsCallback(TrainerCallback):
 
     @contextmanager
     def _aside(self):
-        """Evaluation mode, and generators that nobody else sees."""
+        """Evaluation mode, a pass's view of the world, and generators that nobody else sees."""
         model, args = self.trainer.model, self.trainer.args
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            with seeded(derive_seed(args.seed, "diagnostics"), args.device):
+            with self.trainer.aside(), seeded(derive_seed(args.seed, "diagnostics"), args.device):
                 yield
         finally:
             for module in training:

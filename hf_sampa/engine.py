@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .passes import Batch, Pass, StepReport
 from .per_sample import SampleView
 from .recipe import Recipe
 from .roles import Role
+from .trained import Trained
 
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -28,8 +29,8 @@ class SharpnessAware(Gradients):
     """A sharpness-aware step on any base optimizer; SAM and SAMPa say when and where its gradients are taken.
 
     Args:
-        model: what is trained: its parameters with `requires_grad`.
-        base_optimizer: holds them, takes the step afterwards.
+        model: what is trained.
+        base_optimizer: holds what is trained, takes the step afterwards.
         exchange: connects the processes.
         rho: radius of the perturbation, >= 0.
         recipe: what the step is made of; by default SAM's.
@@ -37,6 +38,7 @@ class SharpnessAware(Gradients):
         max_steps: T,
         num_samples: in the dataset, and
         seed: of the run, for parts of the recipe that want to know.
+        others: modules with a part in the loss besides the model, by name.
         kwargs: see `Gradients`.
     """
 
@@ -52,9 +54,10 @@ class SharpnessAware(Gradients):
         max_steps: int = 1,
         num_samples: int = 0,
         seed: int = 0,
+        others: Mapping[str, nn.Module] | None = None,
         **kwargs,
     ):
-        super().__init__(model, exchange, **kwargs)
+        super().__init__(model, Trained(base_optimizer, model, others), exchange, others=others, **kwargs)
         self.base_optimizer, self.rho = base_optimizer, rho
         self.recipe, self.max_steps, self.num_samples, self.seed = recipe or Recipe(), max_steps, num_samples, seed
         self.samples = samples
@@ -80,6 +83,17 @@ class SharpnessAware(Gradients):
                 "in another process, where a run with shard_optimizer=True left it. Resume from a checkpoint of that run, "
                 "or give this one a new trainer."
             )
+
+    def settings(self) -> dict[str, float]:
+        rates = {
+            f"learning rate of group {i}": group["lr"] for i, group in enumerate(self.base_optimizer.param_groups)
+        }
+        # Reading a tensor would make the host wait for its device.
+        return {"rho": self.rho, **{name: rate for name, rate in rates.items() if not isinstance(rate, Tensor)}}
+
+    def check_weights(self) -> None:
+        """Raise RuntimeError, on all ranks, where they do not hold the same weights. A collective."""
+        self._gather(torch.zeros(0, dtype=torch.int64, device=self.params[0].device))
 
     # ---- The recipe ----
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .buckets import BUCKET_BYTES, partition
+from .role_world import RoleWorld, whole_world
 from .roles import Mesh, Role
 
 
@@ -31,12 +32,15 @@ class Exchange:
     Args:
         mesh: who takes part.
         timeout: how long to wait for another process.
+
+    Attributes:
+        role_world: what user code is to see of the world during a pass.
     """
 
     def __init__(self, mesh: Mesh, timeout: timedelta = timedelta(minutes=30)):
         self.mesh = mesh
         self.bytes_sent = 0
-        self._world_group = self._role_group = None
+        self._world_group = self._role_group = lent = None
         self._means: list[tuple[dist.Work, Tensor, Callable[[], None]]] = []
         self._transfers: deque[tuple[list[dist.Work], Callable[[], None] | None]] = deque()
         if mesh.world_size > 1:
@@ -44,8 +48,12 @@ class Exchange:
             self._world_group = self._role_group = dist.new_group(timeout=timeout)
         if mesh.paired and mesh.num_replicas > 1:
             # Every process has to take part in the creation of every group.
-            groups = {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}
-            self._role_group = groups[mesh.roles[0]]
+            self._role_group, lent = (
+                {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}[mesh.roles[0]]
+                for _ in range(2)
+            )
+        # A group of its own, so that what a loss gathers and what is exchanged meanwhile do not meet.
+        self.role_world = RoleWorld(mesh, lent)
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Give all ranks the tensors of rank `source`, in place; small ones travel together."""
@@ -159,6 +167,15 @@ class Exchange:
         rows = self.gather(padded.flatten()).view(len(sizes), *padded.shape)
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
+    def share_objects(self, item: Any) -> list[Any]:
+        """What every rank gave, by rank, on all of them; for what is small and rare: items are pickled."""
+        if self.mesh.world_size == 1:
+            return [item]
+        found = [None] * self.mesh.world_size
+        with self._peers_alive():
+            dist.all_gather_object(found, item, group=self._world_group)
+        return found
+
     def collect(self, item: Any) -> list[Any] | None:
         """What every rank gave, by rank, on rank 0; None on the others. For checkpoints: items are pickled."""
         found = [None] * self.mesh.world_size if self.mesh.rank == 0 else None
@@ -175,7 +192,8 @@ class Exchange:
     @contextmanager
     def _peers_alive(self) -> Iterator[None]:
         try:
-            yield
+            with whole_world():  # gradients travel while a pass, to which a role's world is lent, is still running
+                yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -185,6 +203,9 @@ class Exchange:
     def _lost(self, error: Exception) -> RuntimeError:
         return RuntimeError(
             f"Rank {self.mesh.rank} expected an answer from the other {self.mesh.world_size - 1} process(es) of this "
-            f"run and got none: {error}. Most likely one of them has died; the cause is in its own log. Start the run "
-            "again with resume_from_checkpoint=True. Processes that are merely slow need a larger --ddp_timeout."
+            f"run and got none: {error}. Most likely one of them has died; the cause is in its own log. If none has: a "
+            "process takes part in something that the others do not reach, as code of your own that speaks to the other "
+            "processes outside of a pass (a callback, a metric) does on some of them only, or an evaluation, a save or a "
+            "stop that only one of them begins. Processes that are merely slow need a larger --ddp_timeout. Start the run "
+            "again with resume_from_checkpoint=True."
         )

@@ -6,7 +6,8 @@ the batch's mean loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,12 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from .agreement import check_ranks_agree
 from .buckets import Buckets, GradientRecorder
 from .exchange import Exchange
+from .fingerprints import fingerprint, fingerprint_of_bits
+from .forward_state import ForwardState
 from .functional import NORM_GUARD, displacement_dot_
 from .passes import Batch, Found, Pass
 from .roles import Role
+from .trained import Trained
 
+
+logger = logging.getLogger(__name__)
 
 Gradient = Callable[..., Tensor]
 TRIAL_STEPS = 3  # with finite gradients, one after the other
@@ -32,7 +39,8 @@ class _Sums:
 
     only: Sequence[bool] | None  # parameters that are wanted
 
-    norms: list[Tensor] = field(default_factory=list)  # of each bucket
+    norms: list[Tensor] = field(default_factory=list)  # of each bucket of the model's
+    other_norms: list[Tensor] = field(default_factory=list)  # of each bucket of other weights
     dots: list[Tensor] = field(default_factory=list)  # of each bucket with the displacement
     held_back: list[Callable[[], None]] = field(default_factory=list)
 
@@ -45,63 +53,72 @@ class Gradients:
     with it, so that a process holds 5 d numbers with Adam: weights, displaced weights, gradient, two moments.
 
     Args:
-        model: what is trained: its parameters with `requires_grad`.
+        model: what is trained.
+        trained: the parameters that are, which the base optimizer holds.
         exchange: connects the processes.
+        others: modules with a part in the loss besides the model, by name.
         overlap: whether gradients travel while backward is still running; that needs a model whose backward does not read
             a weight any more once its gradient is complete.
         unscale: gives what to multiply gradients by before anything else sees them, a scalar tensor ``()``.
         partial_backward: whether backward leaves out gradients that nobody needs. Not for a compiled model, which would be
             compiled once more for every choice.
+
+    Attributes:
+        forward_state: buffers and whatever else forward changes.
+        reported: the role whose passes are, in the step in progress, those whose loss is reported; None: no pass is.
+        digest_of_rest: stands for what passes leave besides gradients and the forward state; see
+        rest_differs: whether the two halves of a pair had different ones when numbers were last shared.
     """
+
+    reported: Role | None = None
+    digest_of_rest: Callable[[], int] = staticmethod(lambda: 0)
+    rest_differs = False
 
     def __init__(
         self,
         model: nn.Module,
+        trained: Trained,
         exchange: Exchange,
         *,
+        others: Mapping[str, nn.Module] | None = None,
         overlap: bool = True,
         unscale: Callable[[], Tensor] | None = None,
         partial_backward: bool = True,
     ):
-        trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        self.names, self.params = list(trainable), list(trainable.values())
-        self._buffers = _saved_buffers(model)
+        self.names, self.params, self.of_model = trained.names, trained.params, trained.of_model
+        self.forward_state = ForwardState({"": model, **(others or {})}, self.params, exchange)
         self.exchange, self.unscale, self.partial_backward = exchange, unscale, partial_backward
-        self.perturbed_grads = Buckets(self.params)  # g~_t, then G_t
-        self.ascent_grads = Buckets(self.params)  # g_t, then displaced weights, then the other role's gradient
+        self.perturbed_grads = self._buckets()  # g~_t, then G_t
+        self.ascent_grads = self._buckets()  # g_t, then displaced weights, then the other role's gradient
         self._recorder = GradientRecorder(self.params, overlap)
         # Steps that have yet to show that backward reads no weight whose gradient is complete: autograd cannot tell of all.
         self._trial = TRIAL_STEPS if overlap else 0
+        self.first_pass, self._overlap = True, overlap  # the first pass shows how gradients come
         self._displacement: float | Tensor = 0.0  # ||x~_t - x_t||
 
-    @property
-    def statistics(self) -> list[Tensor]:
-        """Running statistics and other buffers that a checkpoint holds; forward may put new tensors in their places."""
-        return [module.get_buffer(name) for module, name in self._buffers]
+    def _norms(self, grads: Buckets) -> tuple[Tensor, Tensor]:
+        """Euclidean norms ``()`` over all weights and over the model's."""
+        norms = [torch.linalg.vector_norm(flat) for flat in grads.flats]
+        of_model = [norm for norm, members in zip(norms, grads.members, strict=True) if members[0] < self.of_model]
+        return _norm(norms), _norm(of_model)
+
+    def _buckets(self) -> Buckets:
+        """Room for one number per trained weight; the model's and others in buckets of their own, with norms of their own."""
+        return Buckets(self.params, cut_at=self.of_model)
 
     def close(self) -> None:
         """Take the hooks off the model."""
         self._recorder.close()
 
     @contextmanager
-    def kept_statistics(self) -> Iterator[None]:
-        """What forward changes in the model's saved buffers within the block is undone."""
-        kept = [each.clone() for each in self.statistics]
-        try:
-            yield
-        finally:
-            for (module, name), before in zip(self._buffers, kept, strict=True):
-                module.get_buffer(name).copy_(before)
-
-    @contextmanager
     def displaced(self, weights: Buckets, keep_statistics: bool = False) -> Iterator[list[Tensor]]:
         """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit.
 
-        Running statistics, and whatever else forward changes in the model's buffers, come from one pass per batch, that
-        of the LOOKAHEAD role: with `keep_statistics`, what the block leaves behind in them is undone.
+        Running statistics, and whatever else forward changes, come from one pass per batch, that of the LOOKAHEAD role:
+        with `keep_statistics`, what the block leaves behind in them is undone.
         """
         x = [param.data for param in self.params]
-        with self.kept_statistics() if keep_statistics else nullcontext():
+        with self.forward_state.kept() if keep_statistics else nullcontext():
             try:
                 for param, moved in zip(self.params, weights.views, strict=True):
                     param.data = moved
@@ -153,22 +170,41 @@ class Gradients:
         as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
         """
         sums = _Sums(only)
+        listening = self._listen()
         on_full = partial(self._send, role=role, into=into, weights=weights, x=x, local=local, sums=sums)
         self._recorder.start(into)
         micro_batches = list(batch)
         losses = []
-        with record_function("SAMPa.gradient"), self._frozen(only):
+        with record_function("SAMPa.gradient"), self._frozen(only), self.forward_state.noted():
             for i, micro_batch in enumerate(micro_batches):
                 with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
                     losses.append(gradient(micro_batch, role))
         for start in sums.held_back:
             start()
         self.exchange.finish()
-        loss, norm = torch.stack(losses).sum().double(), torch.linalg.vector_norm(torch.stack(sums.norms).double())
+        if listening:
+            self._heard()
+        loss, norm = torch.stack(losses).sum().double(), _norm(sums.norms + sums.other_norms)
         dot = torch.stack(sums.dots or [torch.zeros_like(loss)]).double().sum() / (self._displacement + NORM_GUARD)
         used = self._recorder.used
         wanted = used if only is None else [a and b for a, b in zip(used, only, strict=True)]
-        return Found(batch.fingerprint, loss, norm, dot, wanted)
+        return Found(batch.fingerprint, loss, norm, dot, wanted, _norm(sums.norms) if sums.other_norms else norm)
+
+    def _listen(self) -> bool:
+        """In the first pass of a run nothing travels before backward is through; returns whether this is that pass."""
+        if self.first_pass:
+            self._recorder.overlap = False
+        return self.first_pass
+
+    def _heard(self) -> None:
+        """After the first pass: gradients that come in pieces are sent after backward in all others, too."""
+        self.first_pass, self._recorder.overlap = False, self._overlap and not self._recorder.pieces
+        if self._overlap and self._recorder.pieces:
+            self._trial = 0
+            logger.info(
+                "Gradients come in several pieces, as with reentrant checkpointing or losses that call backward themselves: "
+                "they are sent after backward, not during it."
+            )
 
     def _send(
         self,
@@ -194,7 +230,8 @@ class Gradients:
                 moved = [weights.views[i] for i in members]
                 sums.dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
 
-        norms = sums.norms  # `ready` must not know of `sums`, which may hold it: a cycle would keep `grad` in memory
+        # `ready` must not know of `sums`, which may hold it: a cycle would keep `grad` in memory
+        norms = sums.norms if members[0] < self.of_model else sums.other_norms
 
         def ready() -> None:
             norms.append(torch.linalg.vector_norm(grad))
@@ -223,27 +260,46 @@ class Gradients:
         self.exchange.start(into.flats[bucket], theirs, ready=ready)
 
     def _share(self, passes: dict[Role, Found]) -> dict[Role, Pass]:
-        """Tell all ranks what this one found in each role it plays; one small all-gather and one host-device sync."""
+        """Tell all ranks what this one found in each role it plays; one small all-gather and one host-device sync.
+
+        With it travels what must be equal on all ranks: the weights x_t, and settings that may change during a run.
+        """
         device, count = self.params[0].device, len(self.params)
-        numbers, integers = torch.zeros(2, 3, dtype=torch.float64, device=device), torch.zeros(2, 1 + count).long()
+        numbers, integers = torch.zeros(2, 4, dtype=torch.float64, device=device), torch.zeros(2, 1 + count).long()
         for role, found in passes.items():
-            numbers[role] = torch.stack([found.loss, found.norm, found.dot])
+            numbers[role] = torch.stack([found.loss, found.norm, found.dot, found.model_norm])
             integers[role] = torch.tensor([found.fingerprint, *found.used])
         row = torch.cat([numbers.view(torch.int64), integers.to(device)], dim=1)
         with record_function("SAMPa.exchange"):
-            rows = self.exchange.gather(row).cpu()
-            self.exchange.broadcast(self.statistics, source=self.exchange.mesh.ranks_of(Role.LOOKAHEAD)[0])
+            of_all, signatures = self._gather(row.flatten())
+            rows = of_all.view(-1, *row.shape)
+            source = self.exchange.mesh.ranks_of(Role.LOOKAHEAD)[0]
+            self.forward_state.share(source, alike=len(set(signatures)) == 1)
         shared = {}
         for role in Role if self.exchange.mesh.paired else passes:
             of_role = rows[self.exchange.mesh.ranks_of(role), role]
-            loss, norm, dot = of_role[:, :3].contiguous().view(torch.float64).mean(dim=0).tolist()
-            used = of_role[:, 4:].any(dim=0).tolist()
-            shared[role] = Pass(loss, norm, dot, tuple(of_role[:, 3].tolist()), tuple(used))
+            loss, norm, dot, model_norm = of_role[:, :4].contiguous().view(torch.float64).mean(dim=0).tolist()
+            used = of_role[:, 5:].any(dim=0).tolist()
+            shared[role] = Pass(loss, norm, dot, tuple(of_role[:, 4].tolist()), tuple(used), model_norm)
         return shared
 
+    def _gather(self, row: Tensor) -> tuple[Tensor, list[int]]:
+        """Rows of all ranks, on the CPU, and their signatures of what forward moves. Raises RuntimeError for ranks that differ."""
+        if self.exchange.mesh.world_size == 1:
+            return self.exchange.gather(row).cpu(), [0]
+        own = [self.digest_of_rest(), self.forward_state.signature(), fingerprint(self.settings())]
+        row = torch.cat([row, torch.tensor(own).to(row.device), fingerprint_of_bits(self.params).view(1)])
+        rows = self.exchange.gather(row).cpu()
+        rest, signatures, settings, weights = rows[:, -4:].T.tolist()
+        check_ranks_agree(self.exchange, weights, settings, self.settings())
+        pairs = self.exchange.mesh.num_replicas if self.exchange.mesh.paired else 0
+        self.rest_differs = rest[:pairs] != rest[pairs : 2 * pairs]
+        return rows[:, :-4], signatures
 
-def _saved_buffers(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the buffers are that a checkpoint holds: running statistics and whatever else forward may change."""
-    saved = model.state_dict().keys()
-    places = [name.rpartition(".") for name, _ in model.named_buffers() if name in saved]
-    return [(model.get_submodule(path), name) for path, _, name in places]
+    def settings(self) -> dict[str, float]:
+        """What the step is computed with and may change between steps; equal on all ranks."""
+        return {}
+
+
+def _norm(norms: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(norms).double())

@@ -1,13 +1,13 @@
-"""Training loaders rebuilt: sharded by replica instead of by rank, with randomness that belongs to the batch."""
+"""Training loaders, those that are plain rebuilt: sharded by replica instead of by rank, with randomness that belongs to the batch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from .randomness import SeededCollate, SeededItems, derive_seed, seed_globals
 from .roles import Mesh
@@ -18,7 +18,7 @@ KEPT = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", 
 KEPT += ("generator", "prefetch_factor", "persistent_workers")
 
 
-def replica_loader(loader: DataLoader, mesh: Mesh, split_batches: bool, data_seed: int | None) -> DataLoader:
+def replica_loader(loader: Iterable, mesh: Mesh, split_batches: bool, data_seed: int | None) -> Iterable:
     """`loader` as one replica reads it; one that accelerate has not prepared is returned as it is.
 
     Whatever the accelerator's configuration says, all replicas get equally many batches, in an order drawn from the
@@ -52,19 +52,24 @@ def replica_loader(loader: DataLoader, mesh: Mesh, split_batches: bool, data_see
     )
 
 
-def seeded_loader(loader: DataLoader, seed: int, with_indices: bool = False) -> DataLoader:
+def seeded_loader(loader: Iterable, seed: int, with_indices: bool = False) -> Iterable:
     """A plain CPU `DataLoader` like `loader` whose batches depend on (seed, epoch, indices) alone.
 
     Iterable datasets, and loaders without automatic batching, keep their own way of reading; their randomness follows
-    the generators that `UpdateStream` lends them at the start of each epoch.
+    the generators that `UpdateStream` lends them at the start of each epoch. So does that of loaders of one's own, which are
+    returned as they are: subclasses of DataLoader, and objects that are none.
 
     Raises ValueError where batches are to carry their samples' places in the dataset (`with_indices`) and there are none.
     """
-    if with_indices and (isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None):
+    plain = is_plain(loader)
+    if with_indices and not (plain and loader.batch_sampler and not isinstance(loader.dataset, IterableDataset)):
         raise ValueError(
             "variant: expected a dataset with a length and a place for every sample, because the variant remembers single "
-            "samples, but got an iterable dataset or one that makes its own batches. Take another variant."
+            "samples, but got an iterable dataset, one that makes its own batches, or a loader of one's own. Take another "
+            "variant."
         )
+    if not plain:
+        return loader
     options = _options(loader)
     if isinstance(loader.dataset, IterableDataset) or loader.generator is not None:
         # Workers, or a generator, that live on from epoch to epoch could not be resumed.
@@ -73,12 +78,36 @@ def seeded_loader(loader: DataLoader, seed: int, with_indices: bool = False) -> 
         return DataLoader(loader.dataset, batch_size=loader.batch_size, drop_last=loader.drop_last, **options)
     if loader.batch_sampler is None:
         return DataLoader(loader.dataset, sampler=loader.sampler, batch_size=None, **options)
-    items = SeededItems(loader.dataset, seed, whole_batches=_draws_nothing(loader.dataset))
+    items = SeededItems(loader.dataset, seed, whole_batches=_reads_batches(loader.dataset))
     options["collate_fn"] = SeededCollate(options["collate_fn"], with_indices)
     return DataLoader(items, batch_sampler=_TaggedBatches(loader.batch_sampler, seed), **options)
 
 
-def parts_of(loader: DataLoader) -> Iterator[Any]:
+def is_plain(loader: Any) -> bool:
+    """Whether this is torch's DataLoader itself, or what accelerate made of one: nobody's own way of iterating is lost in a copy."""
+    return type(loader) is DataLoader or (
+        isinstance(loader, DataLoader) and type(loader).__module__ == "accelerate.data_loader"
+    )
+
+
+def is_seeded(loader: Any) -> bool:
+    """Whether `seeded_loader` made it, so that batches can be left out without reading them."""
+    return isinstance(getattr(loader, "batch_sampler", None), _TaggedBatches)
+
+
+def check_samplers(loader: Any, mesh: Mesh) -> None:
+    """Raise ValueError where a sampler shares the data out among other processes than the replicas of a role."""
+    for part in parts_of(loader):
+        if isinstance(part, DistributedSampler) and part.num_replicas != mesh.num_replicas:
+            raise ValueError(
+                f"Expected a sampler that shares the data among {mesh.num_replicas} replica(s), but got a DistributedSampler for "
+                f"{part.num_replicas}: both processes of a pair have to read the same batches. Build it in get_train_dataloader, "
+                "where args.world_size and args.process_index are those of the role, or with num_replicas=args.num_replicas "
+                "and rank=args.mesh.replica."
+            )
+
+
+def parts_of(loader: Any) -> Iterator[Any]:
     """`loader` and every sampler and dataset inside it, once each."""
     pending, seen = [loader], set()
     while pending:
@@ -95,10 +124,12 @@ def _options(loader: DataLoader) -> dict[str, Any]:
     return {name: getattr(loader, name) for name in KEPT}
 
 
-def _draws_nothing(dataset) -> bool:
-    """Whether this is a `datasets.Dataset` that reads columns and runs no code of the user's."""
+def _reads_batches(dataset) -> bool:
+    """Whether a batch is read by one call: by a method of the author's own, or a `datasets.Dataset` that runs no code of his."""
     datasets = sys.modules.get("datasets")  # without the import there can be none of its objects
-    return datasets is not None and isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    if datasets is not None and isinstance(dataset, datasets.Dataset):
+        return dataset.format["type"] != "custom"
+    return hasattr(dataset, "__getitems__") and not type(dataset).__getitems__.__module__.startswith("torch.")
 
 
 class _TaggedBatches(BatchSampler):

@@ -1,14 +1,12 @@
 """Where the base optimizer would go with a gradient, its state left as it was: y_{t+1} = U_{m_t}(x_t, g_t).
 
 `torch.optim.SGD`, `Adam` and `AdamW` (fused or not) step on copies, a small piece of weights and moments at a time, by
-torch's own functions; every other optimizer takes a real step, after which weights, state and options are put back.
+torch's own functions; every other optimizer takes a real step, after which it and the weights are made what they were.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,10 +14,13 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from .undone_step import Grads, Places, step_and_undo, try_out
+
 
 # Numbers per piece: on a CPU its copies stay in the caches, while a GPU wants few launches.
 CPU_PIECE, DEVICE_PIECE = 2**18, 2**23
-Reached = dict[Tensor, tuple[Tensor, Tensor]]  # parameter: g_t, where y_{t+1} goes
+# Look-aheads that are taken twice, of optimizers whose step has to be undone.
+LOOK_AHEAD_TRIALS = 3
 
 
 @torch.no_grad()
@@ -30,33 +31,55 @@ def look_ahead(
     *,
     out: Sequence[Tensor],
     scale: float = 1.0,
-) -> None:
+    on_trial: bool = False,
+) -> bool:
     """Write the look-ahead weights y_{t+1} (Algorithm 2, look-ahead) into `out`.
 
     Each group's own learning rate, weight decay and moments are used, with bias correction at step count t + 1.
-    Parameters, optimizer state and the options of its groups are left as they were.
+    Parameters, the optimizer with all that it holds, and global generators are left as they were.
 
     Args:
         base_optimizer: U, with its state m_t.
         params: x_t, all of the optimizer's parameters or some; what it does not hold stays where it is.
-        ascent_grads: g_t, same shapes; None for a parameter without a gradient, which stays where it is, too.
+        ascent_grads: g_t, same shapes; None for a parameter without a gradient.
         out: receives y_{t+1}, same shapes; may be `ascent_grads`.
         scale: what clipping multiplies g_t by, in (0, 1].
+        on_trial: whether a step that has to be undone is taken twice, to see that nothing is left of the first.
+
+    Returns:
+        Whether there was such a trial and it moved a weight: one at a learning rate of 0 shows nothing.
+
+    Raises:
+        ValueError: in a trial the second step went elsewhere, or the optimizer spoke to other processes.
     """
     held = {param for group in base_optimizer.param_groups for param in group["params"]}
-    reached: Reached = {}
+    grads: Grads = {}
+    places: Places = {}
     for param, grad, moved in zip(params, ascent_grads, out, strict=True):
-        if grad is None or param not in held:
-            moved.copy_(param)
+        if param in held:
+            places[param] = moved
+        if grad is not None and param in held:
+            grads[param] = grad
         else:
-            reached[param] = (grad, moved)
-    if not reached:
-        return
-    in_pieces = type(base_optimizer) in PIECEWISE and all(map(_is_plain, base_optimizer.param_groups))
-    if in_pieces and all(_is_flat(base_optimizer, param, *tensors) for param, tensors in reached.items()):
-        _step_in_pieces(base_optimizer, reached, scale)
-    else:
-        _step_and_undo(base_optimizer, reached, scale)
+            moved.copy_(param)
+    if not grads:
+        return False
+    in_pieces = _is_known(base_optimizer) and all(map(_is_plain, base_optimizer.param_groups))
+    if in_pieces and all(_is_flat(base_optimizer, param, grad, places[param]) for param, grad in grads.items()):
+        _step_in_pieces(base_optimizer, grads, places, scale)
+        return False
+    if not on_trial:
+        step_and_undo(base_optimizer, grads, places, scale)
+        return False
+    return try_out(base_optimizer, grads, places, scale)
+
+
+def _is_known(optimizer: Optimizer) -> bool:
+    """Whether the piecewise steps are the step of this optimizer, which may have been given one of its own."""
+    step = optimizer.step
+    if hasattr(step, "_wrapped_by_lr_sched"):  # schedulers count steps
+        step = step.__wrapped__
+    return type(optimizer) in PIECEWISE and getattr(step, "__func__", step) is type(optimizer).step
 
 
 def _is_plain(group: dict) -> bool:
@@ -76,15 +99,15 @@ def _is_flat(optimizer: Optimizer, param: Tensor, *others: Tensor) -> bool:
     return len(layouts) == 1 and dense and not param.is_complex()
 
 
-def _step_in_pieces(optimizer: Optimizer, reached: Reached, scale: float) -> None:
+def _step_in_pieces(optimizer: Optimizer, grads: Grads, places: Places, scale: float) -> None:
     for group in optimizer.param_groups:
-        for piece in _pieces([param for param in group["params"] if param in reached]):
+        for piece in _pieces([param for param in group["params"] if param in grads]):
             # g_t may be where y_{t+1} goes: it is out of the way before x_t is put there.
-            grads = _copies([_flat(reached[param][0])[part] for param, part in piece], scale)
-            moved = [_flat(reached[param][1])[part] for param, part in piece]
+            scaled = _copies([_flat(grads[param])[part] for param, part in piece], scale)
+            moved = [_flat(places[param])[part] for param, part in piece]
             torch._foreach_copy_(moved, [_flat(param)[part] for param, part in piece])
             states = [_state_of(optimizer, param, part) for param, part in piece]
-            PIECEWISE[type(optimizer)](moved, grads, states, group)
+            PIECEWISE[type(optimizer)](moved, scaled, states, group)
 
 
 def _pieces(params: list[Tensor]) -> Iterator[list[tuple[Tensor, slice]]]:
@@ -172,58 +195,3 @@ PIECEWISE: dict[type[Optimizer], Callable[..., None]] = {
     Adam: _adam,
     AdamW: _adam,
 }
-
-
-def _step_and_undo(optimizer: Optimizer, reached: Reached, scale: float) -> None:
-    """Step for real and put everything back; costs a copy of weights and state."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = reached[param][0].mul(scale) if param in reached else None
-    before = _copies(list(reached))
-    try:
-        with _state_restored(optimizer), _hooks_muted(optimizer):
-            optimizer.step()
-        torch._foreach_copy_([moved for _, moved in reached.values()], list(reached))
-    finally:
-        torch._foreach_copy_(list(reached), before)
-        for param in reached:
-            param.grad = None
-
-
-@contextmanager
-def _state_restored(optimizer: Optimizer):
-    """Undo what a step does to optimizer state, group options and the global random state."""
-    state = {param: _copied(values) for param, values in optimizer.state.items()}
-    options = [{key: _copied(value) for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
-    devices = {p.device for g in optimizer.param_groups for p in g["params"] if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            optimizer.state.clear()
-            optimizer.state.update(state)
-            for group, saved in zip(optimizer.param_groups, options, strict=True):
-                group.update(saved)
-
-
-@contextmanager
-def _hooks_muted(optimizer: Optimizer):
-    """Within the block nobody is told of steps: this one is undone, and averages or counters should not see it."""
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    kept = [dict(each) for each in hooks]
-    for each in hooks:
-        each.clear()
-    try:
-        yield
-    finally:
-        for each, before in zip(hooks, kept, strict=True):
-            each.update(before)
-
-
-def _copied(value):
-    """Deep copy that keeps tensors on their device and out of the graph."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return copy.deepcopy(value)

@@ -36,7 +36,7 @@ class Shards(SharpnessAware):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._part = Buckets(self.params)
+        self._part = self._buckets()
 
     def _shards(self, batch: Batch) -> list[Shard]:
         return self.samples.shards(batch, self.recipe.samples.shards)
@@ -66,13 +66,12 @@ class Shards(SharpnessAware):
         for flat in into.flats:
             self.exchange.start(flat, send=False)
         self.exchange.finish()
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(flat) for flat in into.flats]).double())
+        norm, model_norm = self._norms(into)
         loss = _weighted([each.loss for each in found], weights)
         # The cosine that is reported is the mean of the shards'.
         dot = norm * _weighted([each.dot / (each.norm + NORM_GUARD) for each in found], weights)
-        return Found(
-            batch.fingerprint, loss, norm, dot, [any(used) for used in zip(*(f.used for f in found), strict=True)]
-        )
+        used = [any(of_all) for of_all in zip(*(each.used for each in found), strict=True)]
+        return Found(batch.fingerprint, loss, norm, dot, used, model_norm)
 
 
 class MSAM(Shards, SAM):
@@ -80,7 +79,7 @@ class MSAM(Shards, SAM):
 
     def step(self, batch: Batch, next_batch: Batch, gradient: Gradient) -> StepReport:
         """One step from x_t with B_t; leaves G_t in ``.grad``."""
-        shards, ascents = self._shards(batch), []
+        shards, ascents, self.reported = self._shards(batch), [], Role.LOOKAHEAD
 
         def run(shard: Batch) -> Found:
             # g_j = grad f(x_t; S_j)
@@ -92,7 +91,7 @@ class MSAM(Shards, SAM):
         found = self._mean(batch, runs, self.perturbed_grads)
         weights = [weight for _, weight in shards]
         loss, norm = (_weighted([getattr(each, name) for each in ascents], weights) for name in ("loss", "norm"))
-        at_x = Found(batch.fingerprint, loss, norm, torch.zeros_like(loss), found.used)
+        at_x = Found(batch.fingerprint, loss, norm, torch.zeros_like(loss), found.used, norm)
         shared = self._share({Role.LOOKAHEAD: at_x, Role.PERTURBED: found})
         ascent, perturbed = shared[Role.LOOKAHEAD], shared[Role.PERTURBED]
         return self._finish(ascent, perturbed, ascent.loss, perturbed.used, skipped=not perturbed.finite)
@@ -111,16 +110,7 @@ class MSAMPa(Shards, SAMPa):
     def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, gradient: Gradient) -> dict[Role, Found]:
         found, coming = {}, self._shards(next_batch)
         if Role.PERTURBED in self.roles:
-            # g~_j = grad f(x_t + eps_j; S_j)
-            runs = [
-                (
-                    lambda s=shard, g=g: self._perturbed_gradient(g, global_norm(g.views), s, gradient, batch),
-                    weight,
-                    self._part,
-                )
-                for (shard, weight), g in zip(self._shards(batch), self._g_of, strict=True)
-            ]
-            found[Role.PERTURBED] = self._mean(batch, runs, self.perturbed_grads)
+            found[Role.PERTURBED] = self._mean_at_perturbed(batch, gradient)
         if Role.LOOKAHEAD in self.roles:
             # y_{t+1} = U_{m_t}(x_t, g_t), and g_j = grad f(y_{t+1}; S_j) for the shards of B_{t+1}
             y, g_next = self._look_ahead(ascent), self._lookahead_grads
@@ -129,9 +119,27 @@ class MSAMPa(Shards, SAMPa):
         self._hand_over(len(coming))
         return found
 
+    def _mean_at_perturbed(self, batch: Batch, gradient: Gradient) -> Found:
+        """Mean of the g~_j = grad f(x_t + eps_j; S_j)."""
+
+        def run(shard: Batch, g: Buckets) -> Found:
+            return self._perturbed_gradient(g, global_norm(g.views), shard, gradient, batch)
+
+        shards = zip(self._shards(batch), self._g_of, strict=True)
+        runs = [(partial(run, shard, g), weight, self._part) for (shard, weight), g in shards]
+        return self._mean(batch, runs, self.perturbed_grads)
+
+    def _last_gradient(self, ascent: Pass, batch: Batch, gradient: Gradient) -> dict[Role, Found]:
+        perturbs = Role.PERTURBED in self.roles
+        found = {Role.PERTURBED: self._mean_at_perturbed(batch, gradient)} if perturbs else {}
+        for flat in self.perturbed_grads.flats if self.exchange.mesh.paired else []:
+            self.exchange.transfer(flat if perturbs else None, None if perturbs else flat)
+        self.exchange.finish()
+        return found
+
     def _ascent_gradients(self, batch: Batch, shards: Sequence[Shard], gradient: Gradient, into: Buckets) -> Found:
         """The g_j at the weights as they are, and their mean."""
-        self._g_of = [Buckets(self.params) for _ in shards]
+        self._g_of = [self._buckets() for _ in shards]
         runs = [
             (lambda s=shard, g=g: self._gradient(Role.LOOKAHEAD, s, gradient, g, local=True), weight, g)
             for (shard, weight), g in zip(shards, self._g_of, strict=True)
@@ -146,7 +154,7 @@ class MSAMPa(Shards, SAMPa):
         if self.exchange.mesh.paired:
             perturbs = Role.PERTURBED in self.roles
             if perturbs:
-                self._g_of = [Buckets(self.params) for _ in range(count)]
+                self._g_of = [self._buckets() for _ in range(count)]
             mine = self.perturbed_grads if perturbs else self._lookahead_grads
             sends, receives = perturbed or not perturbs, perturbed or perturbs
             for bucket, theirs in enumerate(self.ascent_grads.flats):
@@ -175,7 +183,7 @@ class MSAMPa(Shards, SAMPa):
 
     def load_state_dict(self, grads: dict[str, Tensor], ascent: dict[str, Any]) -> None:
         super().load_state_dict({name: grad for name, grad in grads.items() if "@" not in name}, ascent)
-        self._g_of = [Buckets(self.params) for _ in range(len(grads) // len(self.params) - 1)]
+        self._g_of = [self._buckets() for _ in range(len(grads) // len(self.params) - 1)]
         for j, g in enumerate(self._g_of):
             for name, view in zip(self.names, g.views, strict=True):
                 view.copy_(grads[f"{name}@{j}"])
@@ -192,7 +200,7 @@ class TwoLossSAMPa(MSAMPa):
         return [(batch, 1.0)]
 
     def _ascent_gradients(self, batch: Batch, shards: Sequence[Shard], gradient: Gradient, into: Buckets) -> Found:
-        self._g_of = [Buckets(self.params)]
+        self._g_of = [self._buckets()]
         for role, mean in ((Role.LOOKAHEAD, self._g_of[0]), (Role.PERTURBED, into)):
             run = partial(self._gradient, role, batch, gradient, self._part, local=True)
             found = self._mean(batch, [(run, 1.0, self._part)], mean)

@@ -50,6 +50,11 @@ class Pass:
     dot: float  # with (x~_t - x_t) / ||x~_t - x_t||; 0 in the LOOKAHEAD role
     fingerprints: tuple[int, ...]  # per replica
     used: tuple[bool, ...]  # per parameter: whether backward reached it
+    model_norm: float | None = None  # over the model's parameters, which clipping goes by; None: over all
+
+    @property
+    def clipped_norm(self) -> float:
+        return self.norm if self.model_norm is None else self.model_norm
 
     @property
     def finite(self) -> bool:
@@ -65,3 +70,4 @@ class Found:
     norm: Tensor
     dot: Tensor
     used: list[bool]
+    model_norm: Tensor

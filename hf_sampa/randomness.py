@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 
@@ -57,6 +59,52 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         before.restore()
 
 
+@contextmanager
+def unseeded() -> Iterator[None]:
+    """What the block does to the global generators on the CPU is undone."""
+    before = GlobalState()
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+OwnGenerator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def own_generators(owner: Any, depth: int = 3) -> list[OwnGenerator]:
+    """Generators that a collator or dataset, or a part of it, keeps as attributes.
+
+    `transformers`' collators make theirs only when they are first called, each worker process its own: they are asked to make
+    it now, so that the first batch is drawn from the same state as it is after a resume.
+    """
+    if isinstance(owner, OwnGenerator):
+        return [owner]
+    owner = getattr(owner, "__self__", owner)  # of a method
+    if isinstance(owner, partial):
+        inside = [owner.func, *owner.args, *owner.keywords.values()]
+    else:
+        inside = [] if isinstance(owner, type | Tensor) else list(getattr(owner, "__dict__", {}).values())
+    if depth == 0 or not inside:
+        return []
+    if hasattr(owner, "create_rng") and owner.seed is not None and owner.generator is None:
+        owner.create_rng()
+        return own_generators(owner, depth)
+    return [generator for value in inside for generator in own_generators(value, depth - 1)]
+
+
+def seed_all(seed: int, own: Iterable[OwnGenerator]) -> None:
+    """Seed the global generators on the CPU, and each of `own`."""
+    seed_globals(seed)
+    for generator in own:
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        elif isinstance(generator, np.random.Generator):
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        else:
+            generator.seed(seed % 2**32)
+
+
 class OwnGenerators:
     """Global generators of one consumer: each `lent` block goes on where its last one ended."""
 
@@ -90,18 +138,17 @@ class _Samples(list):
 class SeededItems(Dataset):
     """A map-style dataset whose items do not depend on what was drawn before them.
 
-    Indexed by ``(epoch, index)``, so that the epoch reaches worker processes, persistent ones too. Randomness of an
-    item derives from (seed, epoch, index).
+    Indexed by ``(epoch, index)``, so that the epoch reaches worker processes, persistent ones too, and there the dataset's
+    ``set_epoch``. Randomness of an item derives from (seed, epoch, index).
 
     Args:
         dataset: map-style dataset.
         seed: of the run's data.
-        whole_batches: read a batch by one call of the dataset's ``__getitems__``, without seeding; for datasets that
-            draw nothing.
+        whole_batches: read a batch by one call of the dataset's ``__getitems__``; randomness then derives from all its indices.
     """
 
     def __init__(self, dataset: Dataset, seed: int, whole_batches: bool):
-        self.dataset, self.seed, self.whole_batches = dataset, seed, whole_batches
+        self.dataset, self.seed, self.whole_batches, self._epoch = dataset, seed, whole_batches, None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -110,18 +157,28 @@ class SeededItems(Dataset):
         return self.__getitems__([tagged])[0]
 
     def __getitems__(self, tagged: list[tuple[int, Any]]) -> list:
-        if self.whole_batches:
-            samples = _Samples(self.dataset.__getitems__([index for _, index in tagged]))
-        else:
-            before = GlobalState()
-            samples = _Samples()
-            for epoch, index in tagged:
-                seed_globals(derive_seed(self.seed, epoch, index))
-                samples.append(self.dataset[index])
-            before.restore()
+        self._begin_epoch(tagged[0][0])
+        own = own_generators(self.dataset)
+        with unseeded():
+            if self.whole_batches:
+                seed_all(derive_seed(self.seed, "items", tagged), own)
+                samples = _Samples(self.dataset.__getitems__([index for _, index in tagged]))
+            else:
+                samples = _Samples()
+                for epoch, index in tagged:
+                    seed_all(derive_seed(self.seed, epoch, index), own)
+                    samples.append(self.dataset[index])
         samples.seed = derive_seed(self.seed, "collate", tagged)
         samples.indices = [index for _, index in tagged]
         return samples
+
+    def _begin_epoch(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._epoch, part = epoch, self.dataset
+            while part is not None:
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
+                part = getattr(part, "dataset", None)
 
 
 class SeededCollate:
@@ -136,7 +193,8 @@ class SeededCollate:
         self.collate, self.with_indices = collate, with_indices
 
     def __call__(self, samples: _Samples) -> Any:
-        with seeded(samples.seed):
+        with unseeded():
+            seed_all(samples.seed, own_generators(self.collate))
             batch = self.collate(list(samples))
         if self.with_indices:
             batch[INDICES] = torch.tensor(samples.indices)

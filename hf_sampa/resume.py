@@ -65,12 +65,13 @@ class ResumeMixin:
     def _save_rng_state(self, output_dir):
         # The last that Trainer writes before trainer_state.json: see `hf_sampa.checkpoint` for why then.
         super()._save_rng_state(output_dir)
-        upcoming = self._stream.peek()
-        position = {"epoch": upcoming.epoch, "start": upcoming.start, "fingerprints": self._fingerprints()}
+        self.sampa.check_weights()
+        epoch, start = self._stream.position
+        position = {"epoch": epoch, "start": start, "fingerprints": self._fingerprints()}
         grads, ascent = self.sampa.state_dict() if isinstance(self.sampa, SAMPa) else ({}, {})
-        if self.control.should_epoch_stop and upcoming.start:
+        if self.control.should_epoch_stop and start:
             # As `_run_epoch` will do: the rest of this epoch, and with it g_t, is not trained on.
-            position = {"epoch": upcoming.epoch + 1, "start": 0, "fingerprints": None}
+            position = {"epoch": epoch + 1, "start": 0, "fingerprints": None}
             grads, ascent = {}, {}
         if not self.args.should_save:
             return
@@ -94,8 +95,9 @@ class ResumeMixin:
         checkpoint.write(Path(output_dir), grads, content, self.sampa.recipe_state())
 
     def _fingerprints(self) -> list[int]:
-        """Of the next update batch, by replica; a collective."""
-        own = torch.tensor([self._stream.peek().fingerprint], device=self.args.device)
+        """Of the next update batch, by replica, 0 where the data are over; a collective."""
+        ahead = self._stream.peek()
+        own = torch.tensor([ahead.fingerprint if ahead else 0], device=self.args.device)
         return self._exchange.gather(own)[: self.args.num_replicas, 0].tolist()
 
     def _settings(self) -> dict[str, Any]:
@@ -200,14 +202,15 @@ class ResumeMixin:
 
     def _open_stream(self, epoch: int, start: int) -> None:
         """Begin the stream at micro-batch `start` of `epoch`."""
-        self._stream = UpdateStream(
-            self._loader,
-            seed=self._data_seed,
-            accumulation=self.args.gradient_accumulation_steps,
-            epoch=epoch,
-            start=start,
-            update=self.state.global_step,
-        )
+        with self._exchange.role_world.lent():
+            self._stream = UpdateStream(
+                self._loader,
+                seed=self._data_seed,
+                accumulation=self.args.gradient_accumulation_steps,
+                epoch=epoch,
+                start=start,
+                update=self.state.global_step,
+            )
         self._check_same_data()
         if self._unlogged:
             # `_total_loss_scalar` counts this call's steps only, so what came before is taken out again.
@@ -225,10 +228,10 @@ class ResumeMixin:
                 "start the epoch anew."
             )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         self._folder = resume_from_checkpoint
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         except RuntimeError as error:
             raise ValueError(f"The weights in {resume_from_checkpoint} are of another model: {error}") from error
 

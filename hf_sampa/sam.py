@@ -25,7 +25,7 @@ class SAM(SharpnessAware):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # x~_t takes the place of g_t, unless the recipe mixes g_t with g~_t.
-        self._x_tilde = Buckets(self.params) if self.recipe.mixing.needs_ascent else self.ascent_grads
+        self._x_tilde = self._buckets() if self.recipe.mixing.needs_ascent else self.ascent_grads
         self._teacher: Buckets | None = None  # running mean of the weights, for losses that ask for it
 
     @property
@@ -33,17 +33,19 @@ class SAM(SharpnessAware):
         """Whether g_t is taken on B_{t+1}."""
         return self.recipe.samples.next_batch
 
-    def step(self, batch: Batch, next_batch: Batch, gradient: Gradient) -> StepReport:
-        """One step from x_t with B_t; leaves G_t in ``.grad``. B_{t+1} is for recipes that ask for it."""
+    def step(self, batch: Batch, next_batch: Batch | None, gradient: Gradient) -> StepReport:
+        """One step from x_t with B_t; leaves G_t in ``.grad``. B_{t+1} is for recipes that ask for it; None after the last."""
         recipe, now, found = self.recipe, self.now(batch), {}
         ascends = recipe.when.reads_gradient or recipe.when(now, None)
         ascent = norm = before = None
         self._learn(now)
         self._teach(batch)
+        self.reported = None
         batch = self._chosen(batch, now)
-        if recipe.needs_gradient or not ascends:
+        self.reported = Role.LOOKAHEAD if recipe.needs_gradient or not ascends else Role.PERTURBED
+        if self.reported is Role.LOOKAHEAD:
             # g_t = grad f(x_t; B_t)
-            source = next_batch if recipe.samples.next_batch else batch
+            source = next_batch if recipe.samples.next_batch and next_batch is not None else batch
             found[Role.LOOKAHEAD] = self._ascent_gradient(source, gradient, ascends, now)
             norm = found[Role.LOOKAHEAD].norm
             before = self._seen(batch, now)
@@ -118,7 +120,7 @@ class SAM(SharpnessAware):
         if not (samples.looks_first or samples.reads_indices):
             return batch
         if samples.looks_first:
-            with self.kept_statistics():
+            with self.forward_state.kept():
                 self.samples.look(batch)
             losses = self.samples.losses(batch)
         indices = self.samples.indices(batch) if samples.reads_indices else None
@@ -138,7 +140,7 @@ class SAM(SharpnessAware):
         if decay is None:
             return
         if self._teacher is None:
-            self._teacher = Buckets(self.params)
+            self._teacher = self._buckets()
             torch._foreach_copy_(self._teacher.views, self.params)
         torch._foreach_lerp_(self._teacher.views, self.params, 1 - decay)
         with self.displaced(self._teacher, keep_statistics=True):
@@ -153,6 +155,6 @@ class SAM(SharpnessAware):
     def load_recipe_state(self, state: dict[str, Any]) -> None:
         super().load_recipe_state(state)
         if "teacher" in state:
-            self._teacher = Buckets(self.params)
+            self._teacher = self._buckets()
             for view, own in zip(self._teacher.views, state["teacher"], strict=True):
                 view.copy_(own)

@@ -6,6 +6,7 @@ the base optimizer's step x_{t+1} = U_{m_t}(x_t, G_t). Symbols: `hf_sampa.functi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,16 @@ from .passes import Batch, Found, Pass, StepReport
 from .roles import Role
 
 
+logger = logging.getLogger(__name__)
+
+
 class SAMPa(SharpnessAware):
     """SAMPa-lambda (Xie, Pethick, Cevher 2024, Algorithm 2).
 
     Args:
         lmbda: weight of the look-ahead gradient in G_t, in [0, 1].
-        clip_scale: given ||g_t||, what the look-ahead multiplies g_t by, as clipping would do before a real step.
+        clip_scale: given ||g_t|| over the model's parameters, what the look-ahead multiplies their part of g_t by, as clipping
+            would do before a real step.
         kwargs: see `SharpnessAware`.
     """
 
@@ -39,17 +44,20 @@ class SAMPa(SharpnessAware):
         self.ascent: Pass | None = None  # what belongs to the g_t in `ascent_grads`; None: there is no g_t
         # One process that plays both roles needs g_t for the look-ahead after it has been at x~_t.
         paired = self.exchange.mesh.paired
-        self._x_tilde = self.ascent_grads if paired else Buckets(self.params)
+        self._x_tilde = self.ascent_grads if paired else self._buckets()
         self._lookahead_grads = self.perturbed_grads if paired else self._x_tilde
         # A recipe that mixes g_t with g~_t needs it after its place was given away.
-        self._g = Buckets(self.params) if self.recipe.mixing.needs_ascent else None
+        self._g = self._buckets() if self.recipe.mixing.needs_ascent else None
         self._moment = Moment()
+        self._lookahead_runs = True  # beside the perturbed pass, so that there is a gradient to receive
 
-    def step(self, batch: Batch, next_batch: Batch, gradient: Gradient) -> StepReport:
+    def step(self, batch: Batch, next_batch: Batch | None, gradient: Gradient) -> StepReport:
         """One step from x_t with B_t and B_{t+1}; leaves G_t in ``.grad`` and carries g_{t+1}.
 
+        After the last batch of all there is no B_{t+1}, and G_t is g~_t.
         Raises RuntimeError where g_t and g~_t do not come from one batch.
         """
+        self.reported = None
         if self.ascent is None:
             self.ascent = self._start(batch, gradient)  # g_0 = grad f(x_0; B_0)
         # Until this step is through, there is no g_t to go on with.
@@ -57,6 +65,9 @@ class SAMPa(SharpnessAware):
         if not ascent.finite:
             return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
         self._moment = self.now(batch)
+        if next_batch is None:
+            return self._last_step(ascent, batch, gradient)
+        self.reported = Role.LOOKAHEAD
         shared = self._share(self._two_gradients(ascent, batch, next_batch, gradient))
         perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
         self._check_pairing(ascent, perturbed)
@@ -70,16 +81,9 @@ class SAMPa(SharpnessAware):
     def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, gradient: Gradient) -> dict[Role, Found]:
         """g~_t and g_{t+1}, by the processes whose role it is; g_{t+1} takes the place of g_t on all."""
         found = {}
-        if self._g:
-            torch._foreach_copy_(self._g.flats, self.ascent_grads.flats)
+        self._keep_ascent()
         if Role.PERTURBED in self.roles:
-            self._learn(self._moment)
-            # x~_t = x_t + eps_t; eps_t = rho g_t / ||g_t||, or what the recipe makes of g_t
-            x_tilde, g_tilde = self._perturb(ascent), self.perturbed_grads
-            # g~_t = grad f(x~_t; B_t)
-            found[Role.PERTURBED] = self._gradient_at(
-                x_tilde, Role.PERTURBED, batch, gradient, g_tilde, keep_statistics=True
-            )
+            found[Role.PERTURBED] = self._gradient_at_perturbed(ascent, batch, gradient)
         if Role.LOOKAHEAD in self.roles:
             # y_{t+1} = U_{m_t}(x_t, g_t), m_t kept as it was
             y, g_next = self._look_ahead(ascent), self._lookahead_grads
@@ -87,6 +91,56 @@ class SAMPa(SharpnessAware):
             found[Role.LOOKAHEAD] = self._gradient_at(y, Role.LOOKAHEAD, next_batch, gradient, g_next)
             self.ascent_grads.swap(g_next, self.owned)
         return found
+
+    def _keep_ascent(self) -> None:
+        """A copy of g_t, for recipes that need it after its place was given away."""
+        if self._g:
+            torch._foreach_copy_(self._g.flats, self.ascent_grads.flats)
+
+    def _gradient_at_perturbed(self, ascent: Pass, batch: Batch, gradient: Gradient) -> Found:
+        self._learn(self._moment)
+        # x~_t = x_t + eps_t; eps_t = rho g_t / ||g_t||, or what the recipe makes of g_t
+        x_tilde, g_tilde = self._perturb(ascent), self.perturbed_grads
+        # g~_t = grad f(x~_t; B_t)
+        return self._gradient_at(x_tilde, Role.PERTURBED, batch, gradient, g_tilde, keep_statistics=True)
+
+    def _last_step(self, ascent: Pass, batch: Batch, gradient: Gradient) -> StepReport:
+        """The step of the last update batch of all: G_t = g~_t, since there is no B_{t+1} for g_{t+1}."""
+        logger.info(
+            "The data are over: there is no batch after this step's, so that it goes without a look-ahead gradient."
+        )
+        self._keep_ascent()
+        self._lookahead_runs = False
+        try:
+            found = self._last_gradient(ascent, batch, gradient)
+        finally:
+            self._lookahead_runs = True
+        perturbed = self._share(found)[Role.PERTURBED]
+        self._check_pairing(ascent, perturbed)
+        skipped, used = not perturbed.finite, perturbed.used
+        if not skipped:
+            used = self._mix(ascent, perturbed, self._g, self._moment)
+        return self._finish(ascent, perturbed, ascent.loss, used, skipped)
+
+    def _last_gradient(self, ascent: Pass, batch: Batch, gradient: Gradient) -> dict[Role, Found]:
+        """g~_t, by the PERTURBED role, which sends it to the other; x~_t is left where g_t was."""
+        if Role.PERTURBED in self.roles:
+            return {Role.PERTURBED: self._gradient_at_perturbed(ascent, batch, gradient)}
+        self._help_perturb(ascent)
+        for bucket in self.owned:
+            self.perturbed_grads.ensure(bucket)
+            self.exchange.transfer(None, self.perturbed_grads.flats[bucket])
+        self.exchange.finish()
+        return {}
+
+    def _help_perturb(self, ascent: Pass) -> None:
+        """What the LOOKAHEAD role has to do so that the other can displace its weights."""
+
+    def _start_exchange(self, bucket: int, into: Buckets, weights: Buckets | None, ready: Callable[[], None]) -> None:
+        super()._start_exchange(bucket, into, weights if self._lookahead_runs else None, ready)
+
+    def settings(self) -> dict[str, float]:
+        return {**super().settings(), "lmbda": self.lmbda}
 
     def _combine(self, ascent: Pass, perturbed: Pass, lookahead: Pass) -> list[bool]:
         """Mix the gradients of the owned parameters; returns, for all parameters, whether G_t has a part of them."""
@@ -113,8 +167,8 @@ class SAMPa(SharpnessAware):
         """
         if self.ascent is None:
             return None
-        at_x = Buckets(self.params)
-        with self.kept_statistics():
+        at_x, self.reported = self._buckets(), None
+        with self.forward_state.kept():
             self._gradient(Role.LOOKAHEAD, batch, gradient, at_x, local=True)
         for flat in at_x.flats:
             self.exchange.start(flat, send=False)

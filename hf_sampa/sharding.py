@@ -78,11 +78,14 @@ class ShardedSAMPa(SAMPa):
             )
         self.exchange.finish()
 
+    def _help_perturb(self, ascent: Pass) -> None:
+        self._look_ahead(ascent)  # writes, and sends, its half of x~_t
+
     # ---- Gradients ----
 
     def _start_exchange(self, bucket: int, into: Buckets, weights: Buckets | None, ready: Callable[[], None]) -> None:
         if bucket in self.owned:
-            theirs = None if weights is None else weights.flats[bucket]
+            theirs = None if weights is None or not self._lookahead_runs else weights.flats[bucket]
             self.exchange.start(into.flats[bucket], theirs, send=False, ready=ready)
         else:
             self.exchange.start(into.flats[bucket], ready=ready, sent=partial(self._release, into, bucket))
@@ -93,18 +96,21 @@ class ShardedSAMPa(SAMPa):
         grads.release(bucket)
 
     def grad_norm(self) -> Tensor:
-        """||G_t|| over both halves, from ``.grad``; the bits of `torch.nn.utils.get_total_norm`. A collective."""
-        own = torch.zeros(len(self.params), dtype=torch.float64, device=self.params[0].device)
-        mine = [i for i in self._owned_params() if i in self.reached]
+        """||G_t|| of the model over both halves, from ``.grad``; the bits of `torch.nn.utils.get_total_norm`. A collective."""
+        own = torch.zeros(self.of_model, dtype=torch.float64, device=self.params[0].device)
+        reached = [i for i in sorted(self.reached) if i < self.of_model]
+        owned = set(self._owned_params())
+        mine = [i for i in reached if i in owned]
         if mine:
             own[mine] = torch.stack(torch._foreach_norm([self.params[i].grad for i in mine])).double()
         norms = self.exchange.gather(own).amax(dim=0).unbind()
-        return torch.nn.utils.get_total_norm([norms[i].to(self.params[i].dtype) for i in sorted(self.reached)])
+        return torch.nn.utils.get_total_norm([norms[i].to(self.params[i].dtype) for i in reached])
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clip the owned half of G_t by the norm of the whole, which is returned. A collective."""
         norm = self.grad_norm()
-        torch.nn.utils.clip_grads_with_norm_([self.params[i] for i in self._owned_params()], max_norm, norm)
+        owned = [self.params[i] for i in self._owned_params() if i < self.of_model]
+        torch.nn.utils.clip_grads_with_norm_(owned, max_norm, norm)
         return norm
 
     def _over_owners(self, squares: Tensor) -> Tensor:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
 from transformers.trainer_utils import has_length
 
 from .batches import MicroBatch, UpdateBatch
-from .checks import check_trainable
+from .checks import check_settings_kept, check_trainable
+from .collected import Collected
 from .msam import MSAM, MSAMPa, TwoLossSAMPa
 from .parts import Moment
 from .per_sample import SampleView, check_classes, logits_of, recipe_loss
@@ -21,21 +27,55 @@ from .roles import Role
 from .sam import SAM
 from .sampa import SAMPa
 from .sharding import ShardedSAMPa, check_separable
+from .trained import other_modules
 
 
 logger = get_logger(__name__)
 
+# Settings that decide how a run is put together. Others, rho and lambda among them, may change while it goes on.
+FIXED = (
+    "method",
+    "variant",
+    "variant_args",
+    "shard_optimizer",
+    "overlap_exchange",
+    "gradient_accumulation_steps",
+    "seed",
+)
+
+
+@contextmanager
+def stood_in(owner: Any, method: str, other: Callable) -> Iterator[None]:
+    """Within the block, whoever calls the `method` of `owner`, an object, calls `other`."""
+    before = vars(owner).get(method)
+    setattr(owner, method, other)
+    try:
+        yield
+    finally:
+        delattr(owner, method)
+        if before is not None:
+            setattr(owner, method, before)
+
 
 class StepMixin:
-    """The part of `SAMPaMixin` that runs the engine."""
+    """The part of `SAMPaMixin` that runs the engine.
+
+    The loop calls ``training_step`` for every micro-batch: it is given `_step`, which runs the whole step with the last of
+    them. The class's own ``training_step``, Trainer's or one that somebody wrote, is what a pass does with a micro-batch.
+    """
 
     _progress: ShowsReport | None = None
-    _in_pass: tuple[MicroBatch, Role] | None = None  # what `compute_loss` is called for
+    _in_pass: tuple[MicroBatch, Role] | None = None  # what a loss is computed for
+    _pass_step: Callable[..., torch.Tensor] | None = None  # the class's own training_step, while the loop runs
+    _said: list[tuple[tuple, dict]] | None = None  # what was logged during passes that are reported
+    _step_state: str = "between"  # or "in passes", or "in update", from G_t to the end of the step
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler = SharedGradScaler(self.accelerator.scaler, self.accelerator.device.type)
+
+    # ---- The engine ----
 
     def _engine(self, max_steps: int) -> SAMPa | SAM:
         # A copy, so that a recipe of one's own begins every run as it was made.
@@ -43,6 +83,7 @@ class StepMixin:
         sharded_batch = recipe.samples.sharded
         common = {
             "rho": self.args.rho,
+            "others": other_modules(self, self.model),
             "overlap": self.args.overlap_exchange,
             "partial_backward": not self.args.torch_compile,
             "recipe": recipe,
@@ -71,25 +112,37 @@ class StepMixin:
             **common,
         )
 
+    def _prepare_steps(self, max_steps: int) -> None:
+        """Build what the steps of a run need."""
+        self.sampa = self._engine(max_steps)
+        self._collected = Collected(self, ("transformers.", "hf_sampa."), self._exchange)
+        self.sampa.digest_of_rest = self._digest_of_rest
+        self._fixed = {name: copy.deepcopy(getattr(self.args, name)) for name in FIXED}
+        self._step_state, self._said = "between", []
+
+    def _digest_of_rest(self) -> int:
+        return self._collected.digest() + len(self._said)
+
     def _clip_scale(self, norm: float) -> float:
         """What `torch.nn.utils.clip_grad_norm_` multiplies gradients of this norm by."""
         return min(1.0, self.args.max_grad_norm / (norm + 1e-6)) if self.args.max_grad_norm > 0 else 1.0
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
+    # ---- A step ----
+
+    def _step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """What the loop calls for every micro-batch; returns the loss that is logged, of the whole update batch."""
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         self._clock.start_step()
         check_trainable(self.model, self.sampa.params)
+        self._follow_settings()
         # Before the weights are displaced: schedule-free optimizers move them when they change modes.
         model.train()
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()
-        batch, gradient = self._batch, partial(self._micro_gradient, model)
-        self._weigh(batch)
-        next_batch = self._stream.peek()
-        if self.sampa.reads_next_batch:
-            self._weigh(next_batch)
-        report = self.sampa.step(batch, next_batch, gradient)
+        self._step_state = "in passes"
+        report = self._run_engine(partial(self._micro_gradient, model))
+        self._step_state = "in update"
         if self._progress is not None:
             self._progress.report = report
         if report.skipped:
@@ -104,6 +157,36 @@ class StepMixin:
         self._means.add(report, self.sampa.skipped_steps)
         # Filled by the device: a copy from the host would wait for it.
         return torch.full((), report.loss, dtype=torch.float32, device=self.args.device)
+
+    def _run_engine(self, gradient: Callable[..., torch.Tensor]):
+        batch, next_batch = self._batch, self._stream.peek()
+        self._weigh(batch)
+        if next_batch is not None and self.sampa.reads_next_batch:
+            self._weigh(next_batch)
+        report = self.sampa.step(batch, next_batch, gradient)
+        self._share_what_was_collected()
+        return report
+
+    def _follow_settings(self) -> None:
+        """Take over what a callback may have changed, and refuse what cannot be followed."""
+        check_settings_kept(self.args, self._fixed)
+        if (self.args.rho, self.args.lmbda) != (self.sampa.rho, getattr(self.sampa, "lmbda", self.args.lmbda)):
+            self.args.check_settings()
+            self.sampa.rho = self.args.rho
+            if isinstance(self.sampa, SAMPa):
+                self.sampa.lmbda = self.args.lmbda
+
+    def _share_what_was_collected(self) -> None:
+        """What the reported passes left on the trainer, and what they logged, is the same on both halves of a pair."""
+        if self.sampa.rest_differs:
+            mesh = self._exchange.mesh
+            of_all = self._exchange.share_objects((self._collected.state_dict(), self._said))
+            if mesh.roles[0] is not Role.LOOKAHEAD:
+                state, self._said = of_all[mesh.peer]
+                self._collected.load_state_dict(state)
+        said, self._said = self._said, []
+        for given, named in said:
+            super().log(*given, **named)
 
     def lookahead_error(self) -> tuple[float, float] | None:
         """As in `SAMPa.lookahead_error`, of the batch that is about to be trained on; None for sequential methods."""
@@ -130,22 +213,28 @@ class StepMixin:
         for micro_batch, count in zip(batch, counts, strict=True):
             if isinstance(total, torch.Tensor):
                 # Stays on the device: reading it would make the host wait. No micro-batch with a count has total 0.
-                micro_batch.share = (count * self.args.num_replicas / total).float() if count else 0.0
+                micro_batch.share = (count * self._exchange.mesh.num_replicas / total).float() if count else 0.0
             else:
                 micro_batch.share = count / total if count else 0.0
+
+    # ---- A pass ----
+
+    @contextmanager
+    def aside(self, counted: bool = False) -> Iterator[None]:
+        """Around code that computes a loss: its world is its role's, and unless it is `counted`, it leaves nothing on the trainer."""
+        collected = self._collected.counted() if counted else self._collected.aside()
+        with self._exchange.role_world.lent(), collected:
+            yield
 
     def _micro_gradient(self, model, micro_batch: MicroBatch, role: Role) -> torch.Tensor:
         """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""
         if isinstance(micro_batch.share, float) and not micro_batch.share:
             return torch.zeros((), device=self.args.device)  # no label counts, and the mean over none is not a number
-        # What `Trainer.training_step` divides the loss by.
-        self.current_gradient_accumulation_steps = 1 / micro_batch.share
-        self._in_pass, micro_batch.logits = (micro_batch, role), None
-        try:
+        micro_batch.logits = None
+        with self._pass(micro_batch, role), self.aside(counted=role is self.sampa.reported):
             with self._own_randomness(micro_batch):
-                loss = super().training_step(model, micro_batch.inputs, micro_batch.num_items)
-        finally:
-            self._in_pass = None
+                loss = self._pass_step(model, self._inputs_of(micro_batch), micro_batch.num_items)
+        self._check_gradient()
         if not self.sampa.recipe.reads_logits:
             return loss
         if micro_batch.logits is None:
@@ -155,25 +244,66 @@ class StepMixin:
             )
         return micro_batch.loss * micro_batch.share  # what is reported is the trainer's own loss
 
+    @contextmanager
+    def _pass(self, micro_batch: MicroBatch, role: Role) -> Iterator[None]:
+        """What `training_step` and `compute_loss` find on the trainer during a pass."""
+        before = self.loss_is_scaled_for_ga
+        # Every loss is the mean over one micro-batch here, which Trainer's training_step divides by this, whatever it is of.
+        self.loss_is_scaled_for_ga, self.current_gradient_accumulation_steps = False, 1 / micro_batch.share
+        self._in_pass = (micro_batch, role)
+        try:
+            yield
+        finally:
+            self._in_pass, self.loss_is_scaled_for_ga = None, before
+
+    def _inputs_of(self, micro_batch: MicroBatch) -> Any:
+        """The inputs, as a copy on the training device: what a pass does to them the next one does not see."""
+        non_blocking = self.accelerator.non_blocking
+        return send_to_device(micro_batch.own_inputs(self.args.device), self.args.device, non_blocking=non_blocking)
+
+    def _check_gradient(self) -> None:
+        """Refuse, in the first pass of a run, a training_step that leaves no gradient."""
+        if self.sampa.first_pass and all(param.grad is None for param in self.sampa.params):
+            raise ValueError(
+                f"training_step: expected a forward and a backward pass that leaves a gradient, but after that of "
+                f"{type(self).__name__} no trained parameter has one. Call self.accelerator.backward(loss) in it, or "
+                "super().training_step(...); a step of the optimizer and zeroing gradients are the loop's."
+            )
+
     def _own_randomness(self, micro_batch: MicroBatch):
-        seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self.args.mesh.replica)
+        seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self._exchange.mesh.replica)
         return seeded(seed, self.args.device)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self._in_pass is None or not self.sampa.recipe.reads_logits:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self._in_pass is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
         micro_batch, role = self._in_pass
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with self._undivided():
+            if not self.sampa.recipe.reads_logits:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            given = inspect.signature(super().compute_loss).bind(model, inputs, *args, **kwargs).arguments
+            wanted = given.get("return_outputs", False)
+            loss, outputs = super().compute_loss(**{**given, "return_outputs": True})
         now, ascent = self.sampa.now(micro_batch), role is Role.LOOKAHEAD
         loss = recipe_loss(self.sampa.recipe.loss, loss, outputs, micro_batch, ascent, now)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, outputs) if wanted else loss
+
+    @contextmanager
+    def _undivided(self) -> Iterator[None]:
+        """Losses that divide parts of themselves by the accumulation steps are divided as a whole afterwards."""
+        before, self.current_gradient_accumulation_steps = self.current_gradient_accumulation_steps, 1
+        try:
+            yield
+        finally:
+            self.current_gradient_accumulation_steps = before
 
     @torch.no_grad()
     def _look(self, model, micro_batch: MicroBatch, evaluating: bool) -> None:
         """Forward of one micro-batch, as in its passes or in evaluation mode, for its logits."""
         model.train(not evaluating)
-        with self._own_randomness(micro_batch), self.compute_loss_context_manager():
-            _, outputs = self.compute_loss(model, self._prepare_inputs(micro_batch.inputs), return_outputs=True)
+        with self.aside(), self._own_randomness(micro_batch), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(self._inputs_of(micro_batch))
+            _, outputs = self.compute_loss(model, inputs, return_outputs=True)
         model.train()
         logits = logits_of(outputs)
         check_classes(logits, micro_batch.inputs.get("labels"))
@@ -184,10 +314,19 @@ class StepMixin:
         inputs = self._loader.collate_fn(self._loader.dataset.__getitems__([(now.epoch, place)]))
         inputs.pop(INDICES, None)
         self.model.eval()
-        with self.compute_loss_context_manager():
+        with self.aside(), self.compute_loss_context_manager():
             loss = self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs))
         self.model.train()
         return loss
+
+    def log(self, logs, *args, **kwargs):
+        if self._in_pass is None:
+            super().log(logs, *args, **kwargs)
+        elif self._in_pass[1] is self.sampa.reported:
+            # Once the step is through, by all processes: the one that shows logs may be another.
+            self._said.append(((dict(logs), *args), kwargs))
+
+    # ---- After the passes ----
 
     def _clip_grad_norm(self, model):
         if isinstance(self.sampa, ShardedSAMPa):

@@ -7,20 +7,31 @@ optimizer's step, logs, evaluates and saves as always.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
 
 from accelerate.logging import get_logger
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
+from .agreement import check_same_start
 from .batches import UpdateStream
 from .card_facts import CardFacts
-from .checks import check_dataset, check_loader, check_model, check_optimizer, check_trainer
+from .checks import (
+    check_dataset,
+    check_groups,
+    check_loader,
+    check_model,
+    check_not_generating,
+    check_precision,
+    check_trainer,
+)
 from .diagnostics import DiagnosticsCallback
 from .exchange import Exchange
-from .loaders import replica_loader, seeded_loader
+from .loaders import check_samplers, replica_loader, seeded_loader
 from .metrics import RunningMeans
 from .progress import replace_progress_bar
 from .publish import PublishMixin, StepClock
@@ -28,7 +39,9 @@ from .recipe import Recipe, check_recipe
 from .resume import ResumeMixin
 from .sam import SAM
 from .sampa import SAMPa
-from .step import StepMixin
+from .start import started_with
+from .step import StepMixin, stood_in
+from .trained import Trained, other_modules
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
 from .variants import find
 
@@ -39,7 +52,7 @@ logger = get_logger(__name__)
 class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
     """Sharpness-aware steps for any `Trainer`: ``class Mine(SAMPaMixin, SomeTrainer)``.
 
-    Takes what the Trainer below it takes; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
+    Takes what the Trainer below it takes, in its order; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
     it plays both roles in turn, by 2k processes it spreads them, with the same numbers.
 
     Args:
@@ -53,16 +66,20 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
     """
 
     sampa: SAMPa | SAM | None = None
+    _means_wanted = False
 
-    def __init__(self, model=None, args=None, *other, recipe: Recipe | None = None, **kwargs):
-        args = SAMPaTrainingArguments("tmp_trainer") if args is None else args
-        if not isinstance(args, SAMPaArgumentsMixin):
-            raise ValueError(
-                f"args: expected SAMPaTrainingArguments, or a class of yours with SAMPaArgumentsMixin, got "
-                f"{type(args).__name__}."
-            )
+    def __init__(self, *given, recipe: Recipe | None = None, **named):
+        check_not_generating(type(self))
+        given, named, args = self._with_arguments(given, named)
         args.mesh  # refuses odd worlds before anything is built  # noqa: B018
-        super().__init__(model, args, *other, **kwargs)
+        try:
+            super().__init__(*given, **named)
+        except TypeError as error:
+            raise (
+                self._foreign_arguments(args) if "unexpected keyword argument 'method'" in str(error) else error
+            ) from error
+        if self.args is not args:
+            raise self._foreign_arguments(args)
         check_recipe(recipe, args.variant)
         self._recipe = recipe
         check_trainer(self)
@@ -71,11 +88,32 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         self.add_callback(self._clock)
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))
-        # Every loss is the mean over one micro-batch here; `_micro_gradient` does the weighing.
-        self.loss_is_scaled_for_ga = False
         self._exchange: Exchange | None = None
         self._stream: UpdateStream | None = None
         self._means = RunningMeans()
+
+    def _with_arguments(self, given: tuple, named: dict) -> tuple[tuple, dict, SAMPaArgumentsMixin]:
+        """What the trainer was given, wherever its signature has the training arguments; with default ones, if it had none."""
+        args = next((value for value in (*given, *named.values()) if isinstance(value, TrainingArguments)), None)
+        if args is None and super().__init__.__func__ is Trainer.__init__:
+            bound = inspect.signature(super().__init__).bind_partial(*given, **named)
+            bound.arguments["args"] = args = SAMPaTrainingArguments("tmp_trainer")
+            return bound.args, bound.kwargs, args
+        if not isinstance(args, SAMPaArgumentsMixin):
+            raise self._foreign_arguments(args)
+        return given, named, args
+
+    def _foreign_arguments(self, args) -> ValueError:
+        below = next(
+            kind for kind in type(self).__mro__ if issubclass(kind, Trainer) and not issubclass(kind, SAMPaMixin)
+        )
+        wanted = "SAMPaTrainingArguments, or a class of yours with SAMPaArgumentsMixin"
+        if below is not Trainer:
+            wanted = (
+                f"a class of yours with SAMPaArgumentsMixin and the arguments of {below.__name__}, as in `@dataclass class "
+                "MyArguments(SAMPaArgumentsMixin, ItsArguments): ...`"
+            )
+        return ValueError(f"args: expected {wanted}, got {'none' if args is None else type(args).__name__}.")
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -97,11 +135,28 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         check_dataset(self.train_dataset)
         return super().get_train_dataloader()
 
+    def _inner_training_loop(self, *args, **kwargs):
+        self._connect()
+        with stood_in(self, "get_train_dataloader", self._build_loader):
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def _build_loader(self) -> Iterable:
+        # Whoever builds a loader of his own asks how many processes share the data: the replicas of a role do.
+        with self._exchange.role_world.lent():
+            return type(self).get_train_dataloader(self)
+
+    def _connect(self) -> None:
+        """Reach the other processes, if they are not reached yet."""
+        if self._exchange is None or self._exchange.mesh != self.args.mesh:
+            self._exchange = Exchange(self.args.mesh, timeout=timedelta(seconds=self.args.ddp_timeout))
+        self._exchange.bytes_sent = 0
+
     def set_initial_training_values(self, args, dataloader):
         loader = replica_loader(dataloader, args.mesh, args.accelerator_config.split_batches, args.data_seed)
         recipe = self._recipe or args.recipe()
         self._loader = seeded_loader(loader, self._data_seed, recipe.reads_indices or recipe.mask.fisher_samples > 0)
         check_loader(self._loader, args)
+        check_samplers(self._loader, args.mesh)
         return super().set_initial_training_values(args, self._loader)
 
     def get_total_train_batch_size(self, args) -> int:
@@ -113,21 +168,29 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _run_epoch(self, train_dataloader, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = (
+                True  # a finished run, resumed: upstream would take a step before it asks
+            )
+            return
         if self._stream is None:
             self._open_stream(kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
-        elif self._stream.peek().start:
+        elif (ahead := self._stream.peek()) and ahead.start:
             # A callback ended the epoch early: the batch ahead will not be trained on, and with it goes its g_t.
             self._stream.leave_epoch()
             if isinstance(self.sampa, SAMPa):
                 self.sampa.forget()
-        self._epoch_in_stream = self._stream.peek().epoch
+        self._epoch_in_stream, _ = self._stream.position
         # The loop only iterates over and fast-forwards what it is given; `get_batch_samples` reads the stream.
-        super()._run_epoch(train_dataloader=DataLoader([]), **kwargs)
+        self._pass_step = self.training_step
+        with stood_in(self, "training_step", self._step):
+            super()._run_epoch(train_dataloader=DataLoader([]), **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self._stream.peek().epoch != self._epoch_in_stream:
-            return [], None  # an epoch of unknown length is over
-        with record_function("SAMPa.data"):
+        ahead = self._stream.peek()
+        if ahead is None or ahead.epoch != self._epoch_in_stream:
+            return [], None  # an epoch of unknown length, or all there is to read, is over
+        with record_function("SAMPa.data"), self._exchange.role_world.lent():
             self._batch = self._stream.advance()
         inputs = iter([micro_batch.inputs for micro_batch in self._batch])
         samples, num_items = super().get_batch_samples(inputs, num_batches, device)
@@ -166,12 +229,13 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
             self.sampa.close()
             self.sampa = None  # frees its buffers before new ones are made
         model, _ = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        check_optimizer(self.optimizer.optimizer, self.model)
-        if self._exchange is None or self._exchange.mesh != self.args.mesh:
-            self._exchange = Exchange(self.args.mesh, timeout=timedelta(seconds=self.args.ddp_timeout))
-        self._exchange.bytes_sent = 0
-        self._exchange.broadcast([*self.model.parameters(), *self.model.buffers()])
-        self.sampa = self._engine(max_steps)
+        others = other_modules(self, self.model)
+        check_precision(Trained(self.optimizer.optimizer, self.model, others).named)
+        if self.args.mesh.paired:
+            check_groups({"model": self.model, **others})
+        check_same_start(self._exchange, started_with(self, max_steps))
+        self._prepare_steps(max_steps)
+        self._exchange.broadcast([*self.model.parameters(), *self.model.buffers(), *self.sampa.params])
         self.sampa.check_state()
         self._stream, self._means = None, RunningMeans()
         self.callback_handler.train_dataloader = self._loader
@@ -189,8 +253,18 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         """Means over the steps since the last log line, by the names that they are logged under."""
         return self._means.means() if self._means else {}
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        before = self._globalstep_last_logged
+        self._means_wanted = self.control.should_log and self.state.global_step > before
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._means_wanted = False
+        if self._globalstep_last_logged != before:
+            self._tr_loss.zero_()  # upstream takes it from itself, so that one NaN would stay for good
+
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
+        # In Trainer's own line on the steps, not in one of somebody's that has a loss in it, too.
+        if self._means_wanted and "loss" in logs:
+            self._means_wanted = False
             logs.update(self._means.take())
         super().log(logs, *args, **kwargs)
 

@@ -11,17 +11,20 @@ import torch
 from transformers import TrainingArguments
 
 from .recipe import Recipe
+from .role_world import SIZE_VARIABLES, whole_size_and_rank
 from .roles import Mesh
 from .variants import Variant, find, parse_arguments
 
 
-# The variables by which torchrun, accelerate and the MPI launchers tell a process how many there are.
-WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+def named_world_size() -> str | None:
+    """The environment variable by which a launcher said how many processes there are; None without a launcher."""
+    return next((name for name in SIZE_VARIABLES if name in os.environ), None)
 
 
 def launched_world_size() -> int:
     """Number of processes that the launcher started, 1 without a launcher."""
-    return next((int(os.environ[name]) for name in WORLD_SIZE_VARIABLES if name in os.environ), 1)
+    name = named_world_size()
+    return int(os.environ[name]) if name else 1
 
 
 @dataclass
@@ -123,14 +126,18 @@ class SAMPaArgumentsMixin:
         self._take_defaults()
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        drop_last = self.dataloader_drop_last
         super().__post_init__()
+        if self.num_replicas == 1:
+            # sentence-transformers sets it in a world of two, for the sake of DDP; here that world reads one stream.
+            self.dataloader_drop_last = drop_last
         self.average_tokens_across_devices = False
         self.check_settings()
 
     @property
     def mesh(self) -> Mesh:
         """This process's place among the others. Raises ValueError for a world that `method` cannot use."""
-        return Mesh.for_method(self.method, self.world_size, self.process_index)
+        return Mesh.for_method(self.method, *whole_size_and_rank(self.world_size, self.process_index))
 
     @property
     def num_replicas(self) -> int:

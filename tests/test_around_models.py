@@ -29,10 +29,14 @@ class Watching(SAMPaTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.seen: list[dict[str, torch.Tensor]] = []
+        self.passes = tiny.Passes()
+
+    @property
+    def seen(self) -> list[dict[str, torch.Tensor]]:
+        return self.passes.seen
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.seen.append(copies(self.model.named_parameters()))
+        self.passes(copies(self.model.named_parameters()))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 

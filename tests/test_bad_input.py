@@ -75,7 +75,8 @@ def test_a_world_that_the_trainer_does_not_see(tmp_path, monkeypatch):
     args = tiny.arguments(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        ValueError, match="The launcher started 2 processes, but this trainer sees a world of 1.*--use_cpu"
+        ValueError,
+        match="variable WORLD_SIZE says that a launcher started 2 processes, but this trainer sees a world of 1.*--use_cpu.*unset WORLD_SIZE",
     ):
         SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
 
@@ -154,17 +155,6 @@ def test_less_than_one_batch(tmp_path):
         trainer(tmp_path, dataset=tiny.sentences(3), dataloader_drop_last=True).train()
 
 
-def test_an_optimizer_of_more_than_the_model(tmp_path):
-    model, temperature = tiny.bert(), torch.nn.Parameter(torch.ones(7))
-    optimizer = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
-    args = tiny.arguments(tmp_path)
-    run = SAMPaTrainer(model=model, args=args, train_dataset=tiny.sentences(16), optimizers=(optimizer, None))
-    with pytest.raises(
-        ValueError, match=r"1 of its tensors, the first of shape \(7,\), are not among them. Register them"
-    ):
-        run.train()
-
-
 class Unfreezing(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         model.requires_grad_(True)
@@ -174,7 +164,8 @@ def test_unfreezing_during_training(tmp_path):
     args = tiny.arguments(tmp_path)
     run = SAMPaTrainer(model=tiny.frozen_bert(), args=args, train_dataset=tiny.sentences(16), callbacks=[Unfreezing()])
     with pytest.raises(
-        ValueError, match="requires_grad changed during training and there are 41 now. Freeze and unfreeze"
+        ValueError,
+        match="0 of them are frozen, and the model has 41 trainable ones. Do that between two calls of train",
     ):
         run.train()
 
@@ -196,7 +187,7 @@ def test_finding_the_batch_size_on_several_processes(tmp_path, monkeypatch):
 
 
 def test_an_iterable_dataset_without_items(tmp_path):
-    with pytest.raises(ValueError, match="at least one batch in epoch 0 of the training data, but got none"):
+    with pytest.raises(ValueError, match="at least one batch in the first epoch of the training data, but got none"):
         trainer(tmp_path, dataset=tiny.Stream(0), max_steps=2).train()
 
 
@@ -347,12 +338,15 @@ def test_changed_rho_and_lambda_are_warnings(folder, caplog):
 class BadSteps(SAMPaTrainer):
     """Multiplies the loss by NaN in the given passes."""
 
-    bad, passes = frozenset(), 0
+    bad = frozenset()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.passes = tiny.Passes()
 
     def compute_loss(self, *args, **kwargs):
-        self.passes += 1
         loss = super().compute_loss(*args, **kwargs)
-        return loss * float("nan") if self.passes in self.bad else loss
+        return loss * float("nan") if self.passes() in self.bad else loss
 
 
 # pass 1 starts; then the perturbed pass of step t is 2 t and its look-ahead pass 2 t + 1

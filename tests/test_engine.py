@@ -124,11 +124,11 @@ def test_the_step_reads_no_element_of_a_tensor(tmp_path, method):
     counts, copies = [], []
 
     class Counted(SAMPaTrainer):
-        def training_step(self, *args, **kwargs):
+        def _step(self, *args, **kwargs):
             gather = self.sampa.exchange.gather
             self.sampa.exchange.gather = lambda row: copies.append(1) or gather(row)
             with HostReads() as reads:
-                loss = super().training_step(*args, **kwargs)
+                loss = super()._step(*args, **kwargs)
             self.sampa.exchange.gather = gather
             counts.append(reads.count)
             return loss

@@ -20,13 +20,20 @@ def weights(model):
 class Failing(SAMPaTrainer):
     """Raises in the given forward pass of the run, or in the backward pass after it."""
 
-    fail_at, in_backward, passes = 6, False, 0
+    fail_at, in_backward = 6, False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.passes = tiny.Passes()
+
+    @property
+    def seen(self):
+        """The weights in the pass that failed."""
+        return self.passes.seen[-1]
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.passes += 1
-        if self.passes != self.fail_at:
+        if self.passes(weights(model)) != self.fail_at:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self.seen = weights(model)
         if not self.in_backward:
             raise KeyboardInterrupt("in forward")
         loss = super().compute_loss(model, inputs, *args, **kwargs)

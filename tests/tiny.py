@@ -168,6 +168,18 @@ class Recorder(TrainerCallback):
         self.weights.append([param.detach().clone() for param in model.parameters()])
 
 
+class Passes:
+    """Counts calls. What a pass changes on a trainer is undone but for one per update batch; what is called is left alone."""
+
+    def __init__(self):
+        self.count, self.seen = 0, []
+
+    def __call__(self, seen=None) -> int:
+        self.count += 1
+        self.seen.append(seen)
+        return self.count
+
+
 class Each(TrainerCallback):
     """Calls a function after every step."""
 

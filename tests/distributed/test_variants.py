@@ -151,14 +151,15 @@ class Interrupted(Exception):
 class FailsOnce(SAMPaTrainer):
     """Raises in a given pass of a run, before its backward is through."""
 
-    passes = 0
     at: int
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.passes = tiny.Passes()
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        if self._in_pass is not None:
-            self.passes += 1
-        if self.passes == self.at:
+        if self._in_pass is not None and self.passes() == self.at:
             raise Interrupted
         return loss
 

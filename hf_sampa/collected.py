@@ -1,0 +1,271 @@
+"""What a trainer's own code keeps on the trainer while a loss is computed: counts, sums, lists of metrics.
+
+A step computes the loss of an update batch several times, at other weights. Kept is what the pass leaves behind whose loss is
+reported; the traces of all others are undone, and the other role of a pair is given what that pass left. So they are counted
+once per update batch, on one process as on two, and go on after a resume where they were.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import marshal
+import sys
+import textwrap
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .exchange import Exchange
+from .fingerprints import fingerprint
+from .undo import ATOMS, Remembered
+
+
+# What holds more than so many values when a run begins is taken for data, and not looked at again.
+MOST_VALUES = 10_000
+CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, tuple, deque, set)
+# Objects of these packages, and of Python's own, are not looked into: they are theirs, and may be large.
+FOREIGN = {"torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "huggingface_hub", "hf_sampa"}
+FOREIGN |= sys.stdlib_module_names - {"__main__"}
+
+
+class Collected:
+    """The attributes of a trainer, and of its classes, that its own code may change during a pass.
+
+    Followed are numbers, texts, tensors, lists, dicts and the like of them, and attributes of the author's own small objects.
+
+    Args:
+        owner: the trainer.
+        package: attributes that classes of these packages set are left alone: they are the loop's own.
+        exchange: connects the processes.
+
+    Attributes:
+        changed: names of those that passes have changed.
+    """
+
+    def __init__(self, owner: Any, package: tuple[str, ...], exchange: Exchange):
+        self.owner, self.exchange = owner, exchange
+        kinds = [kind for kind in type(owner).__mro__ if kind is not object]
+        of_loop = [kind for kind in kinds if kind.__module__.startswith(package)]
+        self._left = {name for kind in of_loop for name in _attributes_set_by(kind)}
+        self._of_classes = [kind for kind in kinds if kind not in of_loop]
+        self._too_large: set[str] = set()
+        self._too_large = {name for name, value in self._values().items() if _size(value) > MOST_VALUES}
+        self.changed: set[str] = set()
+
+    def _values(self) -> dict[str, Any]:
+        """By name, the class's own after the instance's."""
+        found = {name: value for name, value in vars(self.owner).items() if name not in self._left}
+        for kind in self._of_classes:
+            for name, value in vars(kind).items():
+                if type(value) in CONTAINERS and not name.startswith("__"):
+                    found[f"{kind.__module__}.{kind.__qualname__}.{name}"] = value
+        return {name: value for name, value in found.items() if name not in self._too_large and _is_followed(value)}
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around a pass that does not count."""
+        before = self._values()
+        roots = [vars(value) if isinstance(value, nn.Module) else value for value in before.values()]
+        remembered = Remembered(*roots, leave=_is_left)
+        try:
+            yield
+        finally:
+            remembered.put_back()
+            attributes = vars(self.owner)
+            for name in self._values().keys() - before.keys():
+                attributes.pop(name, None)
+            attributes.update({name: value for name, value in before.items() if "." not in name})
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Around the pass that counts."""
+        before = self._digests()
+        yield
+        after = self._digests()
+        self.changed |= {name for name in after if after[name] != before.get(name)}
+
+    def _digests(self) -> dict[str, bytes]:
+        return {name: marshal.dumps(_picture(value, _as_bytes), 2) for name, value in self._values().items()}
+
+    def digest(self) -> int:
+        """Equal on two processes where what is followed is."""
+        return fingerprint([[name, digest] for name, digest in sorted(self._digests().items())])
+
+    # ---- Between processes, and in checkpoints ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """What passes have changed, as plain values and tensors."""
+        values = self._values()
+        return {name: _picture(values[name], _as_tensor) for name in sorted(self.changed & values.keys())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make everything what it was where `state_dict` was taken."""
+        values = self._values()
+        for name, picture in state.items():
+            value = _painted(picture, values.get(name))
+            if "." not in name:
+                setattr(self.owner, name, value)
+        self.changed |= state.keys()
+
+
+# ---- What is followed ----
+
+
+@cache
+def _attributes_set_by(kind: type) -> frozenset[str]:
+    """Names of the attributes that the methods of a class set on ``self``."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    return frozenset(
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    )
+
+
+def _is_followed(value: Any) -> bool:
+    return not _is_left(value)
+
+
+def _is_left(value: Any) -> bool:
+    """Whether a value is not looked into: others' objects, code, models, and parameters, whose memory is lent during a pass."""
+    if isinstance(value, Tensor):
+        return isinstance(value, nn.Parameter)
+    plain = type(value) in ATOMS or isinstance(value, np.ndarray | np.generic | dict | list | tuple | deque | set)
+    return not plain and not _attributes(value)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Of an object of the author's own, or of a metric of torchmetrics; none of any other."""
+    if isinstance(value, nn.Module):
+        is_metric = isinstance(getattr(value, "_defaults", None), dict) and hasattr(value, "_update_count")
+        names = [*value._defaults, "_update_count", "_computed"] if is_metric else []
+        return {name: getattr(value, name) for name in names}
+    foreign = type(value).__module__.partition(".")[0] in FOREIGN
+    return {} if foreign or callable(value) else getattr(value, "__dict__", {})
+
+
+def _size(value: Any) -> int:
+    """Of how many numbers and texts a value is made; no exact count above `MOST_VALUES`."""
+    size, waiting, seen = 0, [value], set()
+    while waiting and size <= MOST_VALUES:
+        each = waiting.pop()
+        size += each.numel() if isinstance(each, Tensor) else each.size if isinstance(each, np.ndarray) else 1
+        if id(each) not in seen:
+            seen.add(id(each))
+            parts = _parts(each)
+            size += len(parts) if len(parts) > MOST_VALUES else 0
+            waiting += parts if len(parts) <= MOST_VALUES else []
+    return size
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | deque | set):
+        return list(value)
+    return [] if isinstance(value, Tensor | np.ndarray) else list(_attributes(value).values())
+
+
+# ---- Pictures: what a value holds, as tuples that can be compared, sent and saved ----
+
+
+def _as_bytes(tensor: Tensor) -> Any:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return str(tensor.dtype), list(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+
+
+def _as_tensor(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().clone()
+
+
+def _picture(value: Any, of_tensor: Any, inside: frozenset[int] = frozenset()) -> tuple:
+    """``(kind, content)``; of what cannot be followed nothing but its kind."""
+    if type(value) in (type(None), bool, int, float, complex, str, bytes):
+        return "value", value
+    if isinstance(value, np.generic):
+        return "value", value.item()
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return "array", of_tensor(torch.from_numpy(np.array(value, copy=True)))
+    if isinstance(value, Tensor) and not _is_left(value) and value.layout is torch.strided:
+        return "tensor", of_tensor(value)
+    if id(value) in inside:
+        return ("other",)
+    inside |= {id(value)}
+    if isinstance(value, dict):
+        pairs = value.items()
+        return "dict", [[_picture(k, of_tensor, inside), _picture(v, of_tensor, inside)] for k, v in pairs]
+    if isinstance(value, list | tuple | deque):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return kind, [_picture(each, of_tensor, inside) for each in value]
+    if isinstance(value, set):
+        return "set", sorted((_picture(each, of_tensor, inside) for each in value), key=repr)
+    if attributes := _attributes(value):
+        return "object", [[name, _picture(each, of_tensor, inside)] for name, each in sorted(attributes.items())]
+    return ("other",)
+
+
+def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
+    """The value that `picture` is of: `value` itself, changed, where it is of that kind, or a new one.
+
+    `make` makes an empty one where there is none, as a defaultdict knows it.
+    """
+    kind, *rest = picture
+    if kind == "other":
+        return value
+    (content,) = rest
+    if kind == "value":
+        return content
+    if kind in ("tensor", "array"):
+        return _painted_tensor(content, value, kind)
+    if value is None and make is not None:
+        value = make()
+    if kind == "dict":
+        value = value if isinstance(value, dict) else {}
+        before = dict(value)
+        value.clear()
+        make = getattr(value, "default_factory", None)
+        for key, each in content:
+            key = _painted(key, None)
+            value[key] = _painted(each, before.get(key), make)
+        return value
+    if kind == "object":
+        for name, each in content if value is not None else []:
+            setattr(value, name, _painted(each, getattr(value, name, None)))
+        return value
+    return _painted_sequence(content, value, kind)
+
+
+def _painted_tensor(content: Tensor, value: Any, kind: str) -> Any:
+    if kind == "array":
+        return content.numpy()
+    if isinstance(value, Tensor) and (value.shape, value.dtype) == (content.shape, content.dtype):
+        with torch.no_grad():
+            return value.copy_(content)
+    return content.to(value.device) if isinstance(value, Tensor) else content.clone()
+
+
+def _painted_sequence(content: Iterable[tuple], value: Any, kind: str) -> Any:
+    before = list(value) if isinstance(value, list | tuple | deque) else []
+    before += [None] * (len(content) - len(before))
+    items = [_painted(each, old) for each, old in zip(content, before, strict=False)]
+    if kind == "tuple":
+        return tuple(items)
+    if kind == "set":
+        value = value if isinstance(value, set) else set()
+        value.clear()
+        value.update(items)
+        return value
+    value = value if isinstance(value, list | deque) else []
+    value.clear()
+    value.extend(items)
+    return value

@@ -1,0 +1,239 @@
+"""What forward changes besides its outputs: running statistics, queues, teachers that follow the weights.
+
+A step runs forward several times, for one update batch. What that changes in buffers, saved or not, and in parameters that
+are not trained is taken from one pass per update batch, the one whose loss is reported, and is the same on all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .exchange import Exchange
+from .fingerprints import fingerprint, fingerprint_of_bits
+
+
+# Up to so many entries a tensor is copied before every pass that is undone, whether it was ever seen to change or not.
+SMALL = 2**16
+TRIAL_PASSES = 3  # in which contents are compared: ``tensor.data.mul_()`` leaves no other trace
+
+
+class _Place(NamedTuple):
+    """Where a module keeps a tensor: among its buffers or among its parameters."""
+
+    tensors: dict[str, Tensor | None]
+    name: str
+
+    def get(self) -> Tensor | None:
+        return self.tensors.get(self.name)
+
+
+class _Seen(NamedTuple):
+    """What tells that a tensor was changed or replaced."""
+
+    identity: int
+    version: int
+    address: int
+    shape: torch.Size
+    content: int | None
+
+    @classmethod
+    def of_all(cls, tensors: dict[str, Tensor], with_content: bool) -> dict[str, _Seen]:
+        # Quantized weights are several tensors in one, at no address.
+        plain = {name: tensor for name, tensor in tensors.items() if not is_traceable_wrapper_subclass(tensor)}
+        contents: dict[str, int] = {}
+        if with_content and plain:
+            found = torch.stack([fingerprint_of_bits([tensor]).cpu() for tensor in plain.values()])
+            contents = dict(zip(plain, found.tolist(), strict=True))
+        return {
+            name: cls(id(t), t._version, t.data_ptr() if name in plain else 0, t.shape, contents.get(name))
+            for name, t in tensors.items()
+        }
+
+
+class _Kept(NamedTuple):
+    """A tensor before a pass that is to be undone; `tensor` and `data` are references, `content` is a copy."""
+
+    place: _Place
+    tensor: Tensor | None
+    data: Tensor | None
+    version: int
+    content: Tensor | None
+
+    @property
+    def uncopied(self) -> bool:
+        return self.tensor is not None and self.content is None
+
+
+class ForwardState:
+    """Buffers and untrained parameters of some modules, and which of them forward changes.
+
+    Args:
+        modules: by name; the model's is "".
+        trained: parameters that the base optimizer moves, left alone here.
+        exchange: connects the processes.
+
+    Attributes:
+        moving: names of what has been seen to change.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], trained: Sequence[Tensor], exchange: Exchange):
+        self.modules, self.exchange = dict(modules), exchange
+        self._trained, self._device = {id(param) for param in trained}, trained[0].device
+        self.moving: set[str] = set()
+        self._passes = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        found = ((name, place.get()) for name, place in self._places().items())
+        return {name: tensor for name, tensor in found if tensor is not None}
+
+    def _places(self) -> dict[str, _Place]:
+        """By name; places of tensors that are yet to come, whose value is None, too."""
+        places, known = {}, set()
+        for prefix, root in self.modules.items():
+            for path, module in root.named_modules():
+                if id(module) in known:
+                    continue
+                known.add(id(module))
+                start = ".".join(part for part in (prefix, path) if part)
+                for tensors in (module._buffers, module._parameters):
+                    for name, tensor in tensors.items():
+                        if id(tensor) not in self._trained:
+                            places[f"{start}.{name}" if start else name] = _Place(tensors, name)
+        return places
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around a pass: what it changes is known to be moving from then on."""
+        trial = self._passes < TRIAL_PASSES
+        self._passes += 1
+        before = _Seen.of_all(self.tensors(), trial)
+        try:
+            yield
+        finally:
+            after = _Seen.of_all(self.tensors(), trial)
+            self.moving |= {name for name in after if after[name] != before.get(name)}
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What passes within the block change is undone.
+
+        Raises RuntimeError for a large tensor that no pass changed before, on a process that has no other to get it from.
+        """
+        before = {}
+        for name, place in self._places().items():
+            tensor = place.get()
+            if tensor is None:
+                before[name] = _Kept(place, None, None, 0, None)
+                continue
+            copied = name in self.moving or tensor.numel() <= SMALL
+            copy = tensor.detach().clone() if copied else None
+            before[name] = _Kept(place, tensor, tensor.data, tensor._version, copy)
+        known = set(self.moving)
+        try:
+            yield
+        finally:
+            self._put_back(before)
+        # Another process of a pair sends what its own pass made of it.
+        late = [name for name in self.moving - known if name in before and before[name].uncopied]
+        if late and not self.exchange.mesh.paired:
+            raise RuntimeError(
+                f"Expected forward to change in every pass what it changes at all, but {late[0]!r}, a buffer or frozen "
+                f"parameter of {before[late[0]].tensor.numel()} entries, changed for the first time in a pass that had to be "
+                "undone, after passes that left it alone. Let the model change it from its first forward pass on, or outside "
+                "of forward, in a callback. The last checkpoint is not touched by this."
+            )
+
+    @torch.no_grad()
+    def _put_back(self, before: dict[str, _Kept]) -> None:
+        for name, place in self._places().items():
+            if name not in before:
+                del place.tensors[place.name]
+        for name, kept in before.items():
+            if kept.uncopied:
+                continue
+            kept.place.tensors[kept.place.name] = kept.tensor
+            if kept.tensor is None:
+                continue
+            if kept.tensor.data_ptr() != kept.data.data_ptr() or kept.tensor.shape != kept.data.shape:
+                kept.tensor.data = kept.data
+            # What never changes is not written to: autograd would take that for a change of what it keeps.
+            if name in self.moving or kept.tensor._version != kept.version:
+                kept.tensor.copy_(kept.content)
+
+    # ---- Between processes, and in checkpoints ----
+
+    def signature(self) -> int:
+        """Equal on all processes where what is moving has the same names, shapes and types on all."""
+        return fingerprint([[name, list(t.shape), str(t.dtype)] for name, t in sorted(self._moving().items())])
+
+    def _moving(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors().items() if name in self.moving} if self.moving else {}
+
+    def share(self, source: int, alike: bool) -> None:
+        """Give all processes what forward left on rank `source`. A collective.
+
+        Args:
+            source: a rank that ran the pass that counts.
+            alike: whether all processes have the same `signature`.
+        """
+        if self.exchange.mesh.world_size == 1:
+            return
+        if not alike:
+            self._agree(source)
+        moving = self._moving()
+        self.exchange.broadcast([moving[name] for name in sorted(moving)], source)
+
+    def _agree(self, source: int) -> None:
+        """Make room for what is moving on any process, in the shapes that it has on rank `source`."""
+        self.moving = set().union(*self.exchange.share_objects(self.moving))
+        own = {name: (tensor.shape, tensor.dtype) for name, tensor in self._moving().items()}
+        wanted, places = self.exchange.share_objects(own)[source], self._places()
+        for name in sorted(self.moving - wanted.keys()):
+            self.moving.discard(name)
+            if name in places:
+                del places[name].tensors[places[name].name]
+        for name, (shape, dtype) in wanted.items():
+            self._make_room(name, shape, dtype, places.get(name))
+
+    def _make_room(self, name: str, shape: torch.Size, dtype: torch.dtype, place: _Place | None) -> None:
+        tensor = place and place.get()
+        if tensor is not None and (tensor.shape, tensor.dtype) == (shape, dtype):
+            return
+        device = tensor.device if tensor is not None else self._device
+        room = torch.zeros(shape, dtype=dtype, device=device)
+        if isinstance(tensor, nn.Parameter):
+            tensor.data = room
+        elif place is not None:
+            place.tensors[place.name] = room
+        else:
+            module, own = self._module_of(name)
+            module.register_buffer(own, room, persistent=False)
+
+    def _module_of(self, name: str) -> tuple[nn.Module, str]:
+        path, _, own = name.rpartition(".")
+        for prefix, root in sorted(self.modules.items(), key=lambda each: -len(each[0])):
+            if not prefix or path == prefix or path.startswith(f"{prefix}."):
+                return root.get_submodule(path[len(prefix) :].lstrip(".")), own
+        raise KeyError(name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is moving, by name."""
+        return {name: tensor.detach() for name, tensor in sorted(self._moving().items())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        places = self._places()
+        for name, value in state.items():
+            self._make_room(name, value.shape, value.dtype, places.get(name))
+        places = self._places()
+        for name, value in state.items():
+            places[name].get().copy_(value)
+        self.moving |= state.keys()
