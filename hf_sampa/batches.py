@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import skip_first_batches
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from .fingerprints import fingerprint
 from .loaders import is_seeded, parts_of
@@ -143,6 +143,21 @@ def _copied(value: Any, device: torch.device) -> Any:
         return value
 
 
+class _Counted:
+    """Iterator over what a loader gives, and how many batches of its epoch it has given."""
+
+    def __init__(self, loader: Iterable, count: int):
+        self.iterator, self.count = iter(loader), count
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.iterator)
+        self.count += 1
+        return batch
+
+
 class UpdateStream:
     """Update batches, epoch after epoch, one of them visible ahead, until the data are over, if ever.
 
@@ -153,10 +168,22 @@ class UpdateStream:
         epoch: where to begin, and
         start: how many of its micro-batches to leave out.
         update: t of the first batch.
+        read: given an iterator over micro-batches and how many are wanted, returns those of an update batch; fewer, or none,
+            where there are no more.
     """
 
-    def __init__(self, loader: DataLoader, *, seed: int, accumulation: int, epoch: int, start: int, update: int):
-        self.loader, self.seed, self.accumulation = loader, seed, accumulation
+    def __init__(
+        self,
+        loader: Iterable,
+        *,
+        seed: int,
+        accumulation: int,
+        epoch: int,
+        start: int,
+        update: int,
+        read: Callable[[Iterator, int], list[Any]] = lambda iterator, count: list(islice(iterator, count)),
+    ):
+        self.loader, self.seed, self.accumulation, self._read_inputs = loader, seed, accumulation, read
         self._update, self._has_read, self._end = update, bool(epoch or start), (epoch, start)
         generators = [part.generator for part in parts_of(loader) if _keeps_generator(part)]
         self._kept_generators = [(generator, generator.initial_seed()) for generator in generators]
@@ -194,7 +221,8 @@ class UpdateStream:
             generator.manual_seed(derive_seed(initial_seed, epoch) if epoch else initial_seed)
         skips = is_seeded(self.loader)  # by indices, without reading
         with self._generators.lent():
-            self._iterator = iter(skip_first_batches(self.loader, start) if skips and start else self.loader)
+            left = skip_first_batches(self.loader, start) if skips and start else self.loader
+            self._iterator = _Counted(left, start if skips else 0)
             for _ in range(0 if skips else start):
                 next(self._iterator, None)
 
@@ -219,7 +247,7 @@ class UpdateStream:
             for position, each in enumerate(inputs)
         ]
         batch = UpdateBatch(micro_batches, self._epoch, self._position)
-        self._position += len(inputs)
+        self._position = self._iterator.count
         self._update += 1
         return batch
 
@@ -231,11 +259,13 @@ class UpdateStream:
             )
 
     def _read_group(self) -> list[Any]:
-        inputs = []
         with self._generators.lent():
-            while len(inputs) < self.accumulation and (batch := next(self._iterator, None)) is not None:
-                inputs.append(batch)
-        return inputs
+            before = self._iterator.count
+            inputs = self._read_inputs(self._iterator, self.accumulation)
+            while not inputs and self._iterator.count > before:  # what was read was all left out
+                before = self._iterator.count
+                inputs = self._read_inputs(self._iterator, self.accumulation)
+            return inputs
 
 
 def _keeps_generator(part: Any) -> bool:

@@ -2,65 +2,17 @@
 
 from __future__ import annotations
 
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer
 
 from .passes import StepReport
 
 
-class ShowsReport(TrainerCallback):
-    """Mixin of progress bars.
-
-    Attributes:
-        report: of the last step; None before the first.
-    """
-
-    report: StepReport | None = None
-
-    def shown(self) -> dict[str, str]:
-        """What the bar is to show; what a step does not have is NaN, and left out."""
-        if self.report is None:
-            return {}
-        numbers = {
-            "loss": self.report.loss,
-            "perturbed": self.report.perturbed_loss,
-            "sharpness": self.report.sharpness,
-        }
-        return {name: f"{value:.4g}" for name, value in numbers.items() if value == value}
-
-
-class SAMPaProgressCallback(ShowsReport, ProgressCallback):
-    """`ProgressCallback` whose training bar shows what the last step saw."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.training_bar.set_postfix(self.shown(), refresh=False)
-        super().on_step_end(args, state, control, **kwargs)
-
-
-def _notebook_callback() -> ShowsReport:
-    # Needs IPython, which whoever has the bar that this one replaces has.
-    from transformers.utils.notebook import NotebookProgressCallback
-
-    class SAMPaNotebookProgressCallback(ShowsReport, NotebookProgressCallback):
-        """`NotebookProgressCallback` whose training bar shows what the last step saw."""
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.training_tracker.prefix = ", ".join(f"{name} {value}" for name, value in self.shown().items())
-            super().on_step_end(args, state, control, **kwargs)
-
-    return SAMPaNotebookProgressCallback()
-
-
-def replace_progress_bar(trainer: Trainer) -> ShowsReport | None:
-    """Put SAMPa's bar where `trainer` has transformers' own; None, and nothing changes, where it has another or none."""
+def show(trainer: Trainer, report: StepReport) -> None:
+    """Write what a step saw onto transformers' bar, where `trainer` has one; what the step does not have is left out."""
+    numbers = {"loss": report.loss, "perturbed": report.perturbed_loss, "sharpness": report.sharpness}
+    shown = {name: f"{value:.4g}" for name, value in numbers.items() if value == value}
     for callback in trainer.callback_handler.callbacks:
-        if type(callback) is ProgressCallback:
-            bar: ShowsReport = SAMPaProgressCallback(callback.max_str_len)
-        elif type(callback).__name__ == "NotebookProgressCallback":
-            bar = _notebook_callback()
-        else:
-            continue
-        trainer.remove_callback(callback)
-        trainer.add_callback(bar)
-        return bar
-    return None
+        if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+            callback.training_bar.set_postfix(shown, refresh=False)
+        elif type(callback).__name__ == "NotebookProgressCallback" and callback.training_tracker is not None:
+            callback.training_tracker.prefix = ", ".join(f"{name} {value}" for name, value in shown.items())

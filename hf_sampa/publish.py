@@ -11,7 +11,6 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCardData
-from transformers import TrainerCallback
 from transformers.modelcard import TrainingSummary
 
 from . import model_card
@@ -22,8 +21,8 @@ from .evaluations import Evaluation, record
 logger = get_logger(__name__)
 
 
-class StepClock(TrainerCallback):
-    """Measures how long steps take, from the batch to the update: without evaluation, saving and other callbacks.
+class StepClock:
+    """Measures how long steps take, from the batch to the update: without evaluation, saving and callbacks.
 
     Attributes:
         seconds: of all steps of this call of ``train`` together.
@@ -38,14 +37,12 @@ class StepClock(TrainerCallback):
         """Seconds per step; None before the first."""
         return self.seconds / self.steps if self.steps else None
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.seconds, self.steps = 0.0, 0
-
-    def start_step(self) -> None:
-        """Called where a step begins, after all callbacks."""
+    def start(self) -> None:
+        """A step begins, after all callbacks."""
         self._began = time.perf_counter()
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def stop(self, *_) -> None:
+        """The base optimizer's step is over; takes what its hooks are given."""
         self.seconds += time.perf_counter() - self._began
         self.steps += 1
 

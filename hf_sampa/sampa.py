@@ -18,7 +18,7 @@ from .buckets import Buckets
 from .engine import SharpnessAware
 from .functional import NORM_GUARD, interpolate_
 from .gradients import Gradient
-from .lookahead import look_ahead
+from .lookahead import LOOK_AHEAD_TRIALS, look_ahead
 from .parts import Moment
 from .passes import Batch, Found, Pass, StepReport
 from .roles import Role
@@ -49,6 +49,7 @@ class SAMPa(SharpnessAware):
         # A recipe that mixes g_t with g~_t needs it after its place was given away.
         self._g = self._buckets() if self.recipe.mixing.needs_ascent else None
         self._moment = Moment()
+        self._lookahead_trials = LOOK_AHEAD_TRIALS  # yet to come
         self._lookahead_runs = True  # beside the perturbed pass, so that there is a gradient to receive
 
     def step(self, batch: Batch, next_batch: Batch | None, gradient: Gradient) -> StepReport:
@@ -220,7 +221,19 @@ class SAMPa(SharpnessAware):
         """Write y_{t+1} of the owned parameters into `out`."""
         params, grads, moved, used = self._owned_of(self.params, self.ascent_grads.views, out.views, ascent.used)
         grads = [grad if reached else None for grad, reached in zip(grads, used, strict=True)]
-        look_ahead(self.base_optimizer, params, grads, out=moved, scale=self.clip_scale(ascent.norm))
+        scale = self.clip_scale(ascent.clipped_norm)
+        if len(self.params) > self.of_model:  # weights that are not the model's are not clipped
+            clipped = [i < self.of_model for i in self._owned_params()]
+            grads = [g if g is None or not own else g * scale for g, own in zip(grads, clipped, strict=True)]
+            scale = 1.0
+        self._lookahead_trials -= look_ahead(
+            self.base_optimizer,
+            params,
+            grads,
+            out=moved,
+            scale=scale,
+            on_trial=self._lookahead_trials > 0,
+        )
 
     def _check_pairing(self, ascent: Pass, perturbed: Pass) -> None:
         if ascent.fingerprints != perturbed.fingerprints:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from .msam import MSAM, MSAMPa, TwoLossSAMPa
 from .parts import Moment
 from .per_sample import SampleView, check_classes, logits_of, recipe_loss
 from .precision import SharedGradScaler
-from .progress import ShowsReport
+from .progress import show
 from .randomness import INDICES, derive_seed, seeded
 from .roles import Role
 from .sam import SAM
@@ -64,9 +64,9 @@ class StepMixin:
     them. The class's own ``training_step``, Trainer's or one that somebody wrote, is what a pass does with a micro-batch.
     """
 
-    _progress: ShowsReport | None = None
     _in_pass: tuple[MicroBatch, Role] | None = None  # what a loss is computed for
     _pass_step: Callable[..., torch.Tensor] | None = None  # the class's own training_step, while the loop runs
+    _clock_hook: Any = None
     _said: list[tuple[tuple, dict]] | None = None  # what was logged during passes that are reported
     _step_state: str = "between"  # or "in passes", or "in update", from G_t to the end of the step
 
@@ -117,6 +117,12 @@ class StepMixin:
         self.sampa = self._engine(max_steps)
         self._collected = Collected(self, ("transformers.", "hf_sampa."), self._exchange)
         self.sampa.digest_of_rest = self._digest_of_rest
+        if self._clock_hook is not None:
+            self._clock_hook.remove()
+            self._pass_hook.remove()
+        self._clock.seconds, self._clock.steps = 0.0, 0
+        self._clock_hook = self.optimizer.optimizer.register_step_post_hook(self._clock.stop)
+        self._pass_hook = self.optimizer.optimizer.register_step_pre_hook(self._refuse_update)
         self._fixed = {name: copy.deepcopy(getattr(self.args, name)) for name in FIXED}
         self._step_state, self._said = "between", []
 
@@ -133,7 +139,7 @@ class StepMixin:
         """What the loop calls for every micro-batch; returns the loss that is logged, of the whole update batch."""
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        self._clock.start_step()
+        self._clock.start()
         check_trainable(self.model, self.sampa.params)
         self._follow_settings()
         # Before the weights are displaced: schedule-free optimizers move them when they change modes.
@@ -143,8 +149,7 @@ class StepMixin:
         self._step_state = "in passes"
         report = self._run_engine(partial(self._micro_gradient, model))
         self._step_state = "in update"
-        if self._progress is not None:
-            self._progress.report = report
+        show(self, report)
         if report.skipped:
             # Overflows of fp16 are usual in the first steps.
             hint = self.sampa.late_reader() if self.accelerator.scaler is None else ""
@@ -252,9 +257,28 @@ class StepMixin:
         self.loss_is_scaled_for_ga, self.current_gradient_accumulation_steps = False, 1 / micro_batch.share
         self._in_pass = (micro_batch, role)
         try:
-            yield
+            with stood_in(self.model, "generate", self._refuse_generation) if self._generates else nullcontext():
+                yield
         finally:
             self._in_pass, self.loss_is_scaled_for_ga = None, before
+
+    @property
+    def _generates(self) -> bool:
+        return self.sampa.first_pass and hasattr(self.model, "generate")
+
+    def _refuse_generation(self, *args, **kwargs):
+        raise ValueError(
+            "Expected a batch that is there before the step, but the model was asked to generate within it: what it generates at "
+            "the look-ahead weights and at the perturbed ones would differ, while both gradients of a step have to be of the same "
+            "samples. Generate the data before training, or in a callback between steps."
+        )
+
+    def _refuse_update(self, *_) -> None:
+        if self._in_pass is not None:
+            raise ValueError(
+                "training_step: expected a forward and a backward pass only, but the optimizer's step was called within it, "
+                "while the weights are displaced. Leave steps and zeroing gradients to the loop."
+            )
 
     def _inputs_of(self, micro_batch: MicroBatch) -> Any:
         """The inputs, as a copy on the training device: what a pass does to them the next one does not see."""

@@ -8,7 +8,7 @@ optimizer's step, logs, evaluates and saves as always.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 
@@ -26,6 +26,7 @@ from .checks import (
     check_loader,
     check_model,
     check_not_generating,
+    check_optimizer,
     check_precision,
     check_trainer,
 )
@@ -33,7 +34,6 @@ from .diagnostics import DiagnosticsCallback
 from .exchange import Exchange
 from .loaders import check_samplers, replica_loader, seeded_loader
 from .metrics import RunningMeans
-from .progress import replace_progress_bar
 from .publish import PublishMixin, StepClock
 from .recipe import Recipe, check_recipe
 from .resume import ResumeMixin
@@ -83,9 +83,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         check_recipe(recipe, args.variant)
         self._recipe = recipe
         check_trainer(self)
-        self._progress = replace_progress_bar(self)
         self.card_facts, self._clock, self._evaluations, self.continued = CardFacts(), StepClock(), [], []
-        self.add_callback(self._clock)
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))
         self._exchange: Exchange | None = None
@@ -137,13 +135,13 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
 
     def _inner_training_loop(self, *args, **kwargs):
         self._connect()
-        with stood_in(self, "get_train_dataloader", self._build_loader):
+        with stood_in(self, "get_train_dataloader", partial(self._build_loader, self.get_train_dataloader)):
             return super()._inner_training_loop(*args, **kwargs)
 
-    def _build_loader(self) -> Iterable:
+    def _build_loader(self, build: Callable[[], Iterable]) -> Iterable:
         # Whoever builds a loader of his own asks how many processes share the data: the replicas of a role do.
         with self._exchange.role_world.lent():
-            return type(self).get_train_dataloader(self)
+            return build()
 
     def _connect(self) -> None:
         """Reach the other processes, if they are not reached yet."""
@@ -173,6 +171,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
                 True  # a finished run, resumed: upstream would take a step before it asks
             )
             return
+        self._pass_step, self._read_own = self.training_step, self.get_batch_samples
         if self._stream is None:
             self._open_stream(kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
         elif (ahead := self._stream.peek()) and ahead.start:
@@ -182,20 +181,25 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
                 self.sampa.forget()
         self._epoch_in_stream, _ = self._stream.position
         # The loop only iterates over and fast-forwards what it is given; `get_batch_samples` reads the stream.
-        self._pass_step = self.training_step
-        with stood_in(self, "training_step", self._step):
+        with stood_in(self, "training_step", self._step), stood_in(self, "get_batch_samples", self._next_batch):
             super()._run_epoch(train_dataloader=DataLoader([]), **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def _read_batch(self, iterator, num_batches) -> list:
+        """The micro-batches of an update batch, by the class's own ``get_batch_samples``, read one step ahead of the loop."""
+        samples, _ = self._read_own(iterator, num_batches, self.args.device)
+        return samples
+
+    def _next_batch(self, epoch_iterator, num_batches, device):
+        """What the loop calls to get an update batch."""
         ahead = self._stream.peek()
         if ahead is None or ahead.epoch != self._epoch_in_stream:
             return [], None  # an epoch of unknown length, or all there is to read, is over
         with record_function("SAMPa.data"), self._exchange.role_world.lent():
             self._batch = self._stream.advance()
-        inputs = iter([micro_batch.inputs for micro_batch in self._batch])
-        samples, num_items = super().get_batch_samples(inputs, num_batches, device)
-        # A group that ends early without the loop's knowing still has to reach its optimizer step.
-        return samples + [{}] * (num_batches - len(samples)), num_items
+        samples = [micro_batch.inputs for micro_batch in self._batch]
+        # A group that ends early without the loop's knowing still has to reach its optimizer step. Items are counted by
+        # micro-batch, in `_weigh`.
+        return samples + [{}] * (num_batches - len(samples)), None
 
     def _track_num_input_tokens(self, inputs):
         before = self.state.num_input_tokens_seen
@@ -229,6 +233,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
             self.sampa.close()
             self.sampa = None  # frees its buffers before new ones are made
         model, _ = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        check_optimizer(self.optimizer.optimizer)
         others = other_modules(self, self.model)
         check_precision(Trained(self.optimizer.optimizer, self.model, others).named)
         if self.args.mesh.paired:

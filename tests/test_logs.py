@@ -6,10 +6,9 @@ import re
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import ProgressCallback
+from transformers import ProgressCallback, Trainer, TrainingArguments
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.progress import SAMPaProgressCallback
 from tests import tiny
 
 
@@ -39,17 +38,24 @@ def test_the_progress_bar_leaves_out_what_a_step_does_not_have(tmp_path, capsys)
     assert "perturbed=" in error and "sharpness=" not in error
 
 
-def test_a_progress_bar_of_ones_own_stays(tmp_path):
+def test_the_callbacks_are_plain_trainers(tmp_path, capsys):
+    """Whoever looks for one by its class, or passed a bar of his own, finds it."""
+
     class Mine(ProgressCallback):
         pass
 
-    trainer = trainer_of(tmp_path, disable_tqdm=False, callbacks=[Mine])
-    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    assert Mine in kinds and SAMPaProgressCallback in kinds and ProgressCallback not in kinds
-    trainer.remove_callback(SAMPaProgressCallback)
-    trainer.train()
-    quiet = trainer_of(tmp_path)
-    assert SAMPaProgressCallback not in [type(callback) for callback in quiet.callback_handler.callbacks]
+    own = Mine()
+    settings = {"disable_tqdm": False, "output_dir": str(tmp_path)}
+    trainers = [
+        trainer_of(tmp_path, disable_tqdm=False, callbacks=[own]),
+        Trainer(tiny.bert(), TrainingArguments(use_cpu=True, report_to="none", **settings), callbacks=[own]),
+    ]
+    ours, plain = ([type(each) for each in trainer.callback_handler.callbacks] for trainer in trainers)
+    assert ours == plain
+    assert any(callback is own for callback in trainers[0].callback_handler.callbacks)
+    trainers[0].remove_callback(ProgressCallback)
+    trainers[0].train()
+    assert "perturbed=" in capsys.readouterr().err  # on the bar that is left
 
 
 def test_everything_reaches_tensorboard_under_clear_names(tmp_path, monkeypatch):
