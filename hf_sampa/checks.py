@@ -47,6 +47,19 @@ def check_trainer(trainer: Trainer) -> None:
         )
 
 
+IN_BACKWARD = {"LOMO", "AdaLOMO", "Lomo", "AdaLomo", "LayerWiseDummyOptimizer"}
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where the weights are updated by something else than the optimizer's step."""
+    kind = type(optimizer)
+    if IN_BACKWARD & {each.__name__ for each in kind.__mro__}:
+        raise ValueError(
+            f"optim: expected an optimizer whose step comes after backward, got {kind.__module__}.{kind.__qualname__}, which "
+            "updates during backward, while the weights are displaced. Use another one, as optim='adamw_torch'."
+        )
+
+
 def check_trainable(model: torch.nn.Module, params: list[torch.nn.Parameter]) -> None:
     """Raise ValueError where the trainable parameters of `model` are no longer the first of `params`, or others are frozen."""
     trainable = [param for param in model.parameters() if param.requires_grad]
