@@ -73,6 +73,13 @@ class Buckets:
             self.ensure(bucket)
             self.views[i].copy_(grad)
 
+    def unshare(self) -> None:
+        """Let go of buckets of which somebody else holds a part: an optimizer may keep a gradient as it was given it."""
+        for bucket, members in enumerate(self.members):
+            # The views, the whole, and the handle by which they are counted.
+            if _users(self.flats[bucket]) > len(members) + 2:
+                self.release(bucket)
+
     def release(self, bucket: int) -> None:
         """Let go of a bucket's memory until it is `ensure`d. Whoever still holds a part of it, a callback perhaps, keeps it."""
         self._place(bucket, self.flats[bucket].new_empty(0))
@@ -92,11 +99,15 @@ class Buckets:
 
 def _is_sole_owner(grad: Tensor) -> bool:
     """Whether nothing but `grad` holds its memory: autograd hands one tensor to several parameters where they are added."""
-    memory = grad.untyped_storage()
+    # `grad` and the handle by which they are counted are two.
+    return grad.untyped_storage().nbytes() == grad.nbytes and _users(grad) == 2
+
+
+def _users(tensor: Tensor) -> int:
+    """How many hold the memory of `tensor`, with whom counts them; 0 where this torch does not say."""
     # Not public, though torch's own graph trees rest on it.
-    count_users = getattr(torch._C, "_storage_Use_Count", None)
-    # `grad` and `memory` are two.
-    return memory.nbytes() == grad.nbytes and count_users is not None and count_users(memory._cdata) == 2
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return count(tensor.untyped_storage()._cdata) if count else 0
 
 
 def partition(params: Sequence[Tensor], bucket_bytes: int, cut_at: int | None = None) -> list[list[int]]:
@@ -143,6 +154,7 @@ class GradientRecorder:
         self.used = [False] * len(self.params)
         for param in self.params:
             param.grad = None
+        into.unshare()
         for bucket, members in enumerate(into.members):
             if len(members) == 1:
                 # Backward will bring memory for it: large gradients need not be there twice.

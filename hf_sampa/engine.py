@@ -186,7 +186,8 @@ class SharpnessAware(Gradients):
         for param in self.params:
             param.grad = None
         for i in self.reached.intersection(self._owned_params()):
-            self.params[i].grad = self.perturbed_grads.views[i]
+            # A tensor of its own, by which `Buckets.unshare` knows who keeps it.
+            self.params[i].grad = self.perturbed_grads.views[i].detach()
         same_samples = not (self.recipe.samples.looks_again or self.recipe.samples.next_batch)
         return StepReport(
             loss=loss,

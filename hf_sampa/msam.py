@@ -55,6 +55,7 @@ class Shards(SharpnessAware):
             runs: for each shard what computes its gradient, its weight and where the gradient is afterwards.
             into: becomes the mean.
         """
+        into.unshare()
         for bucket in range(len(into.flats)):
             into.ensure(bucket)
             into.flats[bucket].zero_()
