@@ -210,6 +210,7 @@ class ResumeMixin:
                 epoch=epoch,
                 start=start,
                 update=self.state.global_step,
+                read=self._read_batch,
             )
         self._check_same_data()
         if self._unlogged:
