@@ -62,7 +62,8 @@ def seeded_loader(loader: Iterable, seed: int, with_indices: bool = False) -> It
     Raises ValueError where batches are to carry their samples' places in the dataset (`with_indices`) and there are none.
     """
     plain = is_plain(loader)
-    if with_indices and not (plain and loader.batch_sampler and not isinstance(loader.dataset, IterableDataset)):
+    sampled = plain and loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
+    if with_indices and not sampled:
         raise ValueError(
             "variant: expected a dataset with a length and a place for every sample, because the variant remembers single "
             "samples, but got an iterable dataset, one that makes its own batches, or a loader of one's own. Take another "
