@@ -12,6 +12,7 @@ LABELS = {
     "SAMPa.gradient": "forward and backward",
     "SAMPa.exchange": "exposed exchange",
     "SAMPa.combine": "combine",
+    "SAMPa.check": "check",
     "Optimizer.step#AdamW.step": "base step",
 }
 REST = "rest"

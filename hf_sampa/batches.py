@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .fingerprints import fingerprint
 from .loaders import is_seeded, parts_of
-from .randomness import INDICES, OwnGenerators, derive_seed
+from .randomness import INDICES, FirstState, OwnGenerators, derive_seed, own_generators
 
 
 @dataclass
@@ -185,8 +185,8 @@ class UpdateStream:
     ):
         self.loader, self.seed, self.accumulation, self._read_inputs = loader, seed, accumulation, read
         self._update, self._has_read, self._end = update, bool(epoch or start), (epoch, start)
-        generators = [part.generator for part in parts_of(loader) if _keeps_generator(part)]
-        self._kept_generators = [(generator, generator.initial_seed()) for generator in generators]
+        own = {id(each): each for part in parts_of(loader) for each in own_generators(part)}
+        self._kept_generators = [FirstState(generator) for generator in own.values()]
         self._begin(epoch, start)
         self._ahead = self._read()
 
@@ -216,9 +216,8 @@ class UpdateStream:
         for part in parts_of(self.loader):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        for generator, initial_seed in self._kept_generators:
-            # The first epoch is the one that plain Trainer would see.
-            generator.manual_seed(derive_seed(initial_seed, epoch) if epoch else initial_seed)
+        for place, kept in enumerate(self._kept_generators):
+            kept.begin_epoch(epoch, derive_seed(self.seed, "generator", place, epoch))
         skips = is_seeded(self.loader)  # by indices, without reading
         with self._generators.lent():
             left = skip_first_batches(self.loader, start) if skips and start else self.loader
@@ -266,7 +265,3 @@ class UpdateStream:
                 before = self._iterator.count
                 inputs = self._read_inputs(self._iterator, self.accumulation)
             return inputs
-
-
-def _keeps_generator(part: Any) -> bool:
-    return isinstance(getattr(part, "generator", None), torch.Generator)

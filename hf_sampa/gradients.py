@@ -287,8 +287,9 @@ class Gradients:
         """Rows of all ranks, on the CPU, and their signatures of what forward moves. Raises RuntimeError for ranks that differ."""
         if self.exchange.mesh.world_size == 1:
             return self.exchange.gather(row).cpu(), [0]
-        own = [self.digest_of_rest(), self.forward_state.signature(), fingerprint(self.settings())]
-        row = torch.cat([row, torch.tensor(own).to(row.device), fingerprint_of_bits(self.params).view(1)])
+        with record_function("SAMPa.check"):
+            own = [self.digest_of_rest(), self.forward_state.signature(), fingerprint(self.settings())]
+            row = torch.cat([row, torch.tensor(own).to(row.device), fingerprint_of_bits(self.params).view(1)])
         rows = self.exchange.gather(row).cpu()
         rest, signatures, settings, weights = rows[:, -4:].T.tolist()
         check_ranks_agree(self.exchange, weights, settings, self.settings())

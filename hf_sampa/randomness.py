@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .undo import Remembered
+
 
 def derive_seed(*parts: object) -> int:
     """A seed in [0, 2**63) that depends on all `parts` and on nothing else: not on the process, nor on Python's hash."""
@@ -69,6 +71,7 @@ def unseeded() -> Iterator[None]:
         before.restore()
 
 
+MOST_PARTS = 32  # of a list that are looked into: loaders or transforms are few, samples are many
 OwnGenerator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -83,6 +86,8 @@ def own_generators(owner: Any, depth: int = 3) -> list[OwnGenerator]:
     owner = getattr(owner, "__self__", owner)  # of a method
     if isinstance(owner, partial):
         inside = [owner.func, *owner.args, *owner.keywords.values()]
+    elif isinstance(owner, list | tuple):
+        inside = list(owner[:MOST_PARTS])
     else:
         inside = [] if isinstance(owner, type | Tensor) else list(getattr(owner, "__dict__", {}).values())
     if depth == 0 or not inside:
@@ -97,12 +102,34 @@ def seed_all(seed: int, own: Iterable[OwnGenerator]) -> None:
     """Seed the global generators on the CPU, and each of `own`."""
     seed_globals(seed)
     for generator in own:
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
-        elif isinstance(generator, np.random.Generator):
-            generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        seed_own(seed, generator)
+
+
+def seed_own(seed: int, generator: OwnGenerator) -> None:
+    """Seed one generator of somebody's."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    else:
+        generator.seed(seed % 2**32)
+
+
+class FirstState:
+    """A generator that a loader or sampler keeps, begun anew in every epoch, so that a run can go on in any of them."""
+
+    def __init__(self, generator: OwnGenerator):
+        self.generator, self._first = generator, Remembered(generator)
+        self._first_seed = generator.initial_seed() if isinstance(generator, torch.Generator) else None
+
+    def begin_epoch(self, epoch: int, seed: int) -> None:
+        """The first epoch is the one that plain Trainer would see; others begin from a seed."""
+        if self._first_seed is not None:
+            seed_own(derive_seed(self._first_seed, epoch) if epoch else self._first_seed, self.generator)
+        elif epoch == 0:
+            self._first.put_back()
         else:
-            generator.seed(seed % 2**32)
+            seed_own(seed, self.generator)
 
 
 class OwnGenerators:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -152,6 +155,22 @@ class OwnBatches(Sampler):
             order = order[size:]
 
 
+class Drawing(Sampler):
+    """Draws every order from a generator that it keeps, one of the three kinds."""
+
+    def __init__(self, count, generator):
+        self.count, self.generator = count, generator
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        if isinstance(self.generator, np.random.Generator):
+            yield from self.generator.permutation(self.count).tolist()
+        else:
+            yield from self.generator.sample(range(self.count), self.count)
+
+
 def collate(items):
     return {"x": torch.stack(items)}
 
@@ -166,6 +185,12 @@ LOADERS = {
     "workers": lambda data: DataLoader(
         data, 4, shuffle=True, collate_fn=collate, num_workers=2, persistent_workers=True
     ),
+    "numpy sampler": lambda data: DataLoader(
+        data, 4, sampler=Drawing(len(data), np.random.default_rng(3)), collate_fn=collate
+    ),
+    "python samplers": lambda data: Several(
+        *[DataLoader(data, 4, sampler=Drawing(len(data), random.Random(i)), collate_fn=collate) for i in range(2)]
+    ),
     "generator function": lambda data: Several([collate(data[i : i + 4]) for i in range(0, len(data), 4)]),
 }
 
@@ -179,14 +204,14 @@ def with_loader(name):
 
 
 def train_loader(folder, name, resume=None, **changes):
-    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, **changes}
+    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 9, **changes}
     return tiny.run(folder, Net(), samples(21), with_loader(name), resume, **settings)
 
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_loader_of_ones_own_is_resumed_exactly(tmp_path, name):
     whole = train_loader(tmp_path, name)
-    resumed = train_loader(tmp_path / "again", name, str(tmp_path / "checkpoint-3"))
+    resumed = train_loader(tmp_path / "again", name, str(tmp_path / "checkpoint-9"))
     assert tiny.differing(tiny.comparable(resumed), tiny.comparable(whole)) == []
 
 

@@ -60,8 +60,8 @@ def check_phases(processes: dict[str, list[dict]]) -> None:
         "adamw": always,
         "adamw_ddp": always,
         "sam": always | {"displace", "exposed exchange"},  # SAM tells its losses by the same small gather
-        "sam_replicas": always | {"displace", "exposed exchange"},
-        "sampa": always | {"displace", "exposed exchange", "combine"},
+        "sam_replicas": always | {"displace", "exposed exchange", "check"},
+        "sampa": always | {"displace", "exposed exchange", "combine", "check"},
     }
     for method, by_rank in processes.items():
         for process in by_rank:
@@ -91,6 +91,7 @@ def test_phases_are_taken_apart_and_add_up():
             "forward and backward": (6.0 - 0.5 - 1.0) / 2,
             "exposed exchange": (0.5 + 1.0 + 0.6) / 2,
             "combine": 0.0,
+            "check": 0.0,
             "base step": 0.4,
             "rest": 6.0 - 0.5 - 2.25 - 1.05 - 0.4,
         }
