@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_sampa.undo import Remembered
@@ -225,6 +226,18 @@ def test_every_layout(name):
         tensor.untyped_storage().fill_(0) if name == "expanded" else tensor.mul_(0)
     remembered.put_back()
     assert torch.equal(tensor.to_dense(), expected.to_dense())
+
+
+def test_a_tensor_made_of_others_is_put_back_by_way_of_them():
+    """As quantized optimizer state is, which allows no copies of itself."""
+    one, other = torch.ones(2), torch.zeros(2)
+    both = TwoTensor(one, other)
+    remembered = Remembered([both])
+    assert {id(each) for each in remembered.found(torch.Tensor)} == {id(both), id(one), id(other)}
+    one.zero_()
+    both.b = torch.ones(2)
+    remembered.put_back()
+    assert both.a is one and both.b is other and one.tolist() == [1.0, 1.0]
 
 
 def test_autograd_takes_no_notice_of_what_is_put_back():
