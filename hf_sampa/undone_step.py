@@ -42,8 +42,7 @@ def step_and_undo(optimizer: Optimizer, grads: Grads, places: Places, scale: flo
     try:
         for param in held:
             param.grad = grads[param].mul(scale) if param in grads else None
-        for each in remembered.found(Optimizer):
-            _mute(each)
+        _mute(remembered.found(Optimizer))
         optimizer.step(None)  # as accelerate calls it: not every optimizer makes the closure optional
         torch._foreach_copy_(list(places.values()), list(places))
     finally:
@@ -58,11 +57,12 @@ def _step_hooks(optimizer: Optimizer) -> list[dict[int, Any]]:
     return [*GLOBAL_HOOKS, *own]
 
 
-def _mute(optimizer: Optimizer) -> None:
-    """Let nobody but the optimizer itself be told of its steps: averages and counters should not see what is undone."""
-    for hooks in _step_hooks(optimizer):
+def _mute(optimizers: list[Optimizer]) -> None:
+    """Let nobody but optimizers be told of their steps: averages and counters should not see what is undone."""
+    own = {id(each) for each in optimizers}
+    for hooks in chain(*map(_step_hooks, optimizers)):
         for key, hook in list(hooks.items()):
-            if getattr(hook, "__self__", None) is not optimizer:
+            if id(getattr(hook, "__self__", None)) not in own:
                 del hooks[key]
 
 

@@ -301,6 +301,24 @@ def test_what_an_optimizer_hooks_on_itself_is_part_of_its_step():
     assert out[0].item() == 0.5 and param.item() == 1.0
 
 
+def test_what_a_wrapper_hooks_on_the_optimizer_within_is_part_of_its_step():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+            inner.register_step_post_hook(self.halve)
+
+        def halve(self, *_):
+            for group in self.param_groups:
+                torch._foreach_mul_([param.data for param in group["params"]], 0.5)
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    param, out = nn.Parameter(torch.ones(1)), [torch.empty(1)]
+    look_ahead(Wrapper(torch.optim.RMSprop([param])), [param], [torch.zeros(1)], out=out)
+    assert out[0].item() == 0.5 and param.item() == 1.0
+
+
 def test_a_parameter_without_gradient_goes_where_the_optimizer_takes_it():
     """As weight decay of some does."""
 
