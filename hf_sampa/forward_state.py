@@ -87,6 +87,7 @@ class ForwardState:
         self._trained, self._device = {id(param) for param in trained}, trained[0].device
         self.moving: set[str] = set()
         self._passes = 0
+        self._look_for_modules()
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, by name."""
@@ -95,28 +96,36 @@ class ForwardState:
 
     def _places(self) -> dict[str, _Place]:
         """By name; places of tensors that are yet to come, whose value is None, too."""
-        places, known = {}, set()
+        places = {}
+        for start, module in self._found:
+            for tensors in (module._buffers, module._parameters):
+                for name, tensor in tensors.items():
+                    if id(tensor) not in self._trained:
+                        places[f"{start}{name}"] = _Place(tensors, name)
+        return places
+
+    def _look_for_modules(self) -> None:
+        """Modules may come and go, if rarely: a walk through a model takes a while, and one in each step is enough."""
+        found: dict[int, tuple[str, nn.Module]] = {}
         for prefix, root in self.modules.items():
             for path, module in root.named_modules():
-                if id(module) in known:
-                    continue
-                known.add(id(module))
                 start = ".".join(part for part in (prefix, path) if part)
-                for tensors in (module._buffers, module._parameters):
-                    for name, tensor in tensors.items():
-                        if id(tensor) not in self._trained:
-                            places[f"{start}.{name}" if start else name] = _Place(tensors, name)
-        return places
+                found.setdefault(id(module), (f"{start}." if start else "", module))
+        self._found = list(found.values())
 
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Around a pass: what it changes is known to be moving from then on."""
         trial = self._passes < TRIAL_PASSES
         self._passes += 1
+        if trial:
+            self._look_for_modules()
         before = _Seen.of_all(self.tensors(), trial)
         try:
             yield
         finally:
+            if trial:
+                self._look_for_modules()
             after = _Seen.of_all(self.tensors(), trial)
             self.moving |= {name for name in after if after[name] != before.get(name)}
 
@@ -126,6 +135,7 @@ class ForwardState:
 
         Raises RuntimeError for a large tensor that no pass changed before, on a process that has no other to get it from.
         """
+        self._look_for_modules()
         before = {}
         for name, place in self._places().items():
             tensor = place.get()
