@@ -3,38 +3,71 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
+import re
 from collections.abc import Sized
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.trainer_utils import has_length
 
+from .fingerprints import fingerprint
 from .started import versions
+from .trained import other_modules
 
 
 if TYPE_CHECKING:
     from .trainer import SAMPaMixin
 
-# Settings that may differ between processes: where each one writes, what it shows, and which it is.
+# Settings that may differ between processes: where each one writes, what it shows, and how it reaches others.
 OWN = {
-    *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level", "log_level_replica"),
-    *("local_rank", "hub_token", "push_to_hub", "hub_model_id", "debug", "deepspeed_plugin", "fsdp_plugin_args"),
-    *("project", "trackio_space_id", "accelerator_config", "distributed_state", "data_seed_worker"),
+    *(
+        "output_dir",
+        "run_name",
+        "report_to",
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "resume_from_checkpoint",
+    ),
+    *(
+        "local_rank",
+        "ddp_timeout",
+        "debug",
+        "project",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+    ),
+    *(
+        "hub_token",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_always_push",
+        "hub_strategy",
+    ),
 }
+OWN_OF_CONFIG = {"_name_or_path", "transformers_version"}
 
 
 def started_with(trainer: SAMPaMixin, max_steps: int) -> dict[str, Any]:
     """Plain values by name: settings, data, model, optimizer and versions of packages, equal on all processes of a run."""
     return {
-        **{name: value for name, value in _settings(trainer.args).items()},
-        "max_steps of this run": max_steps,
+        **_settings(trainer.args),
+        "steps of this run": [trainer.state.global_step, max_steps],
         **_sizes(trainer),
-        **_model(trainer),
+        **_model(trainer.model),
+        **{
+            f"{name} {key}": value
+            for name, module in other_modules(trainer, trainer.model).items()
+            for key, value in _tensors(module).items()
+        },
         **_optimizer(trainer.optimizer.optimizer),
+        "class of the schedule": type(trainer.lr_scheduler).__name__,
         **{f"version of {name}": version for name, version in versions().items()},
-        "machine": platform.machine(),
     }
 
 
@@ -50,6 +83,8 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
     return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
@@ -64,11 +99,22 @@ def _sizes(trainer: SAMPaMixin) -> dict[str, Any]:
     }
 
 
-def _model(trainer: SAMPaMixin) -> dict[str, Any]:
-    found: dict[str, Any] = {"class of the model": type(trainer.model).__name__}
-    for name, param in trainer.model.named_parameters():
+def _model(model: nn.Module) -> dict[str, Any]:
+    config = model.config.to_dict() if isinstance(getattr(model, "config", None), PreTrainedConfig) else {}
+    return {
+        "class of the model": type(model).__name__,
+        **{f"model.config.{name}": _plain(value) for name, value in config.items() if name not in OWN_OF_CONFIG},
+        **_tensors(model),
+        # Dropout and other layers without weights; what it prints may hold addresses.
+        "fingerprint of print(model)": fingerprint(re.sub(r"0x[0-9a-f]+", "", repr(model))),
+    }
+
+
+def _tensors(module: nn.Module) -> dict[str, str]:
+    found = {}
+    for name, param in module.named_parameters():
         found[f"parameter {name}"] = f"{list(param.shape)} {param.dtype}{'' if param.requires_grad else ' frozen'}"
-    for name, buffer in trainer.model.named_buffers():
+    for name, buffer in module.named_buffers():
         found[f"buffer {name}"] = f"{list(buffer.shape)} {buffer.dtype}"
     return found
 
@@ -76,12 +122,8 @@ def _model(trainer: SAMPaMixin) -> dict[str, Any]:
 def _optimizer(optimizer: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"class of the optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}"}
     for i, group in enumerate(optimizer.param_groups):
-        found[f"parameters in optimizer group {i}"] = [list(param.shape) for param in group["params"]]
-        for name, value in group.items():
-            if name != "params":
-                found[f"{name} of optimizer group {i}"] = value.item() if _is_number(value) else _plain(value)
+        shapes = [list(param.shape) for param in group["params"]]
+        found[f"number of parameters in optimizer group {i}"] = len(shapes)
+        found[f"fingerprint of their shapes in optimizer group {i}"] = fingerprint(shapes)
+        found |= {f"{name} of optimizer group {i}": _plain(value) for name, value in group.items() if name != "params"}
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1

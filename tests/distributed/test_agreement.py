@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import BertForSequenceClassification, TrainerCallback
 
 from hf_sampa import SAMPaTrainer
 from tests import tiny
@@ -41,10 +41,27 @@ def test_other_settings_on_one_process_are_named_before_the_first_step(tmp_path,
     assert "Make them equal on every process" in str(failure.value)
 
 
+def dropping_bert():
+    return tiny.bert(0.1)
+
+
+class Noisy(BertForSequenceClassification):
+    """BERT that says nothing of its dropout in its configuration."""
+
+    def __init__(self):
+        super().__init__(tiny.bert().config)
+        self.dropout.p = 0.3
+
+
+Noisy.__name__ = "BertForSequenceClassification"
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
-        (tiny.bert_of_three_layers, r"parameter bert.encoder.layer.2.attention.self.query.weight: None on rank 0"),
+        (tiny.bert_of_three_layers, "model.config.num_hidden_layers: 2 on rank 0, 3 on rank 1"),
+        (dropping_bert, "model.config.hidden_dropout_prob: 0.0 on rank 0, 0.1 on rank 1"),
+        (Noisy, "fingerprint of print.model.: [0-9]+ on rank 0, [0-9]+ on rank 1"),
         (
             tiny.frozen_bert,
             r"word_embeddings.weight: '\[60, 16\] torch.float32' on rank 0, '\[60, 16\] torch.float32 frozen'",
