@@ -6,6 +6,8 @@ backward is still running; with several replicas, an all-reduce of d numbers wit
 
 from __future__ import annotations
 
+import atexit
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.profiler import record_function
 
 from .buckets import BUCKET_BYTES, partition
@@ -24,6 +27,28 @@ from .roles import Mesh, Role
 
 # Transfers under way when memory is to be given back after them: enough to keep the wire busy.
 MOST_UNSENT = 4
+
+_open: list[Exchange] = []  # those that hold process groups
+
+
+def close_groups() -> None:
+    """Close this package's process groups, then the default group; for the end of a script. Waits for no other process.
+
+    A thread of an open group may let go of the last tensor that it was given when the interpreter has begun to end; Python
+    then ends that thread in the middle of C++ code, which aborts the process, though all its work is done.
+    """
+    if any(each._means for each in _open):
+        return  # closing would wait for these, with a process that may be gone
+    for exchange in list(_open):
+        exchange.close()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@atexit.register
+def _close_forgotten_groups() -> None:
+    if _open and not hasattr(sys, "last_value"):  # no exception is on its way
+        close_groups()
 
 
 class Exchange:
@@ -54,6 +79,18 @@ class Exchange:
             )
         # A group of its own, so that what a loss gathers and what is exchanged meanwhile do not meet.
         self.role_world = RoleWorld(mesh, lent)
+        self._groups = list({id(each): each for each in (self._world_group, self._role_group, lent) if each}.values())
+        if self._groups:
+            _open.append(self)
+
+    def close(self) -> None:
+        """Give its process groups back; it cannot be used afterwards."""
+        while self._groups:
+            group = self._groups.pop()
+            if group in distributed_c10d._world.pg_map:  # nobody else has closed it
+                dist.destroy_process_group(group)
+        self._world_group = self._role_group = self.role_world.group = None
+        _open.remove(self)
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Give all ranks the tensors of rank `source`, in place; small ones travel together."""
@@ -155,6 +192,10 @@ class Exchange:
         with self._peers_alive():
             dist.all_gather(rows, row, group=self._world_group)
         return torch.stack(rows)
+
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        self.gather(torch.zeros(1, device=self._device() if self.mesh.world_size > 1 else None)).cpu()
 
     def concatenate(self, own: Tensor) -> Tensor:
         """All ranks' ``(n_i, ...)`` one after the other; the n_i may differ. For what is small."""
