@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import shutil
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -136,11 +137,13 @@ class PublishMixin:
         if before is not None:
             card.write_bytes(before)  # peft adds to any card that it finds
 
-    def _save_checkpoint(self, model, trial):
+    def _begin_checkpoint(self, folder: Path, old: Path | None) -> None:
+        super()._begin_checkpoint(folder, old)
+        if old is not None and model_card.is_somebodys(old / "README.md"):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(old / "README.md", folder)
         if self.args.should_save:
-            card = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}" / "README.md"
-            self._try_to_write_card(card)
-        super()._save_checkpoint(model, trial)
+            self._try_to_write_card(folder / "README.md")
 
     def _try_to_write_card(self, file: Path, repository: str | None = None) -> None:
         """Write a card during the training, which it does not end if it cannot be written; not over somebody's."""
