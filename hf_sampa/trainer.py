@@ -68,6 +68,18 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
     sampa: SAMPa | SAM | None = None
     _means_wanted = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # What help() and whoever asks for a signature is told: the Trainer's below, and a recipe; or the class's own.
+        cls.__signature__ = None
+        if next(kind for kind in cls.__mro__ if "__init__" in vars(kind)) is SAMPaMixin:
+            below = inspect.signature(_trainer_below(cls))
+            own = inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Recipe | None")
+            parameters = list(below.parameters.values())
+            last = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+            parameters.insert(len(parameters) - bool(last), own)
+            cls.__signature__ = below.replace(parameters=parameters)
+
     def __init__(self, *given, recipe: Recipe | None = None, **named):
         check_not_generating(type(self))
         given, named, args = self._with_arguments(given, named)
@@ -75,9 +87,9 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         try:
             super().__init__(*given, **named)
         except TypeError as error:
-            raise (
-                self._foreign_arguments(args) if "unexpected keyword argument 'method'" in str(error) else error
-            ) from error
+            if "unexpected keyword argument 'method'" not in str(error):
+                raise
+            raise self._foreign_arguments(args) from error  # TRL makes its own arguments of those that it is given
         if self.args is not args:
             raise self._foreign_arguments(args)
         check_recipe(recipe, args.variant)
@@ -102,9 +114,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         return given, named, args
 
     def _foreign_arguments(self, args) -> ValueError:
-        below = next(
-            kind for kind in type(self).__mro__ if issubclass(kind, Trainer) and not issubclass(kind, SAMPaMixin)
-        )
+        below = _trainer_below(type(self))
         wanted = "SAMPaTrainingArguments, or a class of yours with SAMPaArgumentsMixin"
         if below is not Trainer:
             wanted = (
@@ -167,9 +177,8 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
 
     def _run_epoch(self, train_dataloader, **kwargs):
         if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = (
-                True  # a finished run, resumed: upstream would take a step before it asks
-            )
+            # A finished run, resumed: upstream would take a step before it asks.
+            self.control.should_training_stop = True
             return
         self._pass_step, self._read_own = self.training_step, self.get_batch_samples
         if self._stream is None:
@@ -240,7 +249,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
             check_groups({"model": self.model, **others})
         check_same_start(self._exchange, started_with(self, max_steps))
         self._prepare_steps(max_steps)
-        self._exchange.broadcast([*self.model.parameters(), *self.model.buffers(), *self.sampa.params])
+        self._exchange.broadcast([*self.sampa.params, *self.sampa.forward_state.tensors().values()])
         self.sampa.check_state()
         self._stream, self._means = None, RunningMeans()
         self.callback_handler.train_dataloader = self._loader
@@ -272,6 +281,11 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
             self._means_wanted = False
             logs.update(self._means.take())
         super().log(logs, *args, **kwargs)
+
+
+def _trainer_below(kind: type) -> type[Trainer]:
+    """The class that the mixin is put above."""
+    return next(each for each in kind.__mro__ if issubclass(each, Trainer) and not issubclass(each, SAMPaMixin))
 
 
 class SAMPaTrainer(SAMPaMixin, Trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from hf_sampa import SAMPaArgumentsMixin, SAMPaMixin, SAMPaTrainer, SAMPaTrainingArguments
@@ -409,3 +411,47 @@ def test_the_default_arguments_are_the_papers(tmp_path, monkeypatch):
     args = SAMPaTrainer(model=tiny.bert()).args
     assert isinstance(args, SAMPaTrainingArguments)
     assert (args.method, args.rho, args.lmbda) == ("sampa", 0.05, 0.2)
+
+
+class OwnInit(SAMPaTrainer):
+    def __init__(self, model, data):
+        super().__init__(model, tiny.arguments("unused"), train_dataset=data)
+
+
+class ByPosition(Trainer):
+    """Takes the arguments as its third."""
+
+    def __init__(self, model, reference=None, args=None, **kwargs):
+        super().__init__(model, args, **kwargs)
+        self.reference = reference
+
+
+class SAMPaByPosition(SAMPaMixin, ByPosition):
+    pass
+
+
+def test_signatures_are_those_of_the_trainer_below():
+    parameters = [
+        list(inspect.signature(kind).parameters) for kind in (Trainer, SAMPaTrainer, SAMPaByPosition, OwnInit)
+    ]
+    assert parameters[1] == [*parameters[0], "recipe"]
+    assert parameters[2:] == [["model", "reference", "args", "recipe", "kwargs"], ["model", "data"]]
+
+
+def test_arguments_by_position(tmp_path):
+    args = tiny.arguments(tmp_path)
+    made = [
+        SAMPaByPosition(tiny.bert(), "reference", args),
+        SAMPaByPosition(tiny.bert(), args=args, reference="reference"),
+        SAMPaTrainer(tiny.bert(), args),
+    ]
+    assert all(trainer.args is args for trainer in made)
+    assert made[0].reference == made[1].reference == "reference"
+    assert isinstance(SAMPaTrainer(tiny.bert()).args, SAMPaTrainingArguments)
+
+
+@pytest.mark.parametrize("args", [None, TrainingArguments("unused", use_cpu=True)])
+def test_arguments_of_another_class_are_refused(args):
+    got = "none" if args is None else "TrainingArguments"
+    with pytest.raises(ValueError, match=rf"SAMPaArgumentsMixin and the arguments of ByPosition, .* got {got}\."):
+        SAMPaByPosition(tiny.bert(), None, args)
