@@ -40,6 +40,7 @@ from vit_arguments import parse_args
 from vit_model import load_model
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.exchange import close_groups
 from hf_sampa.finetuning import train_and_score
 
 
@@ -97,3 +98,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    close_groups()  # before the interpreter ends
