@@ -70,6 +70,20 @@ class _Kept(NamedTuple):
         return self.tensor is not None and self.content is None
 
 
+def make_room(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Give buffers of `model` the shapes that they have in `saved`, so that weights can be loaded that were saved with them.
+
+    torch loads no tensor into one of another shape, and none into a place that is still None.
+    """
+    modules = dict(model.named_modules())
+    for name, value in saved.items():
+        path, _, own = name.rpartition(".")
+        buffers = modules[path]._buffers if path in modules else {}
+        if own in buffers and (buffers[own] is None or buffers[own].shape != value.shape):
+            device = next(model.parameters()).device if buffers[own] is None else buffers[own].device
+            buffers[own] = torch.zeros_like(value, device=device)
+
+
 class ForwardState:
     """Buffers and untrained parameters of some modules, and which of them forward changes.
 

@@ -13,6 +13,7 @@ from . import checkpoint
 from .batches import UpdateStream
 from .card_facts import computation
 from .evaluations import Evaluation
+from .forward_state import make_room
 from .replaced import restore, restore_all
 from .sampa import SAMPa
 from .saved_weights import holds, left_out, load_every_tensor
@@ -269,6 +270,7 @@ class ResumeMixin(SavingMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         self._folder = resume_from_checkpoint
+        make_room(self.model, checkpoint.read_tensors(Path(resume_from_checkpoint), checkpoint.FORWARD_STATE))
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         except RuntimeError as error:
@@ -288,6 +290,7 @@ class ResumeMixin(SavingMixin):
 
     def _load_best_model(self):
         best = self._folder = self.state.best_model_checkpoint
+        make_room(self.model, checkpoint.read_tensors(Path(best), checkpoint.FORWARD_STATE))
         super()._load_best_model()
         if not Path(best).is_dir():
             return  # upstream says so

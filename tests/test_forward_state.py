@@ -151,7 +151,9 @@ def test_from_one_pass_per_update_batch(tmp_path, name):
     """With rho = lambda = 0 and a step size of 0, what forward saw of weights is x_0 in every pass: plain arithmetic."""
     trainer = SAMPaTrainer(
         MODELS[name](),
-        tiny.arguments(tmp_path, max_steps=3, rho=0.0, lmbda=0.0, learning_rate=0.0, train_sampling_strategy="sequential"),
+        tiny.arguments(
+            tmp_path, max_steps=3, rho=0.0, lmbda=0.0, learning_rate=0.0, train_sampling_strategy="sequential"
+        ),
         train_dataset=tiny.images(18),
     )
     trainer.train()
@@ -172,6 +174,38 @@ def test_resumed_is_never_stopped(tmp_path, name):
     assert tiny.differing(tiny.comparable(resumed), tiny.comparable(whole)) == []
 
 
+def test_the_best_model_has_the_buffers_of_its_step(tmp_path):
+    """Of another size than the last step's."""
+    model = Queue()
+    args = tiny.arguments(
+        tmp_path,
+        max_steps=4,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=1,
+        eval_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer = SAMPaTrainer(
+        model, args, train_dataset=tiny.images(18), eval_dataset=tiny.images(4), compute_metrics=Falling()
+    )
+    args.metric_for_best_model = "steps_left"
+    args.greater_is_better = True
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and model.queue.shape == (8, 64)
+
+
+class Falling:
+    """A metric by which the first evaluation is the best."""
+
+    def __init__(self):
+        self.left = 10
+
+    def __call__(self, predictions):
+        self.left -= 1
+        return {"steps_left": self.left}
+
+
 class Late(Large):
     """A teacher that begins to move after some passes."""
 
@@ -186,7 +220,9 @@ class Late(Large):
 
 
 def test_what_begins_to_change_too_late_to_be_undone_ends_the_run(tmp_path):
-    with pytest.raises(RuntimeError, match="'teacher.weight', a buffer or frozen parameter of 65600 entries, changed for"):
+    with pytest.raises(
+        RuntimeError, match="'teacher.weight', a buffer or frozen parameter of 65600 entries, changed for"
+    ):
         tiny.run(tmp_path, Late(), tiny.images(18), max_steps=6)
 
 
