@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_sampa import SAMPaMixin, SAMPaTrainer
 from hf_sampa.trained import Trained
@@ -29,12 +29,20 @@ class Metric(nn.Module):
         return nn.functional.cross_entropy(self.scale(logits), labels) + (logits - target).square().mean() / 10
 
 
+class ZeroGradients(TrainerCallback):
+    """Trainer zeroes those of the model only."""
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        optimizer.zero_grad()
+
+
 class WithLoss(Trainer):
     """Trains the weights of its loss with those of the model, as sentence-transformers' trainers do."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss = Metric(self.model)
+        self.add_callback(ZeroGradients())
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
