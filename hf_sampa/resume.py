@@ -275,13 +275,13 @@ class ResumeMixin(SavingMixin):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         except RuntimeError as error:
             raise ValueError(f"The weights in {resume_from_checkpoint} are of another model: {error}") from error
-        if self._lacks_weights_of(resume_from_checkpoint):
+        if isinstance(self.model, PreTrainedModel) and self._lacks_weights_of(resume_from_checkpoint):
             load_every_tensor(self.model, resume_from_checkpoint)
         if self._lacks_weights_of(resume_from_checkpoint):
             raise ValueError(
                 f"Expected the model to hold the weights that were saved in {resume_from_checkpoint}, but after loading it holds "
-                "others: the files were changed, or do not have every tensor that is trained. Resume from another checkpoint, "
-                "or load these weights into the model of a new run."
+                "others: the files were changed, or have not every tensor that is trained, as weights beside peft's adapters that "
+                "are not in modules_to_save. Resume from another checkpoint, or load these weights into the model of a new run."
             )
 
     def _lacks_weights_of(self, folder: str) -> bool:

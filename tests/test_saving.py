@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
-from hf_sampa import SAMPaTrainer, checkpoint, replaced
+from hf_sampa import SAMPaMixin, SAMPaTrainer, checkpoint, replaced
+from hf_sampa.saved_weights import load_every_tensor
 from tests import tiny
 
 
@@ -551,13 +553,10 @@ def test_what_a_checkpoint_leaves_out_stays_as_it_is(tmp_path):
     resumed = trainer_of(tmp_path, model=left_out_bert(), max_steps=5)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert torch.equal(resumed.model.positions, torch.arange(100.0))
-    checkpoint_model = left_out_bert()
-    with torch.no_grad():
-        checkpoint_model.positions += 1
-    from hf_sampa.saved_weights import load_every_tensor
-
-    load_every_tensor(checkpoint_model, str(tmp_path / "checkpoint-4"))
-    assert torch.equal(checkpoint_model.positions, torch.arange(100.0) + 1)
+    other = left_out_bert()
+    other.positions += 1
+    load_every_tensor(other, str(tmp_path / "checkpoint-4"))
+    assert torch.equal(other.positions, torch.arange(100.0) + 1)
 
 
 def test_every_other_tensor_is_accounted_for(tmp_path):
@@ -571,17 +570,10 @@ def test_every_other_tensor_is_accounted_for(tmp_path):
         trainer_of(tmp_path, model=left_out_bert()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
-class Swallows(SAMPaTrainer):
-    """Logs what fails when it loads the best model, and goes on."""
+class Swallows(Trainer):
+    """Does as if nothing had happened where the best model cannot be loaded."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
-        if getattr(self, "fails", False):
-            raise OSError("cannot be read")
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-
-
-class SwallowsBelow(Trainer):
-    fails = False
+    fails = True
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.fails:
@@ -596,14 +588,38 @@ class SwallowsBelow(Trainer):
 
 
 def test_a_best_model_that_was_not_loaded_is_not_passed_over_in_silence(tmp_path):
-    from hf_sampa import SAMPaMixin
-
-    class Mine(SAMPaMixin, SwallowsBelow):
-        fails = True
+    class Mine(SAMPaMixin, Swallows):
+        pass
 
     trainer = trainer_of(tmp_path, Mine, callbacks=[Rates(0.5, 0.1, 0.2)], **BEST)
     with pytest.raises(OSError, match="cannot be read"):
         trainer.train()
+
+
+# peft asks transformers by an old name.
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def lora(more: bool = False):
+    torch.manual_seed(3)
+    model = get_peft_model(tiny.bert(0.1), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
+    model.base_model.model.bert.embeddings.LayerNorm.requires_grad_(more)
+    return model
+
+
+@PEFT_WARNS
+def test_adapters_go_on(tmp_path):
+    whole = outcome(trainer_of(tmp_path, model=lora(), save_strategy="steps", save_steps=3))
+    last = tmp_path / "checkpoint-3"
+    assert "adapter_model.safetensors" in json.loads((last / "sampa.json").read_text())["files"]
+    assert tiny.differing(whole, outcome(trainer_of(tmp_path, model=lora()), str(last))) == []
+
+
+@PEFT_WARNS
+def test_weights_that_adapters_are_saved_without(tmp_path):
+    trainer_of(tmp_path, model=lora(more=True), save_strategy="steps", save_steps=3).train()
+    with pytest.raises(ValueError, match="have not every tensor that is trained, as weights beside peft's adapters"):
+        trainer_of(tmp_path, model=lora(more=True)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 # ---- What moves, and what is trained, besides the model's weights ----
