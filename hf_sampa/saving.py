@@ -266,11 +266,13 @@ class SavingMixin:
                 "be of two steps. Resume from the last checkpoint."
             )
         if "in passes" in broken or len(ascents) > 1:
+            lost = ""
             if isinstance(self.sampa, SAMPa):
                 self.sampa.forget()
+                lost = " g_t is lost, and is computed anew when the run goes on."
             logger.warning(
-                f"The run was interrupted within a step: {folder} has the weights and the optimizer state before it. g_t is lost, "
-                "and is computed anew when the run goes on; so it is close to a run that was never stopped, but not equal to it."
+                f"The run was interrupted within a step: {folder} has the weights and the optimizer state before it.{lost} What "
+                "goes on from there is close to a run that was never stopped, but not equal to it."
             )
 
     def _fingerprints(self, place: Place) -> list[int] | None:

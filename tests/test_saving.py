@@ -232,6 +232,18 @@ def test_a_carried_gradient_that_an_interrupt_lost(tmp_path, caplog, perturbed):
     assert resumed.state.global_step == STEPS
 
 
+def test_an_interrupted_pass_of_sam(tmp_path, caplog):
+    """It carries no gradient that could be lost."""
+    stopped = trainer_of(tmp_path, InterruptedPass, method="sam")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    with tiny.transformers_log(caplog):
+        save(stopped)
+    assert "The run was interrupted within a step" in caplog.text and "g_t" not in caplog.text
+    found = outcome(trainer_of(tmp_path, method="sam"), True)
+    assert tiny.differing(outcome(trainer_of(tmp_path / "whole", method="sam")), found) == []
+
+
 @pytest.mark.parametrize("event", ["on_pre_optimizer_step", "on_optimizer_step"])
 def test_an_interrupt_within_the_update_is_refused(tmp_path, whole, event):
     stopped = trainer_of(tmp_path, callbacks=[Does(event, 3, interrupt)], save_strategy="steps", save_steps=3)
