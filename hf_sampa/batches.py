@@ -199,10 +199,10 @@ class UpdateStream:
         batch, self._ahead = self._ahead, self._read()
         return batch
 
-    def leave_epoch(self) -> None:
-        """Go on with the next epoch's first batch, leaving out what is left of this one."""
-        self._update = self._ahead.update
-        self._begin(self._ahead.epoch + 1, 0)
+    def leave_epoch(self, update: int) -> None:
+        """Go on with the next epoch's first batch as B_t of t = `update`, leaving out what is left of this one."""
+        self._update = update
+        self._begin(self._ahead.epoch + bool(self._ahead.start), 0)
         self._ahead = self._read()
 
     @property

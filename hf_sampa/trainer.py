@@ -183,9 +183,10 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         self._pass_step, self._read_own = self.training_step, self.get_batch_samples
         if self._stream is None:
             self._open_stream(kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
-        elif (ahead := self._stream.peek()) and ahead.start:
-            # A callback ended the epoch early: the batch ahead will not be trained on, and with it goes its g_t.
-            self._stream.leave_epoch()
+        elif (ahead := self._stream.peek()) and (ahead.start or self._begun):
+            # A callback ended the epoch early, maybe between micro-batches: the batch that comes next, or the one that had
+            # begun, will not be trained on, and with it goes its g_t.
+            self._stream.leave_epoch(self.state.global_step)
             if isinstance(self.sampa, SAMPa):
                 self.sampa.forget()
         self._epoch_in_stream, _ = self._stream.position

@@ -71,12 +71,14 @@ def test_odd_worlds():
     ]
 
 
-def test_a_world_that_the_trainer_does_not_see(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_a_world_that_the_trainer_does_not_see(tmp_path, monkeypatch, variable):
     args = tiny.arguments(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(variable, "2")
     with pytest.raises(
         ValueError,
-        match="variable WORLD_SIZE says that a launcher started 2 processes, but this trainer sees a world of 1.*--use_cpu.*unset WORLD_SIZE",
+        match=f"variable {variable} says that a launcher started 2 processes, but this trainer sees a world of 1.*--use_cpu"
+        f".*unset {variable}",
     ):
         SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
 

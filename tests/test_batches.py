@@ -105,7 +105,7 @@ def test_the_next_batch_is_visible_ahead():
 def test_leaving_an_epoch():
     a_stream, expected = stream(table(False)), read(stream(table(False)), 3)[2]
     a_stream.advance()
-    a_stream.leave_epoch()
+    a_stream.leave_epoch(update=1)
     assert tiny.differing(contents([a_stream.peek()]), contents([expected])) == []
     assert a_stream.peek().micro_batches[0].update == 1
 

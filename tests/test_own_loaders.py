@@ -379,6 +379,33 @@ def test_a_stream_that_is_over_before_max_steps_ends_the_run(tmp_path):
     assert stream(tmp_path, 12)["steps"] == 3
 
 
+class EndEpoch(tiny.TrainerCallback):
+    """Ends an epoch once, between two micro-batches of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_epoch_stop, self.step = True, None
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["in the midst", "at the last batch"])
+def test_an_epoch_that_is_ended_between_micro_batches(tmp_path, step):
+    """The batch that had begun is not trained on; the next epoch begins with its own first batch, and is resumed exactly."""
+
+    def train(folder, checkpoint=None, end=step):
+        settings = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+        kwargs = {"data_collator": collate, "callbacks": [EndEpoch(end)]}
+        return tiny.run(folder, Net(), samples(24), resume=checkpoint, trainer_kwargs=kwargs, **settings)
+
+    whole = train(tmp_path)
+    assert whole["steps"] == step + 3 + 3  # of three steps, the first epoch has as many as were through
+    for at, end in ((step, step), (step + 1, None)):
+        resumed = train(tmp_path / f"again{at}", str(tmp_path / f"checkpoint-{at}"), end)
+        assert tiny.differing(tiny.comparable(resumed), tiny.comparable(whole)) == []
+
+
 # ---- Samplers and generators ----
 
 

@@ -116,6 +116,13 @@ def test_the_other_ends_with_a_message(tmp_path, death):
             process.kill()
     message = results[0].with_suffix(".err").read_text()
     assert "Rank 0 expected an answer from the other 1 process(es) of this run and got none" in message
+    # Other causes than a dead process are named, too.
+    for cause in (
+        "outside of a pass",
+        "an evaluation, a save or a stop that only one of them begins",
+        "--ddp_timeout",
+    ):
+        assert cause in message
     assert "Start the run again with resume_from_checkpoint=True" in message
 
 
