@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .fingerprints import fingerprint_of_bits
+
 
 # Large enough that a bucket's latency does not matter, small enough that the first one leaves early in backward.
 BUCKET_BYTES = 4 * 2**20
@@ -141,7 +143,9 @@ class GradientRecorder:
     def __init__(self, params: Sequence[nn.Parameter], overlap: bool = True):
         self.params, self.overlap = params, overlap
         self.used = [False] * len(params)
-        self.pieces = False  # whether a gradient has come in more than one piece
+        # Whether a gradient has come in more than one piece, or was changed after it had come: seen while
+        self.pieces = self.listening = False
+        self._heard: dict[int, Tensor] = {}  # fingerprints of the gradients as they came
         self._into: Buckets | None = None
         self._on_full: Callable[[int], None] | None = None
         self._handles = [
@@ -173,7 +177,7 @@ class GradientRecorder:
         self._into, self._on_full = into, on_full
         self._waiting = [len(members) for members in into.members]
         self._fired = [False] * len(self.params)
-        self._next = 0
+        self._next, self._heard = 0, {}
         try:
             yield
             self._take_assigned()
@@ -203,6 +207,8 @@ class GradientRecorder:
             self._into.take(i, param.grad)
             param.grad = self._into.views[i]
         self.used[i] = True
+        if self.listening:
+            self._heard[i] = fingerprint_of_bits([param.grad])
         self.pieces |= self._fired[i]
         if not self._fired[i]:
             self._fired[i] = True
@@ -211,10 +217,13 @@ class GradientRecorder:
                 self._report()
 
     def _take_assigned(self) -> None:
-        """Gradients that were put into ``.grad`` without backward: a step of one's own may do so."""
+        """Gradients that a step of one's own put into ``.grad``, or changed there, after backward or without it."""
         for i, param in enumerate(self.params):
-            if param.grad is not None and not self._fired[i] and param.grad is not self._into.views[i]:
+            if param.grad is not None and param.grad is not self._into.views[i]:
                 self._record(i, param)
+        if self.listening:
+            now = {i: fingerprint_of_bits([self._into.views[i]]) for i in self._heard}
+            self.pieces |= any(bool(now[i] != before) for i, before in self._heard.items())
 
     def _report(self) -> None:
         while self._on_full is not None and self._next < len(self._waiting) and self._waiting[self._next] == 0:

@@ -60,14 +60,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_trainable(model: torch.nn.Module, params: list[torch.nn.Parameter]) -> None:
-    """Raise ValueError where the trainable parameters of `model` are no longer the first of `params`, or others are frozen."""
+def check_trainable(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]
+) -> None:
+    """Raise ValueError where what `optimizer` and `model` hold of trainable parameters is no longer `params`."""
     trainable = [param for param in model.parameters() if param.requires_grad]
     frozen = [param for param in params if not param.requires_grad]
-    if frozen or any(a is not b for a, b in zip_longest(trainable, params[: len(trainable)])):
+    held = {id(param) for group in optimizer.param_groups for param in group["params"] if param.requires_grad}
+    moved = any(a is not b for a, b in zip_longest(trainable, params[: len(trainable)]))
+    if frozen or moved or held != {id(param) for param in params}:
         raise ValueError(
-            f"Expected the {len(params)} trainable parameters that the run began with, but requires_grad, or the model, "
-            f"changed during training: {len(frozen)} of them are frozen, and the model has {len(trainable)} trainable ones. "
+            f"Expected the {len(params)} trainable parameters that the run began with, but requires_grad, the model or the "
+            f"optimizer changed during training: {len(frozen)} of them are frozen, the model has {len(trainable)} trainable ones, "
+            f"the optimizer holds {len(held)}. "
             "Do that between two calls of train(), with trainer.optimizer = trainer.lr_scheduler = None before the second."
         )
 

@@ -15,7 +15,7 @@ import textwrap
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -181,7 +181,8 @@ def _parts(value: Any) -> list[Any]:
 
 def _as_bytes(tensor: Tensor) -> Any:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return str(tensor.dtype), list(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+    content = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return str(tensor.dtype), list(tensor.shape), content
 
 
 def _as_tensor(tensor: Tensor) -> Any:
@@ -203,15 +204,27 @@ def _picture(value: Any, of_tensor: Any, inside: frozenset[int] = frozenset()) -
     inside |= {id(value)}
     if isinstance(value, dict):
         pairs = value.items()
-        return "dict", [[_picture(k, of_tensor, inside), _picture(v, of_tensor, inside)] for k, v in pairs]
+        kind = "counter" if isinstance(value, Counter) else "dict"
+        return kind, [[_picture(k, of_tensor, inside), _picture(v, of_tensor, inside)] for k, v in pairs]
+    if hasattr(value, "_fields"):
+        return "named", [*_class_of(value), [_picture(each, of_tensor, inside) for each in value]]
     if isinstance(value, list | tuple | deque):
-        kind = "tuple" if isinstance(value, tuple) else "list"
+        kind = "tuple" if isinstance(value, tuple) else f"deque {value.maxlen}" if isinstance(value, deque) else "list"
         return kind, [_picture(each, of_tensor, inside) for each in value]
     if isinstance(value, set):
         return "set", sorted((_picture(each, of_tensor, inside) for each in value), key=repr)
     if attributes := _attributes(value):
-        return "object", [[name, _picture(each, of_tensor, inside)] for name, each in sorted(attributes.items())]
+        parts = [[name, _picture(each, of_tensor, inside)] for name, each in sorted(attributes.items())]
+        return "object", [*_class_of(value), parts]
     return ("other",)
+
+
+def _class_of(value: Any) -> tuple[str, str]:
+    return type(value).__module__, type(value).__qualname__
+
+
+def _find_class(module: str, name: str) -> type:
+    return reduce(getattr, name.split("."), sys.modules[module])
 
 
 def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
@@ -229,8 +242,8 @@ def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
         return _painted_tensor(content, value, kind)
     if value is None and make is not None:
         value = make()
-    if kind == "dict":
-        value = value if isinstance(value, dict) else {}
+    if kind in ("dict", "counter"):
+        value = value if isinstance(value, dict) else Counter() if kind == "counter" else {}
         before = dict(value)
         value.clear()
         make = getattr(value, "default_factory", None)
@@ -238,8 +251,15 @@ def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
             key = _painted(key, None)
             value[key] = _painted(each, before.get(key), make)
         return value
-    if kind == "object":
-        for name, each in content if value is not None else []:
+    if kind in ("object", "named"):
+        *of_class, parts = content
+        if "<locals>" in of_class[1] or of_class[0] not in sys.modules:
+            return value  # of a class that cannot be found by its name
+        if kind == "named":
+            return _find_class(*of_class)(*(_painted(each, None) for each in parts))
+        if value is None:
+            value = object.__new__(_find_class(*of_class))  # made in a pass of another process
+        for name, each in parts:
             setattr(value, name, _painted(each, getattr(value, name, None)))
         return value
     return _painted_sequence(content, value, kind)
@@ -265,7 +285,9 @@ def _painted_sequence(content: Iterable[tuple], value: Any, kind: str) -> Any:
         value.clear()
         value.update(items)
         return value
-    value = value if isinstance(value, list | deque) else []
+    if not isinstance(value, list | deque):
+        most = kind.removeprefix("deque ")
+        value = [] if kind == "list" else deque(maxlen=None if most == "None" else int(most))
     value.clear()
     value.extend(items)
     return value

@@ -47,9 +47,13 @@ class _Seen(NamedTuple):
         # Quantized weights are several tensors in one, at no address.
         plain = {name: tensor for name, tensor in tensors.items() if not is_traceable_wrapper_subclass(tensor)}
         contents: dict[str, int] = {}
-        if with_content and plain:
-            found = torch.stack([fingerprint_of_bits([tensor]).cpu() for tensor in plain.values()])
-            contents = dict(zip(plain, found.tolist(), strict=True))
+        # Small ones on a CPU always: on other devices that would make the host wait.
+        read = {
+            name: t for name, t in plain.items() if with_content or (t.numel() <= SMALL and t.device.type == "cpu")
+        }
+        if read:
+            found = torch.stack([fingerprint_of_bits([tensor]).cpu() for tensor in read.values()])
+            contents = dict(zip(read, found.tolist(), strict=True))
         return {
             name: cls(id(t), t._version, t.data_ptr() if name in plain else 0, t.shape, contents.get(name))
             for name, t in tensors.items()
@@ -217,16 +221,22 @@ class ForwardState:
     def _agree(self, source: int) -> None:
         """Make room for what is moving on any process, in the shapes that it has on rank `source`."""
         self.moving = set().union(*self.exchange.share_objects(self.moving))
-        own = {name: (tensor.shape, tensor.dtype) for name, tensor in self._moving().items()}
+        own = {name: (tensor.shape, tensor.dtype, self._is_saved(name)) for name, tensor in self._moving().items()}
         wanted, places = self.exchange.share_objects(own)[source], self._places()
         for name in sorted(self.moving - wanted.keys()):
             self.moving.discard(name)
             if name in places:
                 del places[name].tensors[places[name].name]
-        for name, (shape, dtype) in wanted.items():
-            self._make_room(name, shape, dtype, places.get(name))
+        for name, (shape, dtype, saved) in wanted.items():
+            self._make_room(name, shape, dtype, places.get(name), saved)
 
-    def _make_room(self, name: str, shape: torch.Size, dtype: torch.dtype, place: _Place | None) -> None:
+    def _is_saved(self, name: str) -> bool:
+        module, own = self._module_of(name)
+        return own not in module._non_persistent_buffers_set
+
+    def _make_room(
+        self, name: str, shape: torch.Size, dtype: torch.dtype, place: _Place | None, saved: bool = False
+    ) -> None:
         tensor = place and place.get()
         if tensor is not None and (tensor.shape, tensor.dtype) == (shape, dtype):
             return
@@ -238,7 +248,7 @@ class ForwardState:
             place.tensors[place.name] = room
         else:
             module, own = self._module_of(name)
-            module.register_buffer(own, room, persistent=False)
+            module.register_buffer(own, room, persistent=saved)
 
     def _module_of(self, name: str) -> tuple[nn.Module, str]:
         path, _, own = name.rpartition(".")

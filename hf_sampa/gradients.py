@@ -193,17 +193,18 @@ class Gradients:
     def _listen(self) -> bool:
         """In the first pass of a run nothing travels before backward is through; returns whether this is that pass."""
         if self.first_pass:
-            self._recorder.overlap = False
+            self._recorder.overlap, self._recorder.listening = False, self._overlap
         return self.first_pass
 
     def _heard(self) -> None:
         """After the first pass: gradients that come in pieces are sent after backward in all others, too."""
-        self.first_pass, self._recorder.overlap = False, self._overlap and not self._recorder.pieces
+        self.first_pass, self._recorder.listening = False, False
+        self._recorder.overlap = self._overlap and not self._recorder.pieces
         if self._overlap and self._recorder.pieces:
             self._trial = 0
             logger.info(
-                "Gradients come in several pieces, as with reentrant checkpointing or losses that call backward themselves: "
-                "they are sent after backward, not during it."
+                "Gradients come in several pieces or are changed after backward, as with reentrant checkpointing, losses that "
+                "call backward themselves or steps of one's own: they are sent after backward, not during it."
             )
 
     def _send(

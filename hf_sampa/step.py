@@ -22,7 +22,7 @@ from .parts import Moment
 from .per_sample import SampleView, check_classes, logits_of, recipe_loss
 from .precision import SharedGradScaler
 from .progress import show
-from .randomness import INDICES, derive_seed, seeded
+from .randomness import INDICES, OwnGenerator, derive_seed, seed_own, seeded
 from .roles import Role
 from .sam import SAM
 from .sampa import SAMPa
@@ -140,7 +140,7 @@ class StepMixin:
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         self._clock.start()
-        check_trainable(self.model, self.sampa.params)
+        check_trainable(self.model, self.optimizer.optimizer, self.sampa.params)
         self._follow_settings()
         # Before the weights are displaced: schedule-free optimizers move them when they change modes.
         model.train()
@@ -211,7 +211,8 @@ class StepMixin:
             return
         counts = []
         for micro_batch in batch:
-            num_items = self._get_num_items_in_batch([micro_batch.inputs], torch.device("cpu"))
+            with self._exchange.role_world.lent():
+                num_items = self._get_num_items_in_batch([micro_batch.inputs], torch.device("cpu"))
             micro_batch.num_items = None if num_items is None else num_items.to(self.args.device)
             counts.append(micro_batch.count_items() if num_items is None else float(num_items))
         total = self._exchange.sum_within_role(sum(counts))
@@ -296,6 +297,10 @@ class StepMixin:
 
     def _own_randomness(self, micro_batch: MicroBatch):
         seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self._exchange.mesh.replica)
+        for holder in (self, *self.model.modules()):  # generators of one's own, for mixup perhaps
+            for value in vars(holder).values():
+                if isinstance(value, OwnGenerator):
+                    seed_own(seed, value)
         return seeded(seed, self.args.device)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

@@ -10,6 +10,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 
+MOST_MODULES = 64  # of a list that are looked at: teachers are few, samples are many
+
+
 class Trained:
     """The base optimizer's parameters that want a gradient: the model's first, in its order, then others.
 
@@ -54,7 +57,14 @@ def other_modules(owner: Any, model: nn.Module) -> dict[str, nn.Module]:
     """Modules that `owner`, a trainer, keeps as its attributes, alone or in a dict, besides `model`, by name."""
     found: dict[str, nn.Module] = {}
     for name, value in vars(owner).items():
-        inside = {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+        several = (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value[:MOST_MODULES])
+            if type(value) in (list, tuple)
+            else ()
+        )
+        inside = {f"{name}.{key}": each for key, each in several} if several else {name: value}
         found |= {key: each for key, each in inside.items() if isinstance(each, nn.Module)}
     return {name: module for name, module in found.items() if module is not model and model not in _wrapped(module)}
 

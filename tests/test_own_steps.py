@@ -44,6 +44,41 @@ class AssignedGradients(SAMPaTrainer):
         return loss.detach()
 
 
+class Summed(SAMPaTrainer):
+    """Two losses, each with a backward of its own, whose gradients are added up by hand, as gradient surgery does."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs)) / self.current_gradient_accumulation_steps
+        params, found = list(model.parameters()), []
+        before = [param.grad for param in params]
+        for part in (loss * 0.5, loss * 0.5):
+            model.zero_grad()
+            self.accelerator.backward(part, retain_graph=True)
+            found.append([param.grad.clone() for param in params])
+        for param, one, other, earlier in zip(params, *found, before, strict=True):
+            param.grad = one + other if earlier is None else one + other + earlier
+        return loss.detach()
+
+
+class Halved(SAMPaTrainer):
+    """Changes gradients in place after backward."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for param in model.parameters():
+            param.grad.mul_(0.5)
+        return loss
+
+
+class HalvedLoss(SAMPaTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs)) / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss * 0.5)
+        return loss.detach()
+
+
 class TwoBackwards(SAMPaTrainer):
     """A loss whose halves go backward one after the other."""
 
@@ -66,6 +101,13 @@ def test_a_step_of_ones_own_is_the_gradient_of_a_pass(tmp_path, trainer_class):
     assert tiny.differing(train(tmp_path, trainer_class), train(tmp_path)) == []
 
 
+def test_gradients_that_are_put_together_or_changed_after_backward(tmp_path):
+    """In every step, not in the first ones only; halves are exact in binary."""
+    settings = {"gradient_accumulation_steps": 1, "optim": "sgd"}
+    assert tiny.differing(train(tmp_path, Summed, **settings), train(tmp_path, **settings)) == []
+    assert tiny.differing(train(tmp_path, Halved, **settings), train(tmp_path, HalvedLoss, **settings)) == []
+
+
 def test_a_step_with_two_backward_passes(tmp_path):
     """Halves add up to the whole, to rounding; gradients that come in pieces travel after backward."""
     own, usual = (train(tmp_path, kind, optim="sgd")["weights"] for kind in (TwoBackwards, SAMPaTrainer))
@@ -73,7 +115,7 @@ def test_a_step_with_two_backward_passes(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("trainer_class", [OwnStepAbove, AssignedGradients, TwoBackwards])
+@pytest.mark.parametrize("trainer_class", [OwnStepAbove, AssignedGradients, TwoBackwards, Halved])
 def test_two_processes_are_one(tmp_path, trainer_class):
     expected = train(tmp_path / "one", trainer_class)
     for outcome in run_ranks(train, 2, tmp_path / "two", trainer_class, folder=tmp_path):
