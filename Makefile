@@ -22,7 +22,7 @@ help: ## Show the targets
 demo: .venv ## Fine-tune a small BERT and a small ViT with AdamW, SAM and SAMPa; a table and a picture (under 3 minutes)
 	$(BIN)/python benchmarks/demo.py
 
-test: lint ## Lint, then every test that needs no GPU, two files at a time (about 17 minutes on two cores)
+test: lint ## Lint, then every test that needs no GPU, two files at a time (about 25 minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv ## Check style and formatting
