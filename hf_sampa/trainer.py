@@ -276,6 +276,10 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         if self._globalstep_last_logged != before:
             self._tr_loss.zero_()  # upstream takes it from itself, so that one NaN would stay for good
 
+    def _finalize_training(self, *args, **kwargs):
+        self.sampa.check_weights()  # the last step's have not been compared yet
+        return super()._finalize_training(*args, **kwargs)
+
     def log(self, logs, *args, **kwargs):
         # In Trainer's own line on the steps, not in one of somebody's that has a loss in it, too.
         if self._means_wanted and "loss" in logs:

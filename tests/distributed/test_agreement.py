@@ -106,8 +106,8 @@ def moments(args, model, optimizer):
     optimizer.state[next(model.parameters())]["exp_avg"].add_(1)
 
 
-def drift(folder, change):
-    args = tiny.arguments(folder, max_steps=8, ddp_timeout=60, lr_scheduler_type="constant")
+def drift(folder, change, max_steps=8):
+    args = tiny.arguments(folder, max_steps=max_steps, ddp_timeout=60, lr_scheduler_type="constant")
     SAMPaTrainer(tiny.bert(), args, train_dataset=tiny.sentences(32), callbacks=[Drift(change, folder)]).train()
 
 
@@ -126,3 +126,8 @@ def test_ranks_that_drift_apart_end_the_run_within_a_step(tmp_path, change, mess
         run_ranks(drift, 2, tmp_path, change, folder=tmp_path, timeout=60)
     for rank in range(2):
         assert (tmp_path / f"steps{rank}").read_text() == str(steps)
+
+
+def test_weights_that_differ_after_the_last_step_end_the_run(tmp_path):
+    with pytest.raises(RankFailed, match=r"rank\(s\) 1 hold others than rank 0"):
+        run_ranks(drift, 2, tmp_path, one_bit, 2, folder=tmp_path, timeout=60)
