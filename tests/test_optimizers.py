@@ -284,10 +284,7 @@ def train_with_each(folder):
     }
     runs |= {name: by_name(name) for name in ("adafactor", "grokadamw")}
     for name, settings in runs.items():
-        try:
-            found[name] = train(folder, rho=0.05, lmbda=0.5, **settings)
-        except Exception as error:
-            raise RuntimeError(f"with {name}") from error
+        found[name] = train(folder, rho=0.05, lmbda=0.5, **settings)
     return found
 
 
