@@ -47,7 +47,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         trainer = make_trainer(job, model, train_rows, folder)
 
         def count(_, __, inputs) -> None:
-            counts[torch.is_grad_enabled()] += len(inputs["pixel_values"])
+            engine = getattr(trainer, "sampa", None)
+            if engine is None or not engine.rehearsing:
+                counts[torch.is_grad_enabled()] += len(inputs["pixel_values"])
 
         handle = model.register_forward_pre_hook(count, with_kwargs=True)
         result = trainer.train()

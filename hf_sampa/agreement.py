@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .exchange import Exchange
+from .roles import Role
+
+
+SAME_LOSS = 1e-3  # relative; on devices, and between them, the order of sums may differ
 
 
 def check_ranks_agree(
@@ -28,8 +33,9 @@ def check_ranks_agree(
         others = [rank for rank, found in enumerate(weights) if found != weights[0]]
         raise RuntimeError(
             f"Expected all processes to hold the same weights, but rank(s) {', '.join(map(str, others))} hold others than rank "
-            "0. Something changed them on some processes only, or differently: a callback, an optimizer that draws random "
-            "numbers or keeps state where SAMPa does not see it, or hardware. The weights of this step are not to be trusted; "
+            "0. Something changed them on some processes only, or differently: a callback, a forward pass that writes to trained "
+            "weights (as one that initialises them from the first batch; do that before training), an optimizer that draws "
+            "random numbers or keeps state where SAMPa does not see it, or hardware. The weights of this step are not to be trusted; "
             "resume from the last checkpoint."
         )
 
@@ -47,6 +53,61 @@ def check_same_start(exchange: Exchange, own: dict[str, Any]) -> None:
             f"Expected all processes to train the same model on the same data with the same settings, but they differ: "
             f"{'; '.join(differing[:5])}{more}. Make them equal on every process."
         )
+
+
+def check_rest_alike(exchange: Exchange, own: dict[str, int]) -> None:
+    """Raise RuntimeError, on all ranks, where what no step moves differs between them. A collective.
+
+    Args:
+        exchange: connects the processes.
+        own: of this process, fingerprints by name.
+    """
+    if differing := differences(exchange.share_objects(own)):
+        names = [each.partition(": ")[0] for each in differing]
+        more = f" (and {len(names) - 5} more)" if len(names) > 5 else ""
+        raise RuntimeError(
+            f"Expected all processes to hold the same modules, frozen weights and buffers, but these differ: "
+            f"{', '.join(names[:5])}{more}. A callback that changes them has to do so on every process. What was trained since "
+            "is not to be trusted; resume from the last checkpoint."
+        )
+
+
+def check_repeatable(exchange: Exchange, found: list[tuple[float, float, int]], batch: int, exact: bool) -> None:
+    """Raise RuntimeError, on all ranks, where a pass is not the same thing twice, or not on both processes of a pair. A collective.
+
+    Args:
+        exchange: connects the processes.
+        found: by this process, of one batch at the same weights, twice: loss, norm and fingerprint of the gradient.
+        batch: its fingerprint.
+        exact: whether the two are expected to have the same bits.
+    """
+    of_all = exchange.share_objects((*found, batch))
+    for rank, (first, again, _) in enumerate(of_all):
+        if not _close(first, again) or (exact and first != again and all(map(math.isfinite, first))):
+            raise RuntimeError(
+                "Expected a pass to leave nothing behind that changes the next one, but of one batch at the same weights the loss "
+                f"was {first[0]:.9g} and then {again[0]:.9g}, the norm of the gradient {first[1]:.9g} and then {again[1]:.9g} (rank "
+                f"{rank}). A step computes several losses, and what compute_loss, training_step or forward changes meanwhile counts "
+                "once only if it is a buffer or frozen parameter of a module, or an attribute of the trainer: keep teachers, queues "
+                "and counters there, draw random numbers from the global generators or from ones that are attributes of the trainer "
+                "or of a module, and read data through the training loader, not from an iterator within the loss."
+            )
+    mesh = exchange.mesh
+    for rank, other in zip(mesh.ranks_of(Role.PERTURBED), mesh.ranks_of(Role.LOOKAHEAD), strict=True):
+        (one, _, read), (two, _, also_read) = of_all[rank], of_all[other]
+        if read == also_read and not _close(one, two):
+            raise RuntimeError(
+                f"Expected both processes of a pair to compute the same loss of the same batch at the same weights, but rank {rank} "
+                f"found {one[0]:.9g} and rank {other} {two[0]:.9g} (norms of the gradient: {one[1]:.9g} and {two[1]:.9g}). Something "
+                "else differs between them: code that asks for the rank, attributes of the trainer or of a module (a dropout rate, a "
+                "weight of the loss), or files that they read. Make it equal on every process."
+            )
+
+
+def _close(one: tuple[float, float, int], other: tuple[float, float, int]) -> bool:
+    """Whether losses and norms are equal to rounding; what is not finite says nothing."""
+    pairs = zip(one[:2], other[:2], strict=True)
+    return all(math.isclose(a, b, rel_tol=SAME_LOSS) or not (math.isfinite(a) and math.isfinite(b)) for a, b in pairs)
 
 
 def differences(of_ranks: list[dict[str, Any]]) -> list[str]:

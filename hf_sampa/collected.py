@@ -15,7 +15,9 @@ import textwrap
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, reduce
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from .exchange import Exchange
 from .fingerprints import fingerprint
-from .undo import ATOMS, Remembered
+from .undo import ATOMS, UNSET, Remembered, slots_of
 
 
 # What holds more than so many values when a run begins is taken for data, and not looked at again.
@@ -35,14 +37,42 @@ FOREIGN = {"torch", "transformers", "accelerate", "datasets", "tokenizers", "pef
 FOREIGN |= sys.stdlib_module_names - {"__main__"}
 
 
+@dataclass
+class Rehearsal:
+    """What some passes do to attributes, each of which finds what the first one made, and otherwise what was there before it.
+
+    Attributes:
+        there: digests of what there was before, by name.
+        made: names of what the first pass made, and
+        left_alone: of what no other changed of that.
+        moved: names of what was there and was changed.
+    """
+
+    there: dict[str, bytes]
+    made: set[str] = field(default_factory=set)
+    left_alone: set[str] = field(default_factory=set)
+    moved: set[str] = field(default_factory=set)
+    _first: dict[str, bytes] | None = None
+
+    def note(self, now: dict[str, bytes]) -> set[str]:
+        """Take up the digests after a pass; returns `made`."""
+        if self._first is None:
+            self._first = now
+            self.made = self.left_alone = now.keys() - self.there.keys()
+        self.left_alone = {name for name in self.left_alone if now.get(name) == self._first[name]}
+        self.moved |= {name for name in now.keys() & self.there.keys() if now[name] != self.there[name]}
+        return self.made
+
+
 class Collected:
-    """The attributes of a trainer, and of its classes, that its own code may change during a pass.
+    """The attributes of a trainer, of its classes, state and arguments, that their author's code may change during a pass.
 
     Followed are numbers, texts, tensors, lists, dicts and the like of them, and attributes of the author's own small objects.
+    What belongs to the loop is left alone.
 
     Args:
         owner: the trainer.
-        package: attributes that classes of these packages set are left alone: they are the loop's own.
+        package: attributes that classes of these packages set are the loop's.
         exchange: connects the processes.
 
     Attributes:
@@ -50,23 +80,51 @@ class Collected:
     """
 
     def __init__(self, owner: Any, package: tuple[str, ...], exchange: Exchange):
-        self.owner, self.exchange = owner, exchange
-        kinds = [kind for kind in type(owner).__mro__ if kind is not object]
-        of_loop = [kind for kind in kinds if kind.__module__.startswith(package)]
-        self._left = {name for kind in of_loop for name in _attributes_set_by(kind)}
-        self._of_classes = [kind for kind in kinds if kind not in of_loop]
+        self.owner, self.exchange, self._package = owner, exchange, package
+        self._left_of: dict[type, frozenset[str]] = {}
+        self._rehearsal: Rehearsal | None = None  # in progress
         self._too_large: set[str] = set()
         self._too_large = {name for name, value in self._values().items() if _size(value) > MOST_VALUES}
         self.changed: set[str] = set()
 
-    def _values(self) -> dict[str, Any]:
-        """By name, the class's own after the instance's."""
-        found = {name: value for name, value in vars(self.owner).items() if name not in self._left}
-        for kind in self._of_classes:
-            for name, value in vars(kind).items():
-                if type(value) in CONTAINERS and not name.startswith("__"):
-                    found[f"{kind.__module__}.{kind.__qualname__}.{name}"] = value
-        return {name: value for name, value in found.items() if name not in self._too_large and _is_followed(value)}
+    def _holders(self) -> dict[str, Any]:
+        """Where attributes are kept, by what their names begin with: the trainer, its state and arguments, its author's classes."""
+        state, args = getattr(self.owner, "state", None), getattr(self.owner, "args", None)
+        own = [kind for kind in type(self.owner).__mro__ if not self._is_of_loop(kind)]
+        return {
+            "": self.owner,
+            **{name: holder for name, holder in {"state.": state, "args.": args}.items() if holder is not None},
+            **{f"{kind.__module__}.{kind.__qualname__}.": kind for kind in own},
+        }
+
+    def _is_of_loop(self, kind: type) -> bool:
+        return kind is object or kind.__module__.startswith(self._package)
+
+    def _left(self, holder: Any) -> frozenset[str]:
+        """Names of attributes that are the loop's."""
+        kind = type(holder)
+        if kind not in self._left_of:
+            of_loop = [each for each in kind.__mro__ if each is not object and self._is_of_loop(each)]
+            self._left_of[kind] = frozenset().union(*map(_attributes_of, of_loop))
+        return self._left_of[kind]
+
+    def _values(self, large: bool = False) -> dict[str, Any]:
+        found = {}
+        for prefix, holder in self._holders().items():
+            left = self._left(holder)
+            own = {name: value for name, value in vars(holder).items() if name not in left and not _is_special(name)}
+            found |= {f"{prefix}{name}": value for name, value in own.items() if _is_followed(value)}
+        return {name: value for name, value in found.items() if large or name not in self._too_large}
+
+    def _set(self, values: dict[str, Any], gone: Iterable[str] = ()) -> None:
+        holders = self._holders()
+        for name in gone:
+            prefix, name = _cut(name)
+            delattr(holders[prefix], name)
+        for name, value in values.items():
+            prefix, name = _cut(name)
+            if prefix in holders and vars(holders[prefix]).get(name, UNSET) is not value:
+                setattr(holders[prefix], name, value)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -77,11 +135,29 @@ class Collected:
         try:
             yield
         finally:
+            stays = self._rehearsal.note(self._digests()) if self._rehearsal else set()
             remembered.put_back()
-            attributes = vars(self.owner)
-            for name in self._values().keys() - before.keys():
-                attributes.pop(name, None)
-            attributes.update({name: value for name, value in before.items() if "." not in name})
+            self._set(before, gone=self._values().keys() - before.keys() - stays)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Around passes at the start, of which the first may make something that stays, if the others leave a part of it alone.
+
+        So weights that somebody remembers in the first pass are those that the run begins with, while counts begin at nothing.
+        And large tensors that passes change are followed from then on: they are no data.
+        """
+        large = {name for name in self._too_large if _size(self._values(large=True)[name], of_tensor=1) <= MOST_VALUES}
+        self._too_large -= large
+        self._rehearsal = Rehearsal(self._digests())
+        try:
+            yield
+        finally:
+            ended, self._rehearsal = self._rehearsal, None
+            self._set({}, gone=ended.made if not ended.left_alone else ())
+            values = self._values()
+            large |= {name for name in ended.left_alone if _size(values[name]) > MOST_VALUES}
+            self._too_large |= large - ended.moved
+            self.changed |= ended.made & values.keys()
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -92,7 +168,7 @@ class Collected:
         self.changed |= {name for name in after if after[name] != before.get(name)}
 
     def _digests(self) -> dict[str, bytes]:
-        return {name: marshal.dumps(_picture(value, _as_bytes), 2) for name, value in self._values().items()}
+        return {name: marshal.dumps(_picture(value, _as_digest), 2) for name, value in self._values().items()}
 
     def digest(self) -> int:
         """Equal on two processes where what is followed is."""
@@ -102,27 +178,34 @@ class Collected:
 
     def state_dict(self) -> dict[str, Any]:
         """What passes have changed, as plain values and tensors."""
-        values = self._values()
-        return {name: _picture(values[name], _as_tensor) for name in sorted(self.changed & values.keys())}
+        values = self._values(large=True)
+        pictures = {name: _picture(values[name], _as_tensor) for name in sorted(self.changed & values.keys())}
+        return {name: ("left", each) if name in self._too_large else each for name, each in pictures.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make everything what it was where `state_dict` was taken."""
-        values = self._values()
-        for name, picture in state.items():
-            value = _painted(picture, values.get(name))
-            if "." not in name:
-                setattr(self.owner, name, value)
+        values = self._values(large=True)
+        self._too_large |= {name for name, (kind, *_) in state.items() if kind == "left"}
+        pictures = {name: each[1] if name in self._too_large else each for name, each in state.items()}
+        self._set({name: _painted(picture, values.get(name)) for name, picture in pictures.items()})
         self.changed |= state.keys()
+
+
+def _cut(name: str) -> tuple[str, str]:
+    """What the name of a holder begins with, and the attribute's."""
+    own = name.rpartition(".")[2]
+    return name.removesuffix(own), own
 
 
 # ---- What is followed ----
 
 
 @cache
-def _attributes_set_by(kind: type) -> frozenset[str]:
-    """Names of the attributes that the methods of a class set on ``self``."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    return frozenset(
+def _attributes_of(kind: type) -> frozenset[str]:
+    """Names of the attributes that a class declares, or that its methods set on ``self``."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    declared = {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
+    return declared | frozenset(
         node.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
@@ -130,6 +213,10 @@ def _attributes_set_by(kind: type) -> frozenset[str]:
         and isinstance(node.value, ast.Name)
         and node.value.id == "self"
     )
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 def _is_followed(value: Any) -> bool:
@@ -150,16 +237,19 @@ def _attributes(value: Any) -> dict[str, Any]:
         is_metric = isinstance(getattr(value, "_defaults", None), dict) and hasattr(value, "_update_count")
         names = [*value._defaults, "_update_count", "_computed"] if is_metric else []
         return {name: getattr(value, name) for name in names}
-    foreign = type(value).__module__.partition(".")[0] in FOREIGN
-    return {} if foreign or callable(value) else getattr(value, "__dict__", {})
+    if type(value).__module__.partition(".")[0] in FOREIGN or callable(value):
+        return {}
+    slots = {slot.__name__: getattr(value, slot.__name__, UNSET) for slot in slots_of(type(value))}
+    return getattr(value, "__dict__", {}) | {name: each for name, each in slots.items() if each is not UNSET}
 
 
-def _size(value: Any) -> int:
-    """Of how many numbers and texts a value is made; no exact count above `MOST_VALUES`."""
+def _size(value: Any, of_tensor: int | None = None) -> int:
+    """Of how many numbers and texts a value is made, a tensor of `of_tensor`, if given; no exact count above `MOST_VALUES`."""
     size, waiting, seen = 0, [value], set()
     while waiting and size <= MOST_VALUES:
         each = waiting.pop()
-        size += each.numel() if isinstance(each, Tensor) else each.size if isinstance(each, np.ndarray) else 1
+        numel = each.numel() if isinstance(each, Tensor) else each.size if isinstance(each, np.ndarray) else 1
+        size += min(numel, of_tensor or numel)
         if id(each) not in seen:
             seen.add(id(each))
             parts = _parts(each)
@@ -179,10 +269,10 @@ def _parts(value: Any) -> list[Any]:
 # ---- Pictures: what a value holds, as tuples that can be compared, sent and saved ----
 
 
-def _as_bytes(tensor: Tensor) -> Any:
+def _as_digest(tensor: Tensor) -> Any:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    content = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return str(tensor.dtype), list(tensor.shape), content
+    content = flat.view(torch.uint8).numpy().data if flat.numel() else b""
+    return str(tensor.dtype), list(tensor.shape), blake2b(content).digest()
 
 
 def _as_tensor(tensor: Tensor) -> Any:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .agreement import check_rest_alike
 from .buckets import Buckets
 from .exchange import Exchange
+from .fingerprints import fingerprint_of_bits
 from .functional import NORM_GUARD, global_norm, perturb
-from .gradients import TRIAL_STEPS, Gradients
+from .gradients import TRIAL_STEPS, Gradient, Gradients
 from .parts import Moment, Norms
 from .passes import Batch, Pass, StepReport
 from .per_sample import SampleView
@@ -40,7 +43,12 @@ class SharpnessAware(Gradients):
         seed: of the run, for parts of the recipe that want to know.
         others: modules with a part in the loss besides the model, by name.
         kwargs: see `Gradients`.
+
+    Attributes:
+        rehearsing: whether the passes in progress are those of `rehearse`, which belong to no step.
     """
+
+    rehearsing = False
 
     def __init__(
         self,
@@ -84,16 +92,49 @@ class SharpnessAware(Gradients):
                 "or give this one a new trainer."
             )
 
-    def settings(self) -> dict[str, float]:
-        rates = {
-            f"learning rate of group {i}": group["lr"] for i, group in enumerate(self.base_optimizer.param_groups)
-        }
+    def settings(self) -> dict[str, Any]:
+        groups = enumerate(self.base_optimizer.param_groups)
         # Reading a tensor would make the host wait for its device.
-        return {"rho": self.rho, **{name: rate for name, rate in rates.items() if not isinstance(rate, Tensor)}}
+        of_groups = {
+            f"{name} of optimizer group {i}": value
+            for i, group in groups
+            for name, value in group.items()
+            if isinstance(value, bool | int | float | tuple) and not name.startswith("_")
+        }
+        return {"rho": self.rho, **of_groups}
 
-    def check_weights(self) -> None:
-        """Raise RuntimeError, on all ranks, where they do not hold the same weights. A collective."""
+    def check_alike(self) -> None:
+        """Raise RuntimeError, on all ranks, where they do not hold the same weights, trained or not, in the same modules. A collective."""
         self._gather(torch.zeros(0, dtype=torch.int64, device=self.params[0].device))
+        if self.exchange.mesh.world_size > 1:
+            check_rest_alike(self.exchange, self.forward_state.fingerprints())
+
+    def rehearse(self, batch: Batch, gradient: Gradient) -> list[tuple[float, float, int]]:
+        """Loss, norm and fingerprint of the gradient of `batch` at x_t, found twice, with a pass at other weights in between.
+
+        The two are equal where a pass leaves nothing behind. Leaves nothing behind itself; where the model moves more than could be
+        copied, it ends after the first pass and returns nothing. To be called while no g_t is carried, whose place it takes.
+        """
+        elsewhere, grads, found = self.ascent_grads, self.perturbed_grads, []
+        torch._foreach_copy_(elsewhere.views, [param.detach() for param in self.params])
+        torch._foreach_mul_(elsewhere.flats, 0.5)  # far away, and where no model overflows
+        self.reported, self.rehearsing = None, True
+        for displaced in (False, True, False):
+            with (
+                self.displaced(elsewhere) if displaced else nullcontext(),
+                self.forward_state.kept(rehearsed=True) as not_undone,
+            ):
+                of_pass = self._gradient(Role.LOOKAHEAD, batch, gradient, grads, local=True)
+            if not_undone:
+                break
+            used = [view for view, is_used in zip(grads.views, of_pass.used, strict=True) if is_used]
+            found.append((of_pass.loss.item(), of_pass.norm.item(), int(fingerprint_of_bits(used))))
+        self.rehearsing = False
+        for bucket in set(range(len(elsewhere.flats))).difference(self.owned):
+            grads.release(bucket)
+        for param in self.params:
+            param.grad = None
+        return [found[0], found[2]] if len(found) == 3 else []
 
     # ---- The recipe ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,11 @@ def fingerprint_of_bits(tensors: Sequence[Tensor]) -> Tensor:
     return (sums * torch.arange(1, 2 * len(sums), 2, device=device)).sum()
 
 
+def fingerprint_of_print(value: Any) -> int:
+    """Of what ``print(value)`` shows, but for addresses in memory: layers without weights, of a model, and their settings."""
+    return fingerprint(re.sub(r"0x[0-9a-f]+", "", repr(value)))
+
+
 def _sum_of_bits(tensor: Tensor) -> Tensor:
     # Not reshaped where it is dense: a transposed weight would be copied.
     size = tensor.numel()
@@ -51,6 +57,8 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 def _update_digest(digest, value: Any, inside: set[int]) -> None:
+    if isinstance(value, Tensor) and value.is_nested:
+        value = list(value.unbind())
     if isinstance(value, Tensor) and value.is_sparse:
         value = (tuple(value.shape), value.coalesce().indices(), value.coalesce().values())
     if isinstance(value, np.ndarray) and value.dtype != object:

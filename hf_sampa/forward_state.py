@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .exchange import Exchange
-from .fingerprints import fingerprint, fingerprint_of_bits
+from .fingerprints import fingerprint, fingerprint_of_bits, fingerprint_of_print
 
 
 # Up to so many entries a tensor is copied before every pass that is undone, whether it was ever seen to change or not.
 SMALL = 2**16
-TRIAL_PASSES = 3  # in which contents are compared: ``tensor.data.mul_()`` leaves no other trace
+LITTLE = 2**26  # bytes, which are there for a copy in any case
+TRIAL_PASSES = 6  # the three of a rehearsal, and three more, in which contents are compared: ``tensor.data.mul_()`` leaves no other trace
 
 
 class _Place(NamedTuple):
@@ -103,6 +104,7 @@ class ForwardState:
     def __init__(self, modules: Mapping[str, nn.Module], trained: Sequence[Tensor], exchange: Exchange):
         self.modules, self.exchange = dict(modules), exchange
         self._trained, self._device = {id(param) for param in trained}, trained[0].device
+        self._room = max(LITTLE, sum(param.nbytes for param in trained))  # for copies in a rehearsal
         self.moving: set[str] = set()
         self._passes = 0
         self._look_for_modules()
@@ -148,29 +150,33 @@ class ForwardState:
             self.moving |= {name for name in after if after[name] != before.get(name)}
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """What passes within the block change is undone.
+    def kept(self, rehearsed: bool = False) -> Iterator[list[str]]:
+        """What passes within the block change is undone, but for large tensors that no pass changed before.
 
-        Raises RuntimeError for a large tensor that no pass changed before, on a process that has no other to get it from.
+        Raises RuntimeError for such a tensor on a process that has no other to get it from. In a pass that is `rehearsed` it is
+        undone, too, if all untrained tensors are few, or no larger than the trained ones, as they are without adapters; if not, its
+        name is in the list that the block is given, once it is through.
         """
         self._look_for_modules()
-        before = {}
+        holders = {id(held) for _, module in self._found for held in (module._buffers, module._parameters)}
+        tensors, before, late = {name: place.get() for name, place in self._places().items()}, {}, []
+        fits = rehearsed and sum(t.nbytes for t in tensors.values() if t is not None) <= self._room
         for name, place in self._places().items():
-            tensor = place.get()
+            tensor = tensors[name]
             if tensor is None:
                 before[name] = _Kept(place, None, None, 0, None)
                 continue
-            copied = name in self.moving or tensor.numel() <= SMALL
+            copied = name in self.moving or tensor.numel() <= SMALL or fits
             copy = tensor.detach().clone() if copied else None
             before[name] = _Kept(place, tensor, tensor.data, tensor._version, copy)
         known = set(self.moving)
         try:
-            yield
+            yield late
         finally:
-            self._put_back(before)
+            self._put_back(before, holders)
+        late += [name for name in self.moving - known if name in before and before[name].uncopied]
         # Another process of a pair sends what its own pass made of it.
-        late = [name for name in self.moving - known if name in before and before[name].uncopied]
-        if late and not self.exchange.mesh.paired:
+        if late and not rehearsed and not self.exchange.mesh.paired:
             raise RuntimeError(
                 f"Expected forward to change in every pass what it changes at all, but {late[0]!r}, a buffer or frozen "
                 f"parameter of {before[late[0]].tensor.numel()} entries, changed for the first time in a pass that had to be "
@@ -179,9 +185,9 @@ class ForwardState:
             )
 
     @torch.no_grad()
-    def _put_back(self, before: dict[str, _Kept]) -> None:
+    def _put_back(self, before: dict[str, _Kept], holders: set[int]) -> None:
         for name, place in self._places().items():
-            if name not in before:
+            if name not in before and id(place.tensors) in holders:  # a module that is new is left as it is
                 del place.tensors[place.name]
         for name, kept in before.items():
             if kept.uncopied:
@@ -200,6 +206,15 @@ class ForwardState:
     def signature(self) -> int:
         """Equal on all processes where what is moving has the same names, shapes and types on all."""
         return fingerprint([[name, list(t.shape), str(t.dtype)] for name, t in sorted(self._moving().items())])
+
+    def fingerprints(self) -> dict[str, int]:
+        """Of every tensor, by name, and of what the modules print, as dropout rates; costs a pass over all of them."""
+        self._look_for_modules()
+        plain = {name: t for name, t in self.tensors().items() if not is_traceable_wrapper_subclass(t)}
+        return {
+            **{name: int(fingerprint_of_bits([tensor])) for name, tensor in plain.items()},
+            **{f"print({name or 'model'})": fingerprint_of_print(module) for name, module in self.modules.items()},
+        }
 
     def _moving(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.tensors().items() if name in self.moving} if self.moving else {}

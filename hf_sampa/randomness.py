@@ -90,6 +90,9 @@ def own_generators(owner: Any, depth: int = 3) -> list[OwnGenerator]:
         inside = list(owner[:MOST_PARTS])
     else:
         inside = [] if isinstance(owner, type | Tensor) else list(getattr(owner, "__dict__", {}).values())
+    if type(owner).__module__.startswith("datasets."):
+        # Its streams copy their generators, and begin each epoch as ``set_epoch`` says.
+        inside = [value for value in inside if not isinstance(value, OwnGenerator)]
     if depth == 0 or not inside:
         return []
     if hasattr(owner, "create_rng") and owner.seed is not None and owner.generator is None:

@@ -176,7 +176,7 @@ class ResumeMixin(SavingMixin):
         except (AttributeError, KeyError) as error:
             raise ValueError(
                 f"Expected the modules that {folder} was written with, but one whose buffers it holds is not there: {error}. "
-                "Resume with the model and the loss of the checkpoint's run."
+                "Resume with the model and the loss of the checkpoint's run. What the first pass makes is to be made before train()."
             ) from error
         saved = checkpoint.read_tensors(Path(folder), checkpoint.OTHERS)
         own = dict(zip(names, self.sampa.params[self.sampa.of_model :], strict=True))

@@ -242,7 +242,8 @@ class SAMPa(SharpnessAware):
                 f"fingerprints {list(ascent.fingerprints)} and the PERTURBED ones {list(perturbed.fingerprints)}. "
                 "The processes see different data: give all of them the same dataset in the same order, and draw any "
                 "randomness of dataset and collator from torch, numpy or random (they are seeded per item), not from "
-                "generators of your own or a sampler that knows its rank."
+                "generators of your own or a sampler that knows its rank. Data that are split by rank, as by "
+                "split_dataset_by_node, are to be split by args.mesh.replica of args.mesh.num_replicas."
             )
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -220,7 +220,7 @@ class SavingMixin:
     def _to_save(self, folder: Path) -> dict[str, Any] | None:
         """What `checkpoint.write` is to write; None on processes that do not write. Raises RuntimeError for what cannot be saved."""
         self._check_savable(folder)
-        self.sampa.check_weights()
+        self.sampa.check_alike()
         place = self._next_place()
         fingerprints = self._fingerprints(place)
         grads, ascent = {}, {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sized
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import has_length
 
-from .fingerprints import fingerprint
+from .fingerprints import fingerprint, fingerprint_of_print
 from .started import versions
 from .trained import other_modules
 
@@ -105,8 +104,8 @@ def _model(model: nn.Module) -> dict[str, Any]:
         "class of the model": type(model).__name__,
         **{f"model.config.{name}": _plain(value) for name, value in config.items() if name not in OWN_OF_CONFIG},
         **_tensors(model),
-        # Dropout and other layers without weights; what it prints may hold addresses.
-        "fingerprint of print(model)": fingerprint(re.sub(r"0x[0-9a-f]+", "", repr(model))),
+        # Dropout and other layers without weights.
+        "fingerprint of print(model)": fingerprint_of_print(model),
     }
 
 

@@ -6,14 +6,17 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.trainer_utils import has_length
 
+from .agreement import check_repeatable
 from .batches import MicroBatch, UpdateBatch
 from .checks import check_settings_kept, check_trainable
 from .collected import Collected
@@ -57,6 +60,11 @@ def stood_in(owner: Any, method: str, other: Callable) -> Iterator[None]:
             setattr(owner, method, before)
 
 
+def _is_zero(share: float | torch.Tensor | None) -> bool:
+    """Whether no label of a micro-batch counts."""
+    return isinstance(share, float) and not share
+
+
 class StepMixin:
     """The part of `SAMPaMixin` that runs the engine.
 
@@ -68,6 +76,7 @@ class StepMixin:
     _pass_step: Callable[..., torch.Tensor] | None = None  # the class's own training_step, while the loop runs
     _clock_hook: Any = None
     _said: list[tuple[tuple, dict]] | None = None  # what was logged during passes that are reported
+    _rehearsed = False  # whether the run's first batch has been through `_rehearse`
     _step_state: str = "between"  # or "in passes", or "in update", from G_t to the end of the step
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -124,7 +133,7 @@ class StepMixin:
         self._clock_hook = self.optimizer.optimizer.register_step_post_hook(self._clock.stop)
         self._pass_hook = self.optimizer.optimizer.register_step_pre_hook(self._refuse_update)
         self._fixed = {name: copy.deepcopy(getattr(self.args, name)) for name in FIXED}
-        self._step_state, self._said = "between", []
+        self._step_state, self._said, self._rehearsed = "between", [], False
 
     def _digest_of_rest(self) -> int:
         return self._collected.digest() + len(self._said)
@@ -147,6 +156,8 @@ class StepMixin:
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()
         self._step_state = "in passes"
+        if not self._rehearsed:
+            self._rehearse(model)
         report = self._run_engine(partial(self._micro_gradient, model))
         self._step_state = "in update"
         show(self, report)
@@ -171,6 +182,18 @@ class StepMixin:
         report = self.sampa.step(batch, next_batch, gradient)
         self._share_what_was_collected()
         return report
+
+    def _rehearse(self, model) -> None:
+        """Find, before the first step of a run, what passes leave behind unseen or do otherwise on one process. A collective."""
+        if getattr(self.sampa, "ascent", None) is None:  # a run that goes on was rehearsed when it began
+            self._weigh(self._batch)
+            some = next((each for each in self._batch if not _is_zero(each.share)), self._batch.micro_batches[0])
+            part = replace(self._batch, micro_batches=[some])
+            with self._collected.rehearsal():
+                found = self.sampa.rehearse(part, partial(self._micro_gradient, model))
+            if found:
+                check_repeatable(self._exchange, found, part.fingerprint, exact=self.args.device.type == "cpu")
+        self._rehearsed = True
 
     def _follow_settings(self) -> None:
         """Take over what a callback may have changed, and refuse what cannot be followed."""
@@ -234,14 +257,16 @@ class StepMixin:
 
     def _micro_gradient(self, model, micro_batch: MicroBatch, role: Role) -> torch.Tensor:
         """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""
-        if isinstance(micro_batch.share, float) and not micro_batch.share:
+        if _is_zero(micro_batch.share):
             return torch.zeros((), device=self.args.device)  # no label counts, and the mean over none is not a number
         micro_batch.logits = None
         with self._pass(micro_batch, role), self.aside(counted=role is self.sampa.reported):
             with self._own_randomness(micro_batch):
                 loss = self._pass_step(model, self._inputs_of(micro_batch), micro_batch.num_items)
         self._check_gradient()
-        if not self.sampa.recipe.reads_logits:
+        if self.sampa.rehearsing:  # teachers that the first pass made
+            self.sampa.forward_state.modules |= other_modules(self, self.model)
+        if not self._needs_logits:
             return loss
         if micro_batch.logits is None:
             raise ValueError(
@@ -250,6 +275,11 @@ class StepMixin:
             )
         return micro_batch.loss * micro_batch.share  # what is reported is the trainer's own loss
 
+    @property
+    def _needs_logits(self) -> bool:
+        """Whether the recipe makes something of the trainer's own loss."""
+        return self.sampa.recipe.reads_logits and not self.sampa.rehearsing
+
     @contextmanager
     def _pass(self, micro_batch: MicroBatch, role: Role) -> Iterator[None]:
         """What `training_step` and `compute_loss` find on the trainer during a pass."""
@@ -257,10 +287,12 @@ class StepMixin:
         # Every loss is the mean over one micro-batch here, which Trainer's training_step divides by this, whatever it is of.
         self.loss_is_scaled_for_ga, self.current_gradient_accumulation_steps = False, 1 / micro_batch.share
         self._in_pass = (micro_batch, role)
+        hook = register_optimizer_step_post_hook(self._refuse_other_optimizer)
         try:
             with stood_in(self.model, "generate", self._refuse_generation) if self._generates else nullcontext():
                 yield
         finally:
+            hook.remove()
             self._in_pass, self.loss_is_scaled_for_ga = None, before
 
     @property
@@ -279,6 +311,14 @@ class StepMixin:
             raise ValueError(
                 "training_step: expected a forward and a backward pass only, but the optimizer's step was called within it, "
                 "while the weights are displaced. Leave steps and zeroing gradients to the loop."
+            )
+
+    def _refuse_other_optimizer(self, optimizer: torch.optim.Optimizer, *_) -> None:
+        if any(optimizer.state.values()):
+            raise ValueError(
+                f"training_step: expected a forward and a backward pass only, but a step of {type(optimizer).__name__} was taken "
+                "within it, which keeps state from step to step (moments, momentum) that several passes of one update batch would "
+                "move. Take it in a callback, as on_step_end, or with an optimizer that keeps none, as SGD without momentum."
             )
 
     def _inputs_of(self, micro_batch: MicroBatch) -> Any:
@@ -308,7 +348,7 @@ class StepMixin:
             return super().compute_loss(model, inputs, *args, **kwargs)
         micro_batch, role = self._in_pass
         with self._undivided():
-            if not self.sampa.recipe.reads_logits:
+            if not self._needs_logits:
                 return super().compute_loss(model, inputs, *args, **kwargs)
             given = inspect.signature(super().compute_loss).bind(model, inputs, *args, **kwargs).arguments
             wanted = given.get("return_outputs", False)

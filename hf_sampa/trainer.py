@@ -277,7 +277,7 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
             self._tr_loss.zero_()  # upstream takes it from itself, so that one NaN would stay for good
 
     def _finalize_training(self, *args, **kwargs):
-        self.sampa.check_weights()  # the last step's have not been compared yet
+        self.sampa.check_alike()  # the last step's have not been compared yet
         return super()._finalize_training(*args, **kwargs)
 
     def log(self, logs, *args, **kwargs):

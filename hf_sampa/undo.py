@@ -83,12 +83,13 @@ def _parts(value: Any) -> Iterable[Part]:
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         yield _nothing, [attributes]
-    for slot in _slots_of(type(value)):
+    for slot in slots_of(type(value)):
         yield _slot(value, slot)
 
 
 @cache
-def _slots_of(kind: type) -> list[MemberDescriptorType]:
+def slots_of(kind: type) -> list[MemberDescriptorType]:
+    """What ``__slots__`` of a class and of its bases made."""
     members = [member for cls in kind.__mro__ if "__slots__" in vars(cls) for member in vars(cls).values()]
     return [member for member in members if isinstance(member, MemberDescriptorType)]
 

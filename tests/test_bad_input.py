@@ -350,7 +350,7 @@ class BadSteps(SAMPaTrainer):
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        return loss * float("nan") if self.passes() in self.bad else loss
+        return loss * float("nan") if not self.sampa.rehearsing and self.passes() in self.bad else loss
 
 
 # pass 1 starts; then the perturbed pass of step t is 2 t and its look-ahead pass 2 t + 1

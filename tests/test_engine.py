@@ -57,13 +57,13 @@ class ReadsInCheckpointedLayers(ReadsDetachedWeights):
 
 
 class ReadsNowAndThen(ReadsRawWeights):
-    """From its second forward pass on."""
+    """From its second forward pass on that belongs to a step."""
 
     passes = 0
 
     def forward(self, pixel_values, labels=None):
         self.passes += 1
-        self.early_weight = (lambda weight: weight.clone()) if self.passes == 1 else type(self).early_weight
+        self.early_weight = (lambda weight: weight.clone()) if self.passes <= 1 + tiny.REHEARSED else type(self).early_weight
         return super().forward(pixel_values, labels)
 
 
@@ -146,7 +146,8 @@ def test_displaced_weights_are_other_memory(tmp_path):
 
     class Watched(SAMPaTrainer):
         def compute_loss(self, model, *args, **kwargs):
-            seen.append(model.classifier.weight.data_ptr())
+            if not self.sampa.rehearsing:
+                seen.append(model.classifier.weight.data_ptr())
             return super().compute_loss(model, *args, **kwargs)
 
     trainer = Watched(model=tiny.bert(), args=tiny.arguments(tmp_path, max_steps=3), train_dataset=tiny.sentences(16))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
-from transformers import BertForMaskedLM, BertTokenizerFast, DataCollatorForLanguageModeling
+from transformers import BertForMaskedLM, BertTokenizerFast, DataCollatorForLanguageModeling, Trainer
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.batches import count_samples
@@ -295,6 +296,21 @@ def test_workers_that_live_on_know_the_epoch(tmp_path, resume):
         assert tiny.differing(tiny.comparable(train(tmp_path / name, **workers)), expected) == []
     checkpoint = str(tmp_path / "persistent" / f"checkpoint-{resume}")
     assert tiny.differing(tiny.comparable(train(tmp_path / "again", checkpoint, **workers)), expected) == []
+
+
+def test_a_shuffled_stream_of_datasets_has_the_order_of_plain_trainer(tmp_path):
+    """In every epoch, and after a resume in one of them: its order belongs to the epoch that it is told."""
+    rows = datasets.Dataset.from_dict({"x": [each.tolist() for each in samples(21)]})
+    stream = rows.to_iterable_dataset(num_shards=3).shuffle(seed=3, buffer_size=5).with_format("torch")
+
+    def train(folder, trainer_class=SAMPaTrainer, resume=None):
+        settings = {"max_steps": 15, "save_strategy": "steps", "save_steps": 8, "rho": 0.0, "lmbda": 0.0}
+        return tiny.run(folder, Net(), stream, trainer_class, resume, **settings)["weights"]
+
+    expected = train(tmp_path / "plain", Trainer)
+    assert tiny.differing(train(tmp_path / "ours"), expected) == []
+    resumed = train(tmp_path / "again", resume=str(tmp_path / "ours" / "checkpoint-8"))
+    assert tiny.differing(resumed, expected) == []
 
 
 class Batched(Dataset):

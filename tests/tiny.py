@@ -168,6 +168,9 @@ class Recorder(TrainerCallback):
         self.weights.append([param.detach().clone() for param in model.parameters()])
 
 
+REHEARSED = 3  # passes before the first step, which belong to none
+
+
 class Passes:
     """Counts calls. What a pass changes on a trainer is undone but for one per update batch; what is called is left alone."""
 

@@ -116,7 +116,7 @@ def drift(folder, change, max_steps=8):
     [
         (one_bit, r"rank\(s\) 1 hold others than rank 0", 2),
         (another_rho, "rho: 0.05 on rank 0, 0.3 on rank 1", 2),
-        (another_rate, "learning rate of group 0: 0.001 on rank 0, 0.5 on rank 1", 2),
+        (another_rate, "lr of optimizer group 0: 0.001 on rank 0, 0.5 on rank 1", 2),
         (moments, r"rank\(s\) 1 hold others than rank 0", 3),  # shows in the weights after the next update
     ],
     ids=["one bit", "rho", "rate", "moments"],

@@ -1,0 +1,307 @@
+"""Before the first step: passes that leave behind what is not followed, or differ between processes, are found there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf_sampa import SAMPaMixin, SAMPaTrainer
+from tests import tiny
+from tests.ranks import RankFailed, run_ranks
+
+
+def train(folder, trainer_class=SAMPaTrainer, model=tiny.bert, resume=None, watch=None, **changes):
+    trainer = trainer_class(
+        model(), tiny.arguments(folder, **{"max_steps": 5, **changes}), train_dataset=tiny.sentences(18)
+    )
+    outcome = tiny.outcome(trainer, resume)
+    return outcome if watch is None else {**outcome, "watched": watch(trainer)}
+
+
+class HiddenTeacher(nn.Module):
+    """A moving teacher in a list, where no module has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = tiny.bert()
+        self.hidden = [copy.deepcopy(self.student.classifier).requires_grad_(False)]
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        with torch.no_grad():
+            for own, followed in zip(self.hidden[0].parameters(), self.student.classifier.parameters(), strict=True):
+                own.lerp_(followed, 0.01)
+        outputs = self.student(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        taught = self.hidden[0](self.student.bert(input_ids, attention_mask).pooler_output)
+        return {"loss": outputs.loss + (outputs.logits - taught).square().mean(), "logits": outputs.logits}
+
+
+class OwnLoader(SAMPaTrainer):
+    """Draws from an iterator of its own within the loss."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not hasattr(self, "scales"):
+            self.scales = iter([1.0, 2.0, 3.0] * 100)
+        return super().compute_loss(model, inputs, *args, **kwargs) * next(self.scales)
+
+
+class Hidden:
+    """Code of the author's that can be called, which is not looked into."""
+
+    calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.calls
+
+
+class Annealed(SAMPaTrainer):
+    weight = Hidden()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs, *args, **kwargs) * self.weight()
+
+
+class UnseededNoise(SAMPaTrainer):
+    """Draws from a generator that nobody can find."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, inputs, *args, **kwargs) * torch.rand((), generator=GENERATOR).item()
+
+
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+@pytest.mark.parametrize(
+    "trainer_class, model",
+    [
+        (SAMPaTrainer, HiddenTeacher),
+        (OwnLoader, tiny.bert),
+        (Annealed, tiny.bert),
+        (UnseededNoise, tiny.bert),
+    ],
+)
+def test_what_passes_leave_behind_unseen_is_refused_before_the_first_step(tmp_path, trainer_class, model, method):
+    made, steps = model(), tiny.Recorder()
+    before = [param.detach().clone() for param in made.parameters()]
+    args = tiny.arguments(tmp_path, method=method)
+    trainer = trainer_class(made, args, train_dataset=tiny.sentences(16), callbacks=[steps])
+    message = (
+        r"of one batch at the same weights the loss was [\d.]+ and then [\d.]+, .* \(rank 0\).* the training loader"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+    assert steps.weights == [] and tiny.differing(before, list(made.parameters())) == []
+
+
+class Adversary(SAMPaTrainer):
+    """Trains a discriminator of its own within the step, by an optimizer of its own."""
+
+    def __init__(self, *args, optimizer, **kwargs):
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(1)
+        self.critic = nn.Linear(2, 1)
+        self.own = optimizer(self.critic.parameters())
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        outputs = model(**self._prepare_inputs(inputs))
+        self.own.zero_grad()
+        self.critic(outputs.logits.detach()).square().mean().backward()
+        self.own.step()
+        loss = (outputs.loss - self.critic(outputs.logits).mean()) / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def adversary(folder, optimizer):
+    trainer = Adversary(
+        tiny.bert(),
+        tiny.arguments(folder, max_steps=5),
+        train_dataset=tiny.sentences(18),
+        optimizer=optimizer,
+    )
+    return {**tiny.outcome(trainer), "critic": list(trainer.critic.parameters())}
+
+
+def without_state(params):
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def with_moments(params):
+    return torch.optim.Adam(params, lr=0.1)
+
+
+@pytest.mark.distributed
+def test_an_optimizer_of_ones_own_within_a_step(tmp_path):
+    """Without state its step is undone like all that a pass does to weights; with state it is refused."""
+    expected = adversary(tmp_path / "one", without_state)
+    for outcome in run_ranks(adversary, 2, tmp_path / "two", without_state, folder=tmp_path):
+        assert tiny.differing(outcome, expected) == []
+    with pytest.raises(
+        ValueError, match="a step of Adam was taken within it, which keeps state.*Take it in a callback"
+    ):
+        adversary(tmp_path / "refused", with_moments)
+
+
+# ---- What the first pass makes ----
+
+
+class Remembering(Trainer):
+    """Remembers in its first pass what it starts from, and counts."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not hasattr(self, "anchor"):
+            self.anchor = [param.detach().clone() for param in model.parameters()]
+            self.teacher = copy.deepcopy(model).requires_grad_(False)
+            self.calls = 0
+        self.calls += 1
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        pull = sum((own - kept).square().sum() for own, kept in zip(model.parameters(), self.anchor, strict=True))
+        with torch.no_grad():
+            for own, followed in zip(self.teacher.parameters(), model.parameters(), strict=True):
+                own.lerp_(followed, 0.1)
+            taught = self.teacher(**inputs).logits
+        return loss + 0.1 * pull + (model(**inputs).logits - taught).square().mean()
+
+
+class SAMPaRemembering(SAMPaMixin, Remembering):
+    pass
+
+
+def remembered(trainer):
+    return trainer.anchor, list(trainer.teacher.parameters()), trainer.calls
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+def test_weights_remembered_in_the_first_pass_are_the_first_ones(tmp_path, method):
+    settings = {"method": method} if method == "sampa" else {"method": method, "per_device_train_batch_size": 2}
+    one = {**settings, "per_device_train_batch_size": 4}
+    expected = train(tmp_path / "one", SAMPaRemembering, watch=remembered, **one)
+    anchor, _, calls = expected["watched"]
+    assert tiny.differing(anchor, [param.detach() for param in tiny.bert().parameters()]) == []
+    assert calls == 6  # with the pass that made it
+    if method == "sampa":
+        for outcome in run_ranks(
+            train, 2, tmp_path / "two", SAMPaRemembering, tiny.bert, None, remembered, folder=tmp_path
+        ):
+            assert tiny.differing(outcome, expected) == []
+
+
+class Anchored(SAMPaTrainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not hasattr(self, "anchor"):
+            self.anchor = [param.detach().clone() for param in model.parameters()]
+        pull = sum((own - kept).square().sum() for own, kept in zip(model.parameters(), self.anchor, strict=True))
+        return super().compute_loss(model, inputs, *args, **kwargs) + pull
+
+
+def test_they_are_after_a_resume_too(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "watch": lambda trainer: trainer.anchor}
+    expected = train(tmp_path / "whole", Anchored, **settings)
+    resumed = train(tmp_path / "again", Anchored, resume=str(tmp_path / "whole" / "checkpoint-3"), **settings)
+    assert tiny.differing(tiny.comparable(resumed), tiny.comparable(expected)) == []
+    assert tiny.differing(resumed["watched"], [param.detach() for param in tiny.bert().parameters()]) == []
+
+
+def test_a_teacher_of_the_first_pass_has_to_be_there_on_resume(tmp_path):
+    train(tmp_path, SAMPaRemembering, save_strategy="steps", save_steps=3)
+    with pytest.raises(
+        ValueError, match="no attribute `?'?teacher.*What the first pass makes is to be made before train"
+    ):
+        train(tmp_path / "again", SAMPaRemembering, resume=str(tmp_path / "checkpoint-3"))
+
+
+class NaNLoss(SAMPaTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * float("nan")
+
+
+def test_a_loss_that_is_not_finite_says_nothing(tmp_path):
+    trainer = NaNLoss(tiny.bert(), tiny.arguments(tmp_path, max_steps=3), train_dataset=tiny.sentences(18))
+    trainer.train()
+    assert trainer.sampa.skipped_steps == 3
+
+
+class Bank(SAMPaTrainer):
+    """A memory bank on the trainer that is larger than what is usually looked at."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bank, self.place = torch.zeros(200, 60), 0
+        self.data = torch.ones(200, 60)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        rows = torch.nn.functional.one_hot(inputs["input_ids"], 60).float().mean(1)
+        self.bank[(torch.arange(len(rows)) + self.place) % 200] = rows
+        self.place += len(rows)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * (1 + (rows @ self.bank.T).mean()) * self.data.mean()
+
+
+def bank(trainer):
+    return trainer.bank, trainer.place, sorted(trainer._collected.changed)
+
+
+@pytest.mark.distributed
+def test_a_large_tensor_that_passes_change_is_followed(tmp_path):
+    expected = train(tmp_path / "one", Bank, watch=bank)
+    assert expected["watched"][1:] == (18, ["bank", "place"])
+    assert int(expected["watched"][0].any(1).sum()) == 18  # each update batch once
+    for outcome in run_ranks(train, 2, tmp_path / "two", Bank, tiny.bert, None, bank, folder=tmp_path):
+        assert tiny.differing(outcome, expected) == []
+
+
+class FromData(nn.Module):
+    """Its first forward pass sets a trained weight from the batch, as ActNorm does, and makes a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny.bert()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("done", torch.tensor(False))
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        if not self.done:
+            self.scale.data.copy_(1 / outputs.logits.detach().std(0))
+            self.done.fill_(True)
+        if not hasattr(self, "extra"):
+            self.extra = nn.utils.skip_init(nn.Linear, 2, 2).requires_grad_(False)
+            nn.init.eye_(self.extra.weight)
+            nn.init.zeros_(self.extra.bias)
+        logits = outputs.logits * self.scale + self.extra(outputs.logits)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.distributed
+def test_a_model_that_begins_with_what_it_sees_first(tmp_path):
+    alone = train(tmp_path / "one", model=FromData)
+    for outcome in run_ranks(train, 2, tmp_path / "two", SAMPaTrainer, FromData, folder=tmp_path):
+        assert tiny.differing(outcome, alone) == []
+    plain = train(tmp_path / "plain", Trainer, FromData)
+    zero = train(tmp_path / "zero", model=FromData, rho=0.0, lmbda=0.0)
+    assert tiny.differing(zero["weights"], plain["weights"]) == []
+
+
+# ---- Processes that differ in what no setting says ----
+
+
+class RankWeight(SAMPaTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * (1.01 if os.environ["LOCAL_RANK"] == "1" else 1.0)
+
+
+@pytest.mark.distributed
+def test_another_loss_on_one_process_is_found_before_the_first_step(tmp_path):
+    with pytest.raises(RankFailed) as failure:
+        run_ranks(train, 2, tmp_path, RankWeight, folder=tmp_path, timeout=60)
+    assert re.search(r"but rank 0 found [\d.]+ and rank 1 [\d.]+ .* Something else differs", str(failure.value))
+    assert not list(tmp_path.glob("checkpoint-*"))
