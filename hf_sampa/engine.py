@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from .agreement import check_rest_alike
 from .buckets import Buckets
 from .exchange import Exchange
-from .fingerprints import fingerprint_of_bits
 from .functional import NORM_GUARD, global_norm, perturb
 from .gradients import TRIAL_STEPS, Gradient, Gradients
 from .parts import Moment, Norms
@@ -109,8 +108,8 @@ class SharpnessAware(Gradients):
         if self.exchange.mesh.world_size > 1:
             check_rest_alike(self.exchange, self.forward_state.fingerprints())
 
-    def rehearse(self, batch: Batch, gradient: Gradient) -> list[tuple[float, float, int]]:
-        """Loss, norm and fingerprint of the gradient of `batch` at x_t, found twice, with a pass at other weights in between.
+    def rehearse(self, batch: Batch, gradient: Gradient) -> list[tuple[float, float]]:
+        """Loss, and norm of the gradient, of `batch` at x_t, found twice, with a pass at other weights in between.
 
         The two are equal where a pass leaves nothing behind. Leaves nothing behind itself; where the model moves more than could be
         copied, it ends after the first pass and returns nothing. To be called while no g_t is carried, whose place it takes.
@@ -127,8 +126,7 @@ class SharpnessAware(Gradients):
                 of_pass = self._gradient(Role.LOOKAHEAD, batch, gradient, grads, local=True)
             if not_undone:
                 break
-            used = [view for view, is_used in zip(grads.views, of_pass.used, strict=True) if is_used]
-            found.append((of_pass.loss.item(), of_pass.norm.item(), int(fingerprint_of_bits(used))))
+            found.append((of_pass.loss.item(), of_pass.norm.item()))
         self.rehearsing = False
         for bucket in set(range(len(elsewhere.flats))).difference(self.owned):
             grads.release(bucket)

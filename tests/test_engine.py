@@ -63,7 +63,9 @@ class ReadsNowAndThen(ReadsRawWeights):
 
     def forward(self, pixel_values, labels=None):
         self.passes += 1
-        self.early_weight = (lambda weight: weight.clone()) if self.passes <= 1 + tiny.REHEARSED else type(self).early_weight
+        self.early_weight = (
+            (lambda weight: weight.clone()) if self.passes <= 1 + tiny.REHEARSED else type(self).early_weight
+        )
         return super().forward(pixel_values, labels)
 
 

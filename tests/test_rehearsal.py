@@ -35,10 +35,10 @@ class HiddenTeacher(nn.Module):
     def forward(self, input_ids, labels, attention_mask=None):
         with torch.no_grad():
             for own, followed in zip(self.hidden[0].parameters(), self.student.classifier.parameters(), strict=True):
-                own.lerp_(followed, 0.01)
+                own.lerp_(followed, 0.001)
         outputs = self.student(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         taught = self.hidden[0](self.student.bert(input_ids, attention_mask).pooler_output)
-        return {"loss": outputs.loss + (outputs.logits - taught).square().mean(), "logits": outputs.logits}
+        return {"loss": outputs.loss + 100 * (outputs.logits - taught).square().mean(), "logits": outputs.logits}
 
 
 class OwnLoader(SAMPaTrainer):
