@@ -88,10 +88,9 @@ def check_repeatable(exchange: Exchange, found: list[tuple[float, float]], batch
             raise RuntimeError(
                 "Expected a pass to leave nothing behind that changes the next one, but of one batch at the same weights the loss "
                 f"was {first[0]:.9g} and then {again[0]:.9g}, the norm of the gradient {first[1]:.9g} and then {again[1]:.9g} (rank "
-                f"{rank}). A step computes several losses, and what compute_loss, training_step or forward changes meanwhile counts "
-                "once only if it is a buffer or frozen parameter of a module, or an attribute of the trainer: keep teachers, queues "
-                "and counters there, draw random numbers from the global generators or from ones that are attributes of the trainer "
-                "or of a module, and read data through the training loader, not from an iterator within the loss."
+                f"{rank}). A step makes several passes. Make teachers and queues buffers or modules, keep counters and lists as "
+                "attributes of the trainer from its __init__ on, draw from global generators or from attributes of the trainer or of a "
+                "module, and read data through the training loader."
             )
     mesh = exchange.mesh
     for rank, other in zip(mesh.ranks_of(Role.PERTURBED), mesh.ranks_of(Role.LOOKAHEAD), strict=True):

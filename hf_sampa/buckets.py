@@ -221,9 +221,21 @@ class GradientRecorder:
         for i, param in enumerate(self.params):
             if param.grad is not None and param.grad is not self._into.views[i]:
                 self._record(i, param)
+            elif param.grad is None and self.used[i]:
+                self._drop(i)
         if self.listening:
             now = {i: fingerprint_of_bits([self._into.views[i]]) for i in self._heard}
             self.pieces |= any(bool(now[i] != before) for i, before in self._heard.items())
+
+    def _drop(self, i: int) -> None:
+        """A gradient that was taken away after backward: of this micro-batch, and of those before it."""
+        if self._on_full is not None and self._into.bucket_of[i] < self._next:
+            raise RuntimeError(
+                f"The gradient of a parameter of shape {tuple(self.params[i].shape)} was set to None after it had been sent to the "
+                "other process. Do so from the first step on, or set overlap_exchange=False, which sends gradients at the end."
+            )
+        self._into.views[i].zero_()
+        self.used[i], self.pieces = False, True
 
     def _report(self) -> None:
         while self._on_full is not None and self._next < len(self._waiting) and self._waiting[self._next] == 0:

@@ -73,7 +73,8 @@ def check_trainable(
             f"Expected the {len(params)} trainable parameters that the run began with, but requires_grad, the model or the "
             f"optimizer changed during training: {len(frozen)} of them are frozen, the model has {len(trainable)} trainable ones, "
             f"the optimizer holds {len(held)}. "
-            "Do that between two calls of train(), with trainer.optimizer = trainer.lr_scheduler = None before the second."
+            "Do that before train() (on_train_begin is too late), or between two calls of it, with trainer.optimizer = "
+            "trainer.lr_scheduler = None before the second."
         )
 
 
@@ -142,6 +143,11 @@ def check_model(model: torch.nn.Module) -> None:
             raise ValueError(
                 f"Expected dense gradients, but {name!r}, a {type(module).__name__} with sparse=True, makes sparse ones. "
                 "Build it with sparse=False, or freeze it."
+            )
+        if getattr(module, "max_norm", None) is not None and module.weight.requires_grad:
+            raise ValueError(
+                f"Expected forward to leave trained weights alone, but {name!r}, a {type(module).__name__} with max_norm, "
+                "normalises its weight in place, while it is displaced. Build it without, and normalise in a callback (on_step_end)."
             )
     for one, other in overlapping({**dict(model.named_parameters()), **dict(model.named_buffers())}):
         if one in trainable or other in trainable:

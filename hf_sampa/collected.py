@@ -15,7 +15,6 @@ import textwrap
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache, reduce
 from hashlib import blake2b
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from .exchange import Exchange
 from .fingerprints import fingerprint
+from .trained import other_modules
 from .undo import ATOMS, UNSET, Remembered, slots_of
 
 
@@ -34,34 +34,35 @@ MOST_VALUES = 10_000
 CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, tuple, deque, set)
 # Objects of these packages, and of Python's own, are not looked into: they are theirs, and may be large.
 FOREIGN = {"torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "huggingface_hub", "hf_sampa"}
+OF_EVERY_MODULE = vars(nn.Module()).keys()
 FOREIGN |= sys.stdlib_module_names - {"__main__"}
 
 
-@dataclass
 class Rehearsal:
-    """What some passes do to attributes, each of which finds what the first one made, and otherwise what was there before it.
+    """What some passes do to attributes, each of which begins with what there was and what the first one made.
 
     Attributes:
         there: digests of what there was before, by name.
-        made: names of what the first pass made, and
-        left_alone: of what no other changed of that.
+        made: names of what the first pass made. None of it stays where no part of it is left alone.
+        left_alone: of what no other pass changed of that.
         moved: names of what was there and was changed.
     """
 
-    there: dict[str, bytes]
-    made: set[str] = field(default_factory=set)
-    left_alone: set[str] = field(default_factory=set)
-    moved: set[str] = field(default_factory=set)
-    _first: dict[str, bytes] | None = None
+    def __init__(self):
+        self.there: dict[str, bytes] = {}
+        self.made: set[str] = set()
+        self.left_alone: set[str] = set()
+        self.moved: set[str] = set()
+        self._first: dict[str, bytes] | None = None
 
-    def note(self, now: dict[str, bytes]) -> set[str]:
-        """Take up the digests after a pass; returns `made`."""
+    def note(self, now: dict[str, bytes]) -> None:
+        """Take up the digests after a pass."""
         if self._first is None:
             self._first = now
             self.made = self.left_alone = now.keys() - self.there.keys()
         self.left_alone = {name for name in self.left_alone if now.get(name) == self._first[name]}
+        self.made = self.made if self.left_alone else set()
         self.moved |= {name for name in now.keys() & self.there.keys() if now[name] != self.there[name]}
-        return self.made
 
 
 class Collected:
@@ -83,25 +84,52 @@ class Collected:
         self.owner, self.exchange, self._package = owner, exchange, package
         self._left_of: dict[type, frozenset[str]] = {}
         self._rehearsal: Rehearsal | None = None  # in progress
+        self.changed: set[str] = set()
         self._too_large: set[str] = set()
         self._too_large = {name for name, value in self._values().items() if _size(value) > MOST_VALUES}
-        self.changed: set[str] = set()
 
     def _holders(self) -> dict[str, Any]:
-        """Where attributes are kept, by what their names begin with: the trainer, its state and arguments, its author's classes."""
-        state, args = getattr(self.owner, "state", None), getattr(self.owner, "args", None)
+        """Where attributes are kept, by what their names begin with: the trainer, what the loop gives it, its author's classes."""
+        of_loop = {f"{name}.": getattr(self.owner, name, None) for name in ("state", "args", "control")}
         own = [kind for kind in type(self.owner).__mro__ if not self._is_of_loop(kind)]
         return {
             "": self.owner,
-            **{name: holder for name, holder in {"state.": state, "args.": args}.items() if holder is not None},
+            **{prefix: holder for prefix, holder in of_loop.items() if holder is not None},
             **{f"{kind.__module__}.{kind.__qualname__}.": kind for kind in own},
+        }
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Modules that the author wrote, by what the names of their attributes begin with."""
+        model = getattr(self.owner, "model", None)
+        roots = {"model": model, **other_modules(self.owner, model)} if isinstance(model, nn.Module) else {}
+        return {
+            f"{root} {path}.": module
+            for root, each in roots.items()
+            for path, module in each.named_modules()
+            if not _is_foreign(type(module))
+        }
+
+    def _numbers_of_modules(self) -> dict[str, Any]:
+        """By name; in a rehearsal all of them, otherwise those that its passes have changed."""
+        wanted = None if self._rehearsal else {name for name in self.changed if " " in name}
+        if not (self._rehearsal or wanted):
+            return {}
+        return {
+            f"{prefix}{name}": value
+            for prefix, module in self._modules().items()
+            for name, value in vars(module).items()
+            if type(value) in (bool, int, float)
+            and name not in OF_EVERY_MODULE
+            and (wanted is None or f"{prefix}{name}" in wanted)
         }
 
     def _is_of_loop(self, kind: type) -> bool:
         return kind is object or kind.__module__.startswith(self._package)
 
     def _left(self, holder: Any) -> frozenset[str]:
-        """Names of attributes that are the loop's."""
+        """Names of attributes that are the loop's. What it is told by `control` is the author's."""
+        if holder is getattr(self.owner, "control", None):
+            return frozenset()
         kind = type(holder)
         if kind not in self._left_of:
             of_loop = [each for each in kind.__mro__ if each is not object and self._is_of_loop(each)]
@@ -114,10 +142,13 @@ class Collected:
             left = self._left(holder)
             own = {name: value for name, value in vars(holder).items() if name not in left and not _is_special(name)}
             found |= {f"{prefix}{name}": value for name, value in own.items() if _is_followed(value)}
-        return {name: value for name, value in found.items() if large or name not in self._too_large}
+        found = {name: value for name, value in found.items() if large or name not in self._too_large}
+        return found | self._numbers_of_modules()
 
     def _set(self, values: dict[str, Any], gone: Iterable[str] = ()) -> None:
         holders = self._holders()
+        if any(" " in name for name in values):
+            holders |= self._modules()
         for name in gone:
             prefix, name = _cut(name)
             delattr(holders[prefix], name)
@@ -135,9 +166,13 @@ class Collected:
         try:
             yield
         finally:
-            stays = self._rehearsal.note(self._digests()) if self._rehearsal else set()
+            kept, made = before, set()
+            if self._rehearsal:
+                self._rehearsal.note(self._digests())
+                made = self._rehearsal.made
+                kept = {name: before[name] for name in before.keys() & (self._rehearsal.there.keys() | made)}
             remembered.put_back()
-            self._set(before, gone=self._values().keys() - before.keys() - stays)
+            self._set(kept, gone=self._values().keys() - kept.keys() - made)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -148,16 +183,16 @@ class Collected:
         """
         large = {name for name in self._too_large if _size(self._values(large=True)[name], of_tensor=1) <= MOST_VALUES}
         self._too_large -= large
-        self._rehearsal = Rehearsal(self._digests())
+        self._rehearsal = Rehearsal()
+        self._rehearsal.there = self._digests()  # now that it takes all numbers into view
         try:
             yield
         finally:
             ended, self._rehearsal = self._rehearsal, None
-            self._set({}, gone=ended.made if not ended.left_alone else ())
             values = self._values()
             large |= {name for name in ended.left_alone if _size(values[name]) > MOST_VALUES}
             self._too_large |= large - ended.moved
-            self.changed |= ended.made & values.keys()
+            self.changed |= (ended.made & values.keys()) | {name for name in ended.moved if " " in name}
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -176,19 +211,20 @@ class Collected:
 
     # ---- Between processes, and in checkpoints ----
 
-    def state_dict(self) -> dict[str, Any]:
-        """What passes have changed, as plain values and tensors."""
+    def state_dict(self, saved: bool = False) -> dict[str, Any]:
+        """What passes have changed, as plain values and tensors; what the loop is told by `control` is not `saved`."""
         values = self._values(large=True)
-        pictures = {name: _picture(values[name], _as_tensor) for name in sorted(self.changed & values.keys())}
+        names = {name for name in self.changed & values.keys() if not (saved and name.startswith("control."))}
+        pictures = {name: _picture(values[name], _as_tensor) for name in sorted(names)}
         return {name: ("left", each) if name in self._too_large else each for name, each in pictures.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make everything what it was where `state_dict` was taken."""
+        self.changed |= state.keys()
         values = self._values(large=True)
         self._too_large |= {name for name, (kind, *_) in state.items() if kind == "left"}
         pictures = {name: each[1] if name in self._too_large else each for name, each in state.items()}
         self._set({name: _painted(picture, values.get(name)) for name, picture in pictures.items()})
-        self.changed |= state.keys()
 
 
 def _cut(name: str) -> tuple[str, str]:
@@ -215,6 +251,10 @@ def _attributes_of(kind: type) -> frozenset[str]:
     )
 
 
+def _is_foreign(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in FOREIGN
+
+
 def _is_special(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
@@ -237,7 +277,7 @@ def _attributes(value: Any) -> dict[str, Any]:
         is_metric = isinstance(getattr(value, "_defaults", None), dict) and hasattr(value, "_update_count")
         names = [*value._defaults, "_update_count", "_computed"] if is_metric else []
         return {name: getattr(value, name) for name in names}
-    if type(value).__module__.partition(".")[0] in FOREIGN or callable(value):
+    if _is_foreign(type(value)):
         return {}
     slots = {slot.__name__: getattr(value, slot.__name__, UNSET) for slot in slots_of(type(value))}
     return getattr(value, "__dict__", {}) | {name: each for name, each in slots.items() if each is not UNSET}
@@ -313,8 +353,10 @@ def _class_of(value: Any) -> tuple[str, str]:
     return type(value).__module__, type(value).__qualname__
 
 
-def _find_class(module: str, name: str) -> type:
-    return reduce(getattr, name.split("."), sys.modules[module])
+def _find_class(module: str, name: str) -> type | None:
+    """None for a class that cannot be found by its name."""
+    found = "<locals>" not in name and module in sys.modules
+    return reduce(getattr, name.split("."), sys.modules[module]) if found else None
 
 
 def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
@@ -343,12 +385,13 @@ def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
         return value
     if kind in ("object", "named"):
         *of_class, parts = content
-        if "<locals>" in of_class[1] or of_class[0] not in sys.modules:
-            return value  # of a class that cannot be found by its name
+        made = type(value) if list(_class_of(value)) == of_class else _find_class(*of_class)
+        if made is None:
+            return value
         if kind == "named":
-            return _find_class(*of_class)(*(_painted(each, None) for each in parts))
-        if value is None:
-            value = object.__new__(_find_class(*of_class))  # made in a pass of another process
+            return made(*(_painted(each, None) for each in parts))
+        if type(value) is not made:
+            value = object.__new__(made)  # made in a pass of another process
         for name, each in parts:
             setattr(value, name, _painted(each, getattr(value, name, None)))
         return value

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .exchange import Exchange
 from .functional import NORM_GUARD, global_norm, perturb
 from .gradients import TRIAL_STEPS, Gradient, Gradients
 from .parts import Moment, Norms
-from .passes import Batch, Pass, StepReport
+from .passes import Batch, Found, Pass, StepReport
 from .per_sample import SampleView
 from .recipe import Recipe
 from .roles import Role
@@ -113,26 +113,43 @@ class SharpnessAware(Gradients):
 
         The two are equal where a pass leaves nothing behind. Leaves nothing behind itself; where the model moves more than could be
         copied, it ends after the first pass and returns nothing. To be called while no g_t is carried, whose place it takes.
+        Raises ValueError where a pass changes the weights that it is at.
         """
-        elsewhere, grads, found = self.ascent_grads, self.perturbed_grads, []
-        torch._foreach_copy_(elsewhere.views, [param.detach() for param in self.params])
-        torch._foreach_mul_(elsewhere.flats, 0.5)  # far away, and where no model overflows
         self.reported, self.rehearsing = None, True
-        for displaced in (False, True, False):
-            with (
-                self.displaced(elsewhere) if displaced else nullcontext(),
-                self.forward_state.kept(rehearsed=True) as not_undone,
-            ):
-                of_pass = self._gradient(Role.LOOKAHEAD, batch, gradient, grads, local=True)
-            if not_undone:
-                break
-            found.append((of_pass.loss.item(), of_pass.norm.item()))
+        run = partial(self._gradient, Role.LOOKAHEAD, batch, gradient, self.perturbed_grads, local=True)
+        with self.forward_state.kept(rehearsed=True) as not_undone:
+            first = run()
+            self._rehearse_elsewhere(run)
+        if not not_undone:
+            with self.forward_state.kept():
+                again = run()
         self.rehearsing = False
-        for bucket in set(range(len(elsewhere.flats))).difference(self.owned):
-            grads.release(bucket)
+        for bucket in set(range(len(self.perturbed_grads.flats))).difference(self.owned):
+            self.perturbed_grads.release(bucket)
         for param in self.params:
             param.grad = None
-        return [found[0], found[2]] if len(found) == 3 else []
+        return [] if not_undone else [(each.loss.item(), each.norm.item()) for each in (first, again)]
+
+    def _rehearse_elsewhere(self, run: Callable[[], Found]) -> None:
+        """Far away, and where few models overflow: at half of x_t."""
+        torch._foreach_copy_(self.ascent_grads.views, [param.detach() for param in self.params])
+        torch._foreach_mul_(self.ascent_grads.flats, 0.5)
+        try:
+            with self.displaced(self.ascent_grads) as x, self.forward_state.kept(rehearsed=True):
+                run()
+        except (RuntimeError, ValueError, ArithmeticError, AssertionError):
+            with self.forward_state.kept(rehearsed=True):
+                run()  # these weights are none that the model can be at
+            return
+        # What was changed and put back within the pass may be so to rounding.
+        places = zip(self.names, self.ascent_grads.views, x, strict=True)
+        changed = [name for name, half, own in places if not torch.allclose(half, own * 0.5, rtol=1e-4, atol=1e-6)]
+        if changed:
+            raise ValueError(
+                f"Expected a pass to leave trained weights alone, but forward, compute_loss or training_step changed {changed[0]!r}. "
+                "Within a step the weights are displaced, so that the change would be lost. Change them in a callback, as "
+                "on_step_end or on_step_begin."
+            )
 
     # ---- The recipe ----
 

@@ -226,7 +226,7 @@ class SavingMixin:
         grads, ascent = {}, {}
         if fingerprints is not None and isinstance(self.sampa, SAMPa):  # otherwise there is no batch that g_t is of
             grads, ascent = self.sampa.state_dict()
-        collected = self._exchange.share_objects(self._collected.state_dict())[: self.args.num_replicas]
+        collected = self._exchange.share_objects(self._collected.state_dict(saved=True))[: self.args.num_replicas]
         if not self.args.should_save:
             return None
         position = {"epoch": place.epoch, "start": place.start, "fingerprints": fingerprints}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import re
 
@@ -50,21 +51,13 @@ class OwnLoader(SAMPaTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs) * next(self.scales)
 
 
-class Hidden:
-    """Code of the author's that can be called, which is not looked into."""
-
-    calls = 0
-
-    def __call__(self):
-        self.calls += 1
-        return self.calls
-
-
 class Annealed(SAMPaTrainer):
-    weight = Hidden()
+    """Weighs the loss by a count in a closure."""
+
+    count = itertools.count(1)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, inputs, *args, **kwargs) * self.weight()
+        return super().compute_loss(model, inputs, *args, **kwargs) * next(self.count)
 
 
 class UnseededNoise(SAMPaTrainer):
@@ -305,3 +298,264 @@ def test_another_loss_on_one_process_is_found_before_the_first_step(tmp_path):
         run_ranks(train, 2, tmp_path, RankWeight, folder=tmp_path, timeout=60)
     assert re.search(r"but rank 0 found [\d.]+ and rank 1 [\d.]+ .* Something else differs", str(failure.value))
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# ---- What is followed: the same on one process and on two, and after a resume ----
+
+
+def counted(folder, name, resume=None, **changes):
+    trainer_class, model = FOLLOWED[name]
+    settings = {"save_strategy": "steps", "save_steps": 3, **changes}
+    return train(folder, trainer_class, model, resume, **settings)
+
+
+class LazyList(SAMPaTrainer):
+    def compute_loss(self, *args, **kwargs):
+        if not hasattr(self, "losses"):
+            self.losses = []
+        loss = super().compute_loss(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss * (1 + 0.01 * len(self.losses))
+
+
+class ClassDefault(SAMPaTrainer):
+    mean = 1.0
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.mean = 0.9 * self.mean + 0.1 * loss.item()
+        return loss / self.mean
+
+
+def with_local_meter():
+    class Meter:
+        def __init__(self):
+            self.count = 0
+
+        def __call__(self):
+            self.count += 1
+            return self.count
+
+    class LocalMeter(SAMPaTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.meter = Meter()
+
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (1 + 0.01 * self.meter())
+
+    return LocalMeter
+
+
+class PointedBank(nn.Module):
+    """A queue in a buffer, whose pointer is a number of Python's, as MoCo's often is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny.bert()
+        self.register_buffer("queue", torch.zeros(6, 16))
+        self.place = 0
+
+    def forward(self, input_ids, labels):
+        outputs = self.inner.bert(input_ids).pooler_output
+        logits = self.inner.classifier(outputs)
+        penalty = (outputs @ self.queue.T.clone()).square().mean()
+        for row in outputs.detach():
+            self.queue[self.place] = row
+            self.place = (self.place + 1) % 6
+        return {"loss": nn.functional.cross_entropy(logits, labels) + penalty, "logits": logits}
+
+
+class WarmUp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, loss):
+        self.calls += 1
+        return loss * min(1.0, self.calls / 4)
+
+
+class Warming(SAMPaTrainer):
+    """A criterion that counts its calls."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.criterion = WarmUp()
+
+    def compute_loss(self, *args, **kwargs):
+        return self.criterion(super().compute_loss(*args, **kwargs))
+
+
+FOLLOWED = {
+    "lazy list": (LazyList, tiny.bert),
+    "default of the class": (ClassDefault, tiny.bert),
+    "local class": (with_local_meter(), tiny.bert),
+    "pointer": (SAMPaTrainer, PointedBank),
+    "criterion": (Warming, tiny.bert),
+}
+
+
+def all_counted(folder):
+    return {name: counted(folder / name, name) for name in FOLLOWED}
+
+
+@pytest.mark.distributed
+def test_numbers_wherever_they_are_kept(tmp_path):
+    expected = all_counted(tmp_path / "one")
+    for outcome in run_ranks(all_counted, 2, tmp_path / "two", folder=tmp_path):
+        assert tiny.differing(outcome, expected) == []
+    for name in FOLLOWED:
+        resumed = counted(tmp_path / "again", name, str(tmp_path / "one" / name / "checkpoint-3"))
+        assert tiny.differing(tiny.comparable(resumed), tiny.comparable(expected[name])) == [], name
+
+
+class StopsItself(SAMPaTrainer):
+    """Ends the training, and asks for a checkpoint, by what a loss is; those of the two passes differ."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.seen = [*getattr(self, "seen", []), loss.item()]
+        self.control.should_save = len(self.seen) == 2
+        self.control.should_training_stop = len(self.seen) == 3
+        return loss
+
+
+def stopped(folder):
+    outcome = train(folder, StopsItself)
+    return outcome, sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.distributed
+def test_what_a_pass_tells_the_loop_is_that_of_the_reported_pass(tmp_path):
+    expected, checkpoints = stopped(tmp_path / "one")
+    assert expected["steps"] == 3 and checkpoints == ["checkpoint-2"]
+    first, second = run_ranks(stopped, 2, tmp_path / "two", folder=tmp_path)
+    assert tiny.differing(first[0], expected) == tiny.differing(second[0], expected) == []
+    assert first[1] == second[1] == checkpoints
+
+
+# ---- Gradients that are taken away, and weights that a pass changes ----
+
+
+class Cancelled(Trainer):
+    """Drops the gradient of the head after backward, as DINO does in its first epoch."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for param in model.classifier.parameters():
+            param.grad = None
+        return loss
+
+
+class SAMPaCancelled(SAMPaMixin, Cancelled):
+    pass
+
+
+@pytest.mark.distributed
+def test_a_gradient_that_is_set_to_none_is_none(tmp_path):
+    expected = train(tmp_path / "one", SAMPaCancelled)
+    kept = {name: value for name, value in tiny.bert().state_dict().items() if name.startswith("classifier")}
+    assert tiny.differing({name: expected["weights"][name] for name in kept}, kept) == []
+    for outcome in run_ranks(train, 2, tmp_path / "two", SAMPaCancelled, folder=tmp_path):
+        assert tiny.differing(outcome, expected) == []
+    zero = {"rho": 0.0, "lmbda": 0.0}
+    plain = train(tmp_path / "plain", Cancelled)["weights"]
+    assert tiny.differing(train(tmp_path / "zero", SAMPaCancelled, **zero)["weights"], plain) == []
+
+
+class LateCancelled(SAMPaTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step == 2:
+            model.classifier.weight.grad = None
+        return loss
+
+
+def test_one_that_is_taken_away_once_it_was_sent_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="was set to None after it had been sent.*set overlap_exchange=False"):
+        train(tmp_path, LateCancelled)
+    assert train(tmp_path, LateCancelled, overlap_exchange=False)["steps"] == 5
+
+
+class Prototypes(nn.Module):
+    """Keeps the rows of a trained weight at length one, as SwAV does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny.bert()
+
+    def forward(self, input_ids, labels):
+        with torch.no_grad():
+            weight = self.inner.classifier.weight
+            weight.copy_(nn.functional.normalize(weight))
+        outputs = self.inner(input_ids=input_ids, labels=labels)
+        return {"loss": outputs.loss, "logits": outputs.logits}
+
+
+class MaxNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny.bert()
+        self.inner.bert.embeddings.word_embeddings.max_norm = 1.0
+
+    forward = Prototypes.forward
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Prototypes, "training_step changed 'inner.classifier.weight'.* in a callback, as on_step_end"),
+        (MaxNorm, "'inner.bert.embeddings.word_embeddings', a Embedding with max_norm, normalises its weight"),
+    ],
+)
+def test_a_pass_that_changes_a_trained_weight_is_refused(tmp_path, model, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, model=model)
+
+
+class Restored(Trainer):
+    """Adversarial training on the embeddings (FGM): moves them, goes backward again, and moves them back."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        weight = model.bert.embeddings.word_embeddings.weight
+        with torch.no_grad():
+            kept = weight.clone()
+            weight.add_(weight.grad / weight.grad.norm())
+        super().training_step(model, inputs, num_items_in_batch)
+        with torch.no_grad():
+            weight.copy_(kept)
+        return loss
+
+
+class SAMPaRestored(SAMPaMixin, Restored):
+    pass
+
+
+@pytest.mark.distributed
+def test_one_that_puts_it_back_is_not(tmp_path):
+    expected = train(tmp_path / "one", SAMPaRestored)
+    for outcome in run_ranks(train, 2, tmp_path / "two", SAMPaRestored, folder=tmp_path):
+        assert tiny.differing(outcome, expected) == []
+    zero = {"rho": 0.0, "lmbda": 0.0}
+    plain = train(tmp_path / "plain", Restored)["weights"]
+    assert tiny.differing(train(tmp_path / "zero", SAMPaRestored, **zero)["weights"], plain) == []
+
+
+class Domain(nn.Module):
+    """Cannot be at half of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = tiny.bert(), nn.Parameter(torch.ones(()))
+
+    def forward(self, input_ids, labels):
+        assert self.scale > 0.8, "out of the domain"
+        outputs = self.inner(input_ids=input_ids, labels=labels)
+        return {"loss": outputs.loss * self.scale, "logits": outputs.logits}
+
+
+@pytest.mark.parametrize("trainer_class", [SAMPaTrainer, Anchored])
+def test_a_model_that_cannot_be_elsewhere(tmp_path, trainer_class):
+    assert train(tmp_path, trainer_class, Domain)["steps"] == 5

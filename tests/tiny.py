@@ -172,14 +172,22 @@ REHEARSED = 3  # passes before the first step, which belong to none
 
 
 class Passes:
-    """Counts calls. What a pass changes on a trainer is undone but for one per update batch; what is called is left alone."""
+    """Counts calls, in a closure: what a pass changes on a trainer is undone but for one per update batch."""
 
     def __init__(self):
-        self.count, self.seen = 0, []
+        called: list[Any] = []
+        self._add, self._called = called.append, lambda: called
+
+    @property
+    def seen(self) -> list[Any]:
+        return self._called()
+
+    @property
+    def count(self) -> int:
+        return len(self.seen)
 
     def __call__(self, seen=None) -> int:
-        self.count += 1
-        self.seen.append(seen)
+        self._add(seen)
         return self.count
 
 
