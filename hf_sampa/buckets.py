@@ -221,7 +221,7 @@ class GradientRecorder:
         for i, param in enumerate(self.params):
             if param.grad is not None and param.grad is not self._into.views[i]:
                 self._record(i, param)
-            elif param.grad is None and self.used[i]:
+            elif param.grad is None and self.used[i] and self._into.views[i].numel():  # not sent and let go
                 self._drop(i)
         if self.listening:
             now = {i: fingerprint_of_bits([self._into.views[i]]) for i in self._heard}

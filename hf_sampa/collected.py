@@ -45,7 +45,7 @@ class Rehearsal:
         there: digests of what there was before, by name.
         made: names of what the first pass made. None of it stays where no part of it is left alone.
         left_alone: of what no other pass changed of that.
-        moved: names of what was there and was changed.
+        moved: names of what was there and was changed, or was made by the first pass.
     """
 
     def __init__(self):
@@ -59,7 +59,7 @@ class Rehearsal:
         """Take up the digests after a pass."""
         if self._first is None:
             self._first = now
-            self.made = self.left_alone = now.keys() - self.there.keys()
+            self.made = self.left_alone = self.moved = now.keys() - self.there.keys()
         self.left_alone = {name for name in self.left_alone if now.get(name) == self._first[name]}
         self.made = self.made if self.left_alone else set()
         self.moved |= {name for name in now.keys() & self.there.keys() if now[name] != self.there[name]}
@@ -147,7 +147,7 @@ class Collected:
 
     def _set(self, values: dict[str, Any], gone: Iterable[str] = ()) -> None:
         holders = self._holders()
-        if any(" " in name for name in values):
+        if any(" " in name for name in [*values, *gone]):
             holders |= self._modules()
         for name in gone:
             prefix, name = _cut(name)
@@ -191,7 +191,7 @@ class Collected:
             ended, self._rehearsal = self._rehearsal, None
             values = self._values()
             large |= {name for name in ended.left_alone if _size(values[name]) > MOST_VALUES}
-            self._too_large |= large - ended.moved
+            self._too_large |= large - (ended.moved - ended.left_alone)
             self.changed |= (ended.made & values.keys()) | {name for name in ended.moved if " " in name}
 
     @contextmanager

@@ -167,7 +167,7 @@ def test_unfreezing_during_training(tmp_path):
     run = SAMPaTrainer(model=tiny.frozen_bert(), args=args, train_dataset=tiny.sentences(16), callbacks=[Unfreezing()])
     with pytest.raises(
         ValueError,
-        match="0 of them are frozen, the model has 41 trainable ones, the optimizer holds 36. Do that between two calls of train",
+        match=r"0 of them are frozen, the model has 41 trainable ones, the optimizer holds 36. Do that before train\(\) .on_train_begin is too late",
     ):
         run.train()
 

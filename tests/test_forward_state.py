@@ -215,7 +215,7 @@ class Late(Large):
 
     def move(self, pixels, labels):
         self.passes += 1
-        if self.passes > 10:
+        if self.passes > 3:
             self.teacher.weight.mul_(0.9)
 
 
