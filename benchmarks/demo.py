@@ -78,10 +78,11 @@ def format_table(results: dict[str, dict[str, dict]]) -> str:
             )
     lines += [
         "",
-        "Accuracy on held-out data after the last epoch, one seed. Sharpness: how much f, the cross-entropy on the training",
-        "set, rises from the final weights x to x + 0.05 g/||g||, g = grad f(x). All methods update on batches of one size",
-        "with two processes. AdamW and SAM split a batch; SAMPa computes its two gradients at the same time, each on a whole",
-        "batch, so that here SAM and SAMPa do equal work. `make bench` compares at equal batches per process.",
+        "Accuracy on held-out data after the last epoch, of one seed: this shows that everything works, not which method is",
+        "better. Sharpness: how much f, the cross-entropy on the training set, rises from the final weights x to",
+        "x + 0.05 g/||g||, g = grad f(x). All methods update on batches of one size with two processes. AdamW and SAM split a",
+        "batch; SAMPa computes its two gradients at the same time, each on a whole batch, so that here SAM and SAMPa do equal",
+        "work. `make bench` compares at equal batches per process.",
     ]
     return "\n".join(lines)
 
