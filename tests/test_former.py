@@ -1,0 +1,20 @@
+"""Checkpoints that former versions wrote are continued, to the same weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.former import FOLDER, RUNS, SAVED, run_as_it_was
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", RUNS)
+def test_a_former_checkpoint_is_continued(tmp_path, name):
+    kept = FOLDER / name.replace(" ", "_")
+    weights = run_as_it_was(tmp_path, name, str(kept / f"checkpoint-{SAVED}"))
+    expected = {key: torch.tensor(value) for key, value in json.loads((kept / "ends_with.json").read_text()).items()}
+    # Not to the bit: they may have been written by another processor.
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
