@@ -190,9 +190,10 @@ class Collected:
         finally:
             ended, self._rehearsal = self._rehearsal, None
             values = self._values()
-            large |= {name for name in ended.left_alone if _size(values[name]) > MOST_VALUES}
-            self._too_large |= large - (ended.moved - ended.left_alone)
-            self.changed |= (ended.made & values.keys()) | {name for name in ended.moved if " " in name}
+            large |= {name for name in ended.left_alone & values.keys() if _size(values[name]) > MOST_VALUES}
+            moved = ended.moved - ended.left_alone
+            self._too_large |= large - moved
+            self.changed |= (ended.made & values.keys()) | {name for name in moved if " " in name}
 
     @contextmanager
     def counted(self) -> Iterator[None]:

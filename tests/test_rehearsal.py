@@ -382,6 +382,20 @@ class Normalised(nn.Module):
         return {"loss": outputs.loss / self.mean, "logits": outputs.logits}
 
 
+class Caching(nn.Module):
+    """Looks up a number in its first pass, for all others."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny.bert()
+
+    def forward(self, input_ids, labels):
+        if not hasattr(self, "width"):
+            self.width = self.inner.config.hidden_size
+        outputs = self.inner(input_ids=input_ids, labels=labels)
+        return {"loss": outputs.loss / self.width, "logits": outputs.logits}
+
+
 class WarmUp(nn.Module):
     def __init__(self):
         super().__init__()
@@ -410,6 +424,7 @@ FOLLOWED = {
     "pointer": (SAMPaTrainer, PointedBank),
     "criterion": (Warming, tiny.bert),
     "made by forward": (SAMPaTrainer, Normalised),
+    "cached by forward": (SAMPaTrainer, Caching),
 }
 
 
