@@ -57,15 +57,13 @@ class ReadsInCheckpointedLayers(ReadsDetachedWeights):
 
 
 class ReadsNowAndThen(ReadsRawWeights):
-    """From its second forward pass on that belongs to a step."""
+    """From its second update batch on."""
 
     passes = 0
 
     def forward(self, pixel_values, labels=None):
         self.passes += 1
-        self.early_weight = (
-            (lambda weight: weight.clone()) if self.passes <= 1 + tiny.REHEARSED else type(self).early_weight
-        )
+        self.early_weight = (lambda weight: weight.clone()) if self.passes == 1 else type(self).early_weight
         return super().forward(pixel_values, labels)
 
 
