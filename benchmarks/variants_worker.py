@@ -14,7 +14,7 @@ from transformers import Trainer, default_data_collator, set_seed
 from transformers.utils import logging
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
-from hf_sampa.buckets import Buckets
+from hf_sampa.engine.buckets import Buckets
 
 
 sys.path.append(str(Path(__file__).parents[1] / "vit_finetune"))

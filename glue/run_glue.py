@@ -48,7 +48,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
-from hf_sampa.exchange import close_groups
+from hf_sampa.distributed.exchange import close_groups
 from hf_sampa.finetuning import train_and_score
 
 

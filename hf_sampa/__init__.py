@@ -1,9 +1,19 @@
 """Sharpness-aware minimization at the price of AdamW, for `transformers.Trainer`."""
 
-from .diagnostics import DiagnosticsCallback
+import sys
+
+from . import distributed, variants
+from .monitoring import DiagnosticsCallback
 from .trainer import SAMPaMixin, SAMPaTrainer
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
 
 
 __all__ = ["DiagnosticsCallback", "SAMPaArgumentsMixin", "SAMPaMixin", "SAMPaTrainer", "SAMPaTrainingArguments"]
 __version__ = "0.1.0"
+
+# Names that modules had before they had rooms.
+sys.modules |= {
+    f"{__name__}.recipe": variants.recipe,
+    f"{__name__}.parts": variants.parts,
+    f"{__name__}.exchange": distributed.exchange,
+}

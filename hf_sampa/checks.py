@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from .role_world import groups_of_modules
+from .distributed import groups_of_modules
 from .training_args import launched_world_size, named_world_size
 
 

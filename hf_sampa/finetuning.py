@@ -14,8 +14,7 @@ from accelerate.logging import get_logger
 from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .card_facts import CardFacts
-from .publish import PublishMixin
+from .cards import CardFacts, PublishMixin
 from .training_args import SAMPaTrainingArguments
 from .variants import find
 

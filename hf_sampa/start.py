@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import has_length
 
-from .fingerprints import fingerprint, fingerprint_of_print
-from .started import versions
-from .trained import other_modules
+from .cards import versions
+from .state import fingerprint, fingerprint_of_print, other_modules
 
 
 if TYPE_CHECKING:

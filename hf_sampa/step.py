@@ -16,21 +16,26 @@ from accelerate.utils import send_to_device
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.trainer_utils import has_length
 
-from .agreement import check_repeatable
-from .batches import MicroBatch, UpdateBatch
 from .checks import check_settings_kept, check_trainable
-from .collected import Collected
-from .msam import MSAM, MSAMPa, TwoLossSAMPa
-from .parts import Moment
-from .per_sample import SampleView, check_classes, logits_of, recipe_loss
-from .precision import SharedGradScaler
-from .progress import show
-from .randomness import INDICES, OwnGenerator, derive_seed, seed_own, seeded
-from .roles import Role
-from .sam import SAM
-from .sampa import SAMPa
-from .sharding import ShardedSAMPa, check_separable
-from .trained import other_modules
+from .data import INDICES, MicroBatch, UpdateBatch
+from .distributed import Role, check_repeatable
+from .engine import (
+    MSAM,
+    SAM,
+    MSAMPa,
+    SAMPa,
+    SampleView,
+    ShardedSAMPa,
+    SharedGradScaler,
+    TwoLossSAMPa,
+    check_classes,
+    check_separable,
+    logits_of,
+    recipe_loss,
+)
+from .monitoring import show
+from .state import Collected, OwnGenerator, derive_seed, other_modules, seed_own, seeded, stood_in
+from .variants import Moment
 
 
 logger = get_logger(__name__)
@@ -45,19 +50,6 @@ FIXED = (
     "gradient_accumulation_steps",
     "seed",
 )
-
-
-@contextmanager
-def stood_in(owner: Any, method: str, other: Callable) -> Iterator[None]:
-    """Within the block, whoever calls the `method` of `owner`, an object, calls `other`."""
-    before = vars(owner).get(method)
-    setattr(owner, method, other)
-    try:
-        yield
-    finally:
-        delattr(owner, method)
-        if before is not None:
-            setattr(owner, method, before)
 
 
 def _is_zero(share: float | torch.Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """SAMPa in `transformers.Trainer`: a mixin that overrides the training step and keeps everything else.
 
 The loop stays Trainer's. It is handed the micro-batches of B_t one by one; with the last of them `training_step` runs
-the whole step for B_t and B_{t+1} (`hf_sampa.sampa`) and leaves G_t in ``.grad``, where Trainer clips it, takes the base
+the whole step for B_t and B_{t+1} (`hf_sampa.engine.sampa`) and leaves G_t in ``.grad``, where Trainer clips it, takes the base
 optimizer's step, logs, evaluates and saves as always.
 """
 
@@ -17,9 +17,8 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from .agreement import check_same_start
-from .batches import UpdateStream
-from .card_facts import CardFacts
+from .cards import CardFacts, PublishMixin, StepClock
+from .checkpoints import ResumeMixin
 from .checks import (
     check_dataset,
     check_groups,
@@ -30,20 +29,15 @@ from .checks import (
     check_precision,
     check_trainer,
 )
-from .diagnostics import DiagnosticsCallback
-from .exchange import Exchange
-from .loaders import check_samplers, replica_loader, seeded_loader
-from .metrics import RunningMeans
-from .publish import PublishMixin, StepClock
-from .recipe import Recipe, check_recipe
-from .resume import ResumeMixin
-from .sam import SAM
-from .sampa import SAMPa
+from .data import UpdateStream, check_samplers, replica_loader, seeded_loader
+from .distributed import Exchange, check_same_start
+from .engine import SAM, SAMPa, Trained
+from .monitoring import DiagnosticsCallback, RunningMeans
 from .start import started_with
-from .step import StepMixin, stood_in
-from .trained import Trained, other_modules
+from .state import other_modules, stood_in
+from .step import StepMixin
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
-from .variants import find
+from .variants import Recipe, check_recipe, find
 
 
 logger = get_logger(__name__)
@@ -56,10 +50,10 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
     it plays both roles in turn, by 2k processes it spreads them, with the same numbers.
 
     Args:
-        recipe: what a step is made of, instead of the recipe of ``args.variant``; see `hf_sampa.recipe`.
+        recipe: what a step is made of, instead of the recipe of ``args.variant``; see `hf_sampa.variants.recipe`.
 
     Attributes:
-        sampa: the engine (`hf_sampa.sampa.SAMPa` or `SAM`) of the training run in progress or just ended.
+        sampa: the engine (`hf_sampa.engine.sampa.SAMPa` or `SAM`) of the training run in progress or just ended.
 
     Raises:
         ValueError: the world, the precision or the model cannot be used with SAMPa; see `hf_sampa.checks`.

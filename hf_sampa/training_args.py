@@ -10,10 +10,8 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from .recipe import Recipe
-from .role_world import SIZE_VARIABLES, whole_size_and_rank
-from .roles import Mesh
-from .variants import Variant, find, parse_arguments
+from .distributed import SIZE_VARIABLES, Mesh, whole_size_and_rank
+from .variants import Recipe, Variant, find, parse_arguments
 
 
 def named_world_size() -> str | None:
@@ -53,7 +51,7 @@ class SAMPaArgumentsMixin:
         overlap_exchange (`bool`, defaults to `True`):
             Whether gradients travel while backward is still running.
         diagnostics_steps (`int`, defaults to 0):
-            Every so many steps, measure and log what is not free: see `hf_sampa.diagnostics.DiagnosticsCallback`. 0: never.
+            Every so many steps, measure and log what is not free: see `hf_sampa.monitoring.diagnostics.DiagnosticsCallback`. 0: never.
 
     Raises:
         ValueError: a setting is out of range, or not to be had together with SAMPa.

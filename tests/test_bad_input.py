@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, checkpoint
 from hf_sampa.checks import check_trainer
-from hf_sampa.roles import Mesh, Role
+from hf_sampa.distributed.roles import Mesh, Role
 from tests import tiny
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hf_sampa.batches import UpdateStream, fingerprint
-from hf_sampa.loaders import seeded_loader
-from hf_sampa.randomness import GlobalState, OwnGenerators, derive_seed, seeded
+from hf_sampa.data.batches import UpdateStream, fingerprint
+from hf_sampa.data.loaders import seeded_loader
+from hf_sampa.state.randomness import GlobalState, OwnGenerators, derive_seed, seeded
 from tests import tiny
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hf_sampa.citations import ENTRIES, MODELS, cite
+from hf_sampa.cards.citations import ENTRIES, MODELS, cite
 from hf_sampa.variants.catalogue import VARIANTS
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.collected import Collected
-from hf_sampa.exchange import Exchange
-from hf_sampa.roles import Mesh
+from hf_sampa.distributed.exchange import Exchange
+from hf_sampa.distributed.roles import Mesh
+from hf_sampa.state.collected import Collected
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sampa.curvature import hessian_product, largest_eigenvalue
+from hf_sampa.monitoring.curvature import hessian_product, largest_eigenvalue
 
 
 def symmetric(values: list[float]) -> torch.Tensor:

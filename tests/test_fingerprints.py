@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_sampa.fingerprints import fingerprint, fingerprint_of_bits
+from hf_sampa.state.fingerprints import fingerprint, fingerprint_of_bits
 
 
 def weights():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_sampa.buckets import Buckets, GradientRecorder
+from hf_sampa.engine.buckets import Buckets, GradientRecorder
 from hf_sampa.functional import displacement_dot_, interpolate_, perturb
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_sampa import lookahead
-from hf_sampa.lookahead import PIECEWISE, look_ahead
+from hf_sampa.engine.lookahead import PIECEWISE, look_ahead
 from tests import tiny
 
 

@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, evaluations, model_card, started
-from hf_sampa.evaluations import Evaluation
-from hf_sampa.model_card import is_somebodys
-from hf_sampa.recipe import Recipe
+from hf_sampa.cards.evaluations import Evaluation
+from hf_sampa.cards.model_card import is_somebodys
 from hf_sampa.variants.directions import Smoothed
+from hf_sampa.variants.recipe import Recipe
 from tests import models, tiny
 
 

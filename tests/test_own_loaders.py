@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from transformers import BertForMaskedLM, BertTokenizerFast, DataCollatorForLanguageModeling, Trainer
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.batches import count_samples
+from hf_sampa.data.batches import count_samples
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -10,10 +10,10 @@ from torch.utils.data import default_collate
 from transformers import Trainer
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.exchange import Exchange
-from hf_sampa.roles import Mesh
-from hf_sampa.sam import SAM
-from hf_sampa.sampa import SAMPa
+from hf_sampa.distributed.exchange import Exchange
+from hf_sampa.distributed.roles import Mesh
+from hf_sampa.engine.sam import SAM
+from hf_sampa.engine.sampa import SAMPa
 from tests import reference, tiny
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from hf_sampa import SAMPaMixin, SAMPaTrainer, checkpoint, replaced
-from hf_sampa.saved_weights import load_every_tensor
+from hf_sampa.checkpoints.saved_weights import load_every_tensor
 from tests import tiny
 
 

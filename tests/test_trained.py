@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_sampa import SAMPaMixin, SAMPaTrainer
-from hf_sampa.trained import Trained
+from hf_sampa.engine.trained import Trained
 from tests import tiny
 from tests.ranks import run_ranks
 

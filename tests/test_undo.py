@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_sampa.undo import Remembered
+from hf_sampa.state.undo import Remembered
 
 
 class Plain:

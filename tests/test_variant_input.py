@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.parts import Direction, Mask, Mixing, When
-from hf_sampa.recipe import Recipe
-from hf_sampa.sample_parts import Loss, Samples
 from hf_sampa.variants import VARIANTS
 from hf_sampa.variants.__main__ import main
+from hf_sampa.variants.parts import Direction, Mask, Mixing, When
+from hf_sampa.variants.recipe import Recipe
+from hf_sampa.variants.sample_parts import Loss, Samples
 from tests import tiny
 
 

@@ -10,11 +10,11 @@ from pytorch_optimizer import GSAM as PeerGSAM
 from pytorch_optimizer import FriendlySAM as PeerFriendlySAM
 from torch import nn
 
-from hf_sampa.exchange import Exchange
-from hf_sampa.parts import Moment
-from hf_sampa.roles import Mesh
-from hf_sampa.sam import SAM
+from hf_sampa.distributed.exchange import Exchange
+from hf_sampa.distributed.roles import Mesh
+from hf_sampa.engine.sam import SAM
 from hf_sampa.variants import VARIANTS, masks, psf, samples, schedules
+from hf_sampa.variants.parts import Moment
 
 
 def moments(count, **facts):

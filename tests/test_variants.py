@@ -8,9 +8,9 @@ from torch.utils.data import default_collate
 from transformers import Trainer
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.parts import Moment
 from hf_sampa.variants import VARIANTS
 from hf_sampa.variants.masks import ImportantTensors
+from hf_sampa.variants.parts import Moment
 from tests import tiny
 from tests import variants_reference as serial
 

@@ -40,7 +40,7 @@ from vit_arguments import parse_args
 from vit_model import load_model
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.exchange import close_groups
+from hf_sampa.distributed.exchange import close_groups
 from hf_sampa.finetuning import train_and_score
 
 

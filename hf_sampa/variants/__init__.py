@@ -1,6 +1,12 @@
-"""Sharpness-aware methods as recipes: the catalogue, and how to get a recipe out of it."""
+"""What a sharpness-aware step is made of: the parts, the recipe that joins them, and the catalogue of methods.
+
+Pure arithmetic on tensors: knows nothing of processes and of transformers. ``python -m hf_sampa.variants`` prints the catalogue.
+"""
 
 from .catalogue import VARIANTS, Variant, find, parse_arguments
+from .parts import Direction, Mask, Moment, Norms, When
+from .recipe import Recipe, check_recipe
+from .sample_parts import Loss, Seen
 
 
 # They fill the catalogue, in this order.
@@ -8,4 +14,18 @@ from . import weight_recipes  # noqa: F401  # isort: skip
 from . import sample_recipes  # noqa: F401  # isort: skip
 
 
-__all__ = ["VARIANTS", "Variant", "find", "parse_arguments"]
+__all__ = [
+    "VARIANTS",
+    "Direction",
+    "Loss",
+    "Mask",
+    "Moment",
+    "Norms",
+    "Recipe",
+    "Seen",
+    "Variant",
+    "When",
+    "check_recipe",
+    "find",
+    "parse_arguments",
+]

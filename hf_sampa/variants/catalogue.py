@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_type_hints
 
-from ..recipe import Recipe
+from .recipe import Recipe
 
 
 # Why a variant has one timing only.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import global_norm
-from ..parts import Direction, Moment
+from .parts import Direction, Moment
 
 
 class Unnormalized(Direction):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..parts import Moment
-from ..sample_parts import Loss, Seen
+from .parts import Moment
+from .sample_parts import Loss, Seen
 
 
 class Bilevel(Loss):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..parts import Mask, Moment
+from .parts import Mask, Moment
 
 
 class NormLayersOnly(Mask):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional import NORM_GUARD
-from ..parts import Mixing, Moment, Norms
+from .parts import Mixing, Moment, Norms
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

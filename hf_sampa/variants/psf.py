@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..functional import NORM_GUARD, global_norm
-from ..parts import Mixing, Moment, Norms, When
 from .mixing import Stored
+from .parts import Mixing, Moment, Norms, When
 
 
 class ReusedPSF(Stored):

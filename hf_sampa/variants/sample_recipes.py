@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ..recipe import Recipe
 from . import losses, masks, samples, schedules
 from .catalogue import (
     BY_LOSSES,
@@ -19,6 +18,7 @@ from .catalogue import (
     Within,
     variant,
 )
+from .recipe import Recipe
 
 
 @variant(

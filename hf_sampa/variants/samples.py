@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..parts import Moment
-from ..sample_parts import Samples
+from .parts import Moment
+from .sample_parts import Samples
 
 
 class Sharded(Samples):

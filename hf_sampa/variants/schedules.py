@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..parts import Moment, When
+from .parts import Moment, When
 
 
 class Periodic(When):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ..recipe import Recipe
 from . import directions, masks, mixing, psf, schedules
 from .catalogue import NO_ASCENT, ONE_BATCH, SKIPS, AboveZero, Count, NonNegative, OneOf, Part, Real, Within, variant
+from .recipe import Recipe
 
 
 @variant(

@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from transformers import Trainer
 
 from hf_sampa import SAMPaMixin
-from hf_sampa.precision import SharedGradScaler
+from hf_sampa.engine.precision import SharedGradScaler
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.role_world import RoleWorld, whole_world
-from hf_sampa.roles import Mesh
+from hf_sampa.distributed.role_world import RoleWorld, whole_world
+from hf_sampa.distributed.roles import Mesh
 from tests import tiny
 from tests.ranks import RankFailed, run_ranks
 

@@ -179,8 +179,8 @@ sys.path.insert(0, {tree!r})
 import torch
 import torch.distributed as dist
 from datetime import timedelta
-from hf_sampa.exchange import Exchange, close_groups
-from hf_sampa.roles import Mesh
+from hf_sampa.distributed.exchange import Exchange, close_groups
+from hf_sampa.distributed.roles import Mesh
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", rank=rank, world_size=2, init_method={store!r})
 exchange = Exchange(Mesh(2, rank, True), timedelta(minutes=30))
@@ -188,7 +188,7 @@ exchange.gather(torch.ones(3))
 {end}
 """
 HOW = {
-    "forgotten": ("import atexit, hf_sampa.exchange as e; atexit.unregister(e._close_forgotten_groups);"
+    "forgotten": ("import atexit, hf_sampa.distributed.exchange as e; atexit.unregister(e._close_forgotten_groups);"
                   "atexit.register(lambda: print('open:', dist.is_initialized())); atexit.register(e._close_forgotten_groups)", 0),
     "closed": ("close_groups(); print('open:', dist.is_initialized())", 0),
     "closed by others": ("dist.destroy_process_group(); print('open:', dist.is_initialized())", 0),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.roles import Role
-from hf_sampa.sharding import halves
+from hf_sampa.distributed.roles import Role
+from hf_sampa.engine.sharding import halves
 from tests import tiny
 from tests.distributed.test_resume import SCENARIOS as RESUMED
 from tests.ranks import RankFailed, run_ranks

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.parts import Direction
-from hf_sampa.recipe import Recipe
 from hf_sampa.variants import VARIANTS
+from hf_sampa.variants.parts import Direction
+from hf_sampa.variants.recipe import Recipe
 from tests import tiny
 from tests.ranks import run_ranks
 

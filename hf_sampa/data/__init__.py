@@ -1,0 +1,11 @@
+"""One stream of update batches B_0, B_1, ... that both roles read, the same after every resume.
+
+Loaders are used as they are given; a sample's randomness belongs to the sample.
+"""
+
+from .batches import MicroBatch, UpdateBatch, UpdateStream
+from .loaders import check_samplers, replica_loader, seeded_loader
+from .seeded_data import INDICES
+
+
+__all__ = ["INDICES", "MicroBatch", "UpdateBatch", "UpdateStream", "check_samplers", "replica_loader", "seeded_loader"]

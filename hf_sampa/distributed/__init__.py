@@ -1,0 +1,26 @@
+"""Who takes part and what travels: the two roles of a pair, every collective, and the world that user code sees.
+
+Processes that ought to be equal are compared here. Knows nothing of the algorithm and of transformers.
+"""
+
+from .agreement import check_ranks_agree, check_repeatable, check_rest_alike, check_same_start
+from .exchange import BUCKET_BYTES, Exchange, close_groups, partition
+from .role_world import SIZE_VARIABLES, groups_of_modules, whole_size_and_rank
+from .roles import Mesh, Role
+
+
+__all__ = [
+    "BUCKET_BYTES",
+    "SIZE_VARIABLES",
+    "Exchange",
+    "Mesh",
+    "Role",
+    "check_ranks_agree",
+    "check_repeatable",
+    "check_rest_alike",
+    "check_same_start",
+    "close_groups",
+    "groups_of_modules",
+    "partition",
+    "whole_size_and_rank",
+]

@@ -1,0 +1,272 @@
+"""Every collective of the package: means within a role, swaps across roles, and the few numbers of a step.
+
+What travels per step and process, with d trainable weights: d numbers to the other half of the pair and d back, while
+backward is still running; with several replicas, an all-reduce of d numbers within the role before that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.profiler import record_function
+
+from .role_world import RoleWorld, whole_world
+from .roles import Mesh, Role
+
+
+# Large enough that a bucket's latency does not matter, small enough that the first one leaves early in backward.
+BUCKET_BYTES = 4 * 2**20
+
+# Transfers under way when memory is to be given back after them: enough to keep the wire busy.
+MOST_UNSENT = 4
+
+_open: list[Exchange] = []  # those that hold process groups
+
+
+def close_groups() -> None:
+    """Close this package's process groups, then the default group; for the end of a script. Waits for no other process.
+
+    A thread of an open group may let go of the last tensor that it was given when the interpreter has begun to end; Python
+    then ends that thread in the middle of C++ code, which aborts the process, though all its work is done.
+    """
+    if any(each._means for each in _open):
+        return  # closing would wait for these, with a process that may be gone
+    for exchange in list(_open):
+        exchange.close()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@atexit.register
+def _close_forgotten_groups() -> None:
+    if _open and not hasattr(sys, "last_value"):  # no exception is on its way
+        close_groups()
+
+
+def partition(params: Sequence[Tensor], bucket_bytes: int, cut_at: int | None = None) -> list[list[int]]:
+    """Indices of `params` from last to first, cut where `bucket_bytes` are full or dtype or device change, and below `cut_at`."""
+    groups: list[list[int]] = []
+    filled = 0
+    for i in reversed(range(len(params))):
+        fits = groups and i + 1 != cut_at and filled + params[i].nbytes <= bucket_bytes
+        alike = groups and (params[groups[-1][0]].dtype, params[groups[-1][0]].device) == (
+            params[i].dtype,
+            params[i].device,
+        )
+        if not (fits and alike):
+            groups.append([])
+            filled = 0
+        groups[-1].append(i)
+        filled += params[i].nbytes
+    return groups
+
+
+class Exchange:
+    """Moves tensors between the processes of a mesh; does nothing in a world of one.
+
+    Args:
+        mesh: who takes part.
+        timeout: how long to wait for another process.
+
+    Attributes:
+        role_world: what user code is to see of the world during a pass.
+    """
+
+    def __init__(self, mesh: Mesh, timeout: timedelta = timedelta(minutes=30)):
+        self.mesh = mesh
+        self.bytes_sent = 0
+        self._world_group = self._role_group = lent = None
+        self._means: list[tuple[dist.Work, Tensor, Callable[[], None]]] = []
+        self._transfers: deque[tuple[list[dist.Work], Callable[[], None] | None]] = deque()
+        if mesh.world_size > 1:
+            # A group of our own, because the default group of a CPU world does not know the timeout.
+            self._world_group = self._role_group = dist.new_group(timeout=timeout)
+        if mesh.paired and mesh.num_replicas > 1:
+            # Every process has to take part in the creation of every group.
+            self._role_group, lent = (
+                {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}[mesh.roles[0]]
+                for _ in range(2)
+            )
+        # A group of its own, so that what a loss gathers and what is exchanged meanwhile do not meet.
+        self.role_world = RoleWorld(mesh, lent)
+        self._groups = list({id(each): each for each in (self._world_group, self._role_group, lent) if each}.values())
+        if self._groups:
+            _open.append(self)
+
+    def close(self) -> None:
+        """Give its process groups back; it cannot be used afterwards."""
+        while self._groups:
+            group = self._groups.pop()
+            if group in distributed_c10d._world.pg_map:  # nobody else has closed it
+                dist.destroy_process_group(group)
+        self._world_group = self._role_group = self.role_world.group = None
+        _open.remove(self)
+
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Give all ranks the tensors of rank `source`, in place; small ones travel together."""
+        if self.mesh.world_size == 1:
+            return
+        for members in partition(tensors, BUCKET_BYTES):
+            several = [tensors[i].detach() for i in members]
+            flat = torch.cat([tensor.reshape(-1) for tensor in several])
+            with self._peers_alive():
+                dist.broadcast(flat, src=source, group=self._world_group)
+            for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def sum_within_role(self, value: float) -> float | Tensor:
+        """Sum of one number over the replicas of this process's role; of several a tensor ``()``, not waited for."""
+        if self.mesh.num_replicas == 1:
+            return value
+        total = torch.full((), value, dtype=torch.float64, device=self._device())
+        with self._peers_alive():
+            dist.all_reduce(total, group=self._role_group)
+        return total
+
+    def start(
+        self,
+        mine: Tensor,
+        theirs: Tensor | None = None,
+        *,
+        send: bool = True,
+        ready: Callable[[], None] = lambda: None,
+        sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Begin to exchange one bucket; `finish` waits for it. All ranks start their buckets in the same order.
+
+        Args:
+            mine: ``(n,)``, this role's gradient of the bucket; holds the role's mean afterwards.
+            theirs: ``(n,)``, receives the other role's mean; None where it is not wanted. Left alone without pairs.
+            send: whether the other role wants `mine`.
+            ready: called once `mine` holds the mean, before it travels.
+            sent: see `transfer`.
+        """
+
+        def go_on() -> None:
+            ready()
+            self.transfer(mine if send else None, theirs, sent=sent)
+
+        if self.mesh.num_replicas == 1:
+            go_on()
+            return
+        with self._peers_alive():
+            self._means.append((dist.all_reduce(mine, group=self._role_group, async_op=True), mine, go_on))
+        self.bytes_sent += mine.nbytes
+
+    def transfer(self, mine: Tensor | None, theirs: Tensor | None, *, sent: Callable[[], None] | None = None) -> None:
+        """Begin to send `mine` to, and to receive `theirs` from, the other half of the pair; `finish` waits for both.
+
+        The other half must ask for the reverse at the same place in its own order. Does nothing without pairs.
+
+        Args:
+            mine: ``(n,)``, or None to send nothing.
+            theirs: ``(m,)``, or None to receive nothing.
+            sent: called when both are through. Waits for the oldest transfer where more than `MOST_UNSENT` are under way.
+        """
+        if not self.mesh.paired:
+            return
+        peer, group = self.mesh.peer, self._world_group
+        ops = [] if mine is None else [dist.P2POp(dist.isend, mine, peer, group)]
+        ops += [] if theirs is None else [dist.P2POp(dist.irecv, theirs, peer, group)]
+        if not ops:
+            return
+        with self._peers_alive():
+            self._transfers.append((dist.batch_isend_irecv(ops), sent))
+        if sent and len(self._transfers) > MOST_UNSENT:
+            self._wait(*self._transfers.popleft())
+        self.bytes_sent += 0 if mine is None else mine.nbytes
+
+    def finish(self) -> None:
+        """Wait until everything that was started has its mean and has been transferred."""
+        with record_function("SAMPa.exchange"):
+            for work, mine, go_on in self._means:
+                self._wait([work])
+                mine.div_(self.mesh.num_replicas)
+                go_on()
+            while self._transfers:
+                self._wait(*self._transfers.popleft())
+        self._means.clear()
+
+    def _wait(self, works: list[dist.Work], sent: Callable[[], None] | None = None) -> None:
+        with self._peers_alive():
+            for work in works:
+                work.wait()
+        if sent:
+            sent()
+
+    def gather(self, row: Tensor) -> Tensor:
+        """Rows of all ranks, ``(world_size, n)``, from this rank's ``(n,)``; for the few numbers of a step."""
+        if self.mesh.world_size == 1:
+            return row[None]
+        rows = [torch.empty_like(row) for _ in range(self.mesh.world_size)]
+        with self._peers_alive():
+            dist.all_gather(rows, row, group=self._world_group)
+        return torch.stack(rows)
+
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        self.gather(torch.zeros(1, device=self._device() if self.mesh.world_size > 1 else None)).cpu()
+
+    def concatenate(self, own: Tensor) -> Tensor:
+        """All ranks' ``(n_i, ...)`` one after the other; the n_i may differ. For what is small."""
+        if self.mesh.world_size == 1:
+            return own
+        own = own.to(self._device())
+        sizes = self.gather(torch.tensor([len(own)], device=own.device))[:, 0].tolist()
+        padded = own.new_zeros(max(sizes), *own.shape[1:])
+        padded[: len(own)] = own
+        rows = self.gather(padded.flatten()).view(len(sizes), *padded.shape)
+        return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
+    def share_objects(self, item: Any) -> list[Any]:
+        """What every rank gave, by rank, on all of them; for what is small and rare: items are pickled."""
+        if self.mesh.world_size == 1:
+            return [item]
+        found = [None] * self.mesh.world_size
+        with self._peers_alive():
+            dist.all_gather_object(found, item, group=self._world_group)
+        return found
+
+    def collect(self, item: Any) -> list[Any] | None:
+        """What every rank gave, by rank, on rank 0; None on the others. For checkpoints: items are pickled."""
+        found = [None] * self.mesh.world_size if self.mesh.rank == 0 else None
+        with self._peers_alive():
+            dist.gather_object(item, found, dst=0, group=self._world_group)
+        return found
+
+    @staticmethod
+    def _device() -> torch.device:
+        return (
+            torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        )
+
+    @contextmanager
+    def _peers_alive(self) -> Iterator[None]:
+        try:
+            with whole_world():  # gradients travel while a pass, to which a role's world is lent, is still running
+                yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # gloo reports closed connections and timeouts as plain RuntimeErrors, nccl as a subclass.
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"Rank {self.mesh.rank} expected an answer from the other {self.mesh.world_size - 1} process(es) of this "
+            f"run and got none: {error}. Most likely one of them has died; the cause is in its own log. If none has: a "
+            "process takes part in something that the others do not reach, as code of your own that speaks to the other "
+            "processes outside of a pass (a callback, a metric) does on some of them only, or an evaluation, a save or a "
+            "stop that only one of them begins. Processes that are merely slow need a larger --ddp_timeout. Start the run "
+            "again with resume_from_checkpoint=True."
+        )

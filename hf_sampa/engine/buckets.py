@@ -1,0 +1,235 @@
+"""One number per trainable weight, in flat buckets: weights and gradients kept, sent and mixed without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import BUCKET_BYTES, partition
+from ..state import fingerprint_of_bits
+
+
+# At least about so many, so that a pair that shares its optimizer can share few adapters evenly, too.
+FEWEST_BUCKETS = 16
+
+
+class Buckets:
+    """Flat storage for one tensor per parameter.
+
+    Args:
+        params: what the storage is for.
+        bucket_bytes: where to cut; a larger parameter has a bucket to itself. By default `BUCKET_BYTES`, or less for few
+            weights.
+        cut_at: index of a parameter that is in no bucket with those before it.
+
+    Attributes:
+        flats: 1-d tensors, each holding whole parameters of one dtype and device, in the order in which backward
+            usually produces their gradients (the reverse of the model's).
+        views: per parameter, the part of `flats` that is its own, in its shape and memory layout.
+        bucket_of: per parameter, the index into `flats`.
+        members: per bucket, the indices of the parameters it holds, in the order of their places.
+    """
+
+    def __init__(self, params: Sequence[Tensor], bucket_bytes: int | None = None, cut_at: int | None = None):
+        if bucket_bytes is None:
+            bucket_bytes = min(BUCKET_BYTES, sum(param.nbytes for param in params) // FEWEST_BUCKETS)
+        self.bucket_of: list[int] = [0] * len(params)
+        self.members: list[list[int]] = partition(params, bucket_bytes, cut_at)
+        self.flats: list[Tensor] = []
+        # Not contiguous where the parameter is not, so that a kernel does not see another layout in displaced weights.
+        self._layouts = [(param.shape, torch.empty_like(param, device="meta").stride()) for param in params]
+        self.views: list[Tensor] = list(params)
+        for bucket, members in enumerate(self.members):
+            first = params[members[0]]
+            flat = torch.zeros(sum(params[i].numel() for i in members), dtype=first.dtype, device=first.device)
+            self.flats.append(flat)
+            for i, view in zip(members, self.cut(bucket, flat), strict=True):
+                self.bucket_of[i], self.views[i] = bucket, view
+
+    def cut(self, bucket: int, flat: Tensor) -> list[Tensor]:
+        """Parts of `flat`, which is as long as the bucket, as the parameters of the bucket would have them."""
+        views, start = [], 0
+        for shape, stride in (self._layouts[i] for i in self.members[bucket]):
+            views.append(flat.as_strided(shape, stride, start))
+            start += shape.numel()
+        return views
+
+    def swap(self, other: Buckets, buckets: Iterable[int]) -> None:
+        """Exchange `buckets` with those of `other`, which must be cut alike; nothing is copied."""
+        for bucket in buckets:
+            self.flats[bucket], other.flats[bucket] = other.flats[bucket], self.flats[bucket]
+            for i in self.members[bucket]:
+                self.views[i], other.views[i] = other.views[i], self.views[i]
+
+    def take(self, i: int, grad: Tensor) -> None:
+        """Put the gradient of parameter `i` into its place; a bucket of its own becomes `grad` itself, without a copy."""
+        bucket = self.bucket_of[i]
+        own = len(self.members[bucket]) == 1 and grad.stride() == self._layouts[i][1]
+        if own and _is_sole_owner(grad):
+            self.flats[bucket], self.views[i] = grad.as_strided((grad.numel(),), (1,)), grad
+        else:
+            self.ensure(bucket)
+            self.views[i].copy_(grad)
+
+    def unshare(self) -> None:
+        """Let go of buckets of which somebody else holds a part: an optimizer may keep a gradient as it was given it."""
+        for bucket, members in enumerate(self.members):
+            # The views, the whole, and the handle by which they are counted.
+            if _users(self.flats[bucket]) > len(members) + 2:
+                self.release(bucket)
+
+    def release(self, bucket: int) -> None:
+        """Let go of a bucket's memory until it is `ensure`d. Whoever still holds a part of it, a callback perhaps, keeps it."""
+        self._place(bucket, self.flats[bucket].new_empty(0))
+
+    def ensure(self, bucket: int) -> None:
+        """Take memory for a bucket that was released; one that was not keeps its content."""
+        size = sum(self._layouts[i][0].numel() for i in self.members[bucket])
+        if self.flats[bucket].numel() != size:
+            self._place(bucket, self.flats[bucket].new_empty(size))
+
+    def _place(self, bucket: int, flat: Tensor) -> None:
+        self.flats[bucket] = flat
+        empty = [flat] * len(self.members[bucket])
+        for i, view in zip(self.members[bucket], self.cut(bucket, flat) if flat.numel() else empty, strict=True):
+            self.views[i] = view
+
+
+def _is_sole_owner(grad: Tensor) -> bool:
+    """Whether nothing but `grad` holds its memory: autograd hands one tensor to several parameters where they are added."""
+    # `grad` and the handle by which they are counted are two.
+    return grad.untyped_storage().nbytes() == grad.nbytes and _users(grad) == 2
+
+
+def _users(tensor: Tensor) -> int:
+    """How many hold the memory of `tensor`, with whom counts them; 0 where this torch does not say."""
+    # Not public, though torch's own graph trees rest on it.
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return count(tensor.untyped_storage()._cdata) if count else 0
+
+
+class GradientRecorder:
+    """Moves each gradient into its place in `Buckets` as backward produces it, and says when a bucket is full.
+
+    Hooks stay registered until `close`; outside of `record` they do nothing.
+
+    Args:
+        params: the parameters whose gradients are wanted.
+        overlap: whether a bucket is reported while backward is still running, or only after it.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], overlap: bool = True):
+        self.params, self.overlap = params, overlap
+        self.used = [False] * len(params)
+        # Whether a gradient has come in more than one piece, or was changed after it had come: seen while
+        self.pieces = self.listening = False
+        self._heard: dict[int, Tensor] = {}  # fingerprints of the gradients as they came
+        self._into: Buckets | None = None
+        self._on_full: Callable[[int], None] | None = None
+        self._handles = [
+            param.register_post_accumulate_grad_hook(lambda param, i=i: self._record(i, param))
+            for i, param in enumerate(params)
+        ]
+
+    def start(self, into: Buckets) -> None:
+        """Forget gradients, so that the next backward starts a new sum in `into`."""
+        self.used = [False] * len(self.params)
+        for param in self.params:
+            param.grad = None
+        into.unshare()
+        for bucket, members in enumerate(into.members):
+            if len(members) == 1:
+                # Backward will bring memory for it: large gradients need not be there twice.
+                into.release(bucket)
+
+    @contextmanager
+    def record(self, into: Buckets, on_full: Callable[[int], None] | None = None):
+        """Add the gradients of the backward passes inside the block to the sum in `into`.
+
+        Args:
+            into: where the gradients go.
+            on_full: called with a bucket's index once every parameter of it has had its gradient in this block and
+                all buckets before it are full too, so that all processes see one order. Set it on the last pass of
+                a sum only. Buckets with a parameter that got no gradient are reported when the block ends.
+        """
+        self._into, self._on_full = into, on_full
+        self._waiting = [len(members) for members in into.members]
+        self._fired = [False] * len(self.params)
+        self._next, self._heard = 0, {}
+        try:
+            yield
+            self._take_assigned()
+            self._finish(into)
+        finally:
+            self._into = self._on_full = None
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _record(self, i: int, param: nn.Parameter) -> None:
+        if self._into is None:
+            return
+        bucket = self._into.bucket_of[i]
+        if self._on_full is not None and bucket < self._next:
+            raise RuntimeError(
+                f"A parameter of shape {tuple(param.shape)} received its gradient in more than one piece during one "
+                "step, after the first piece had been sent to the other process. Reentrant activation checkpointing "
+                "does this, and so does a training_step of your own that calls backward twice: set "
+                "overlap_exchange=False, which sends gradients after all of them, or, for checkpointing, "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        if param.grad is not self._into.views[i]:
+            # From here on autograd adds further micro-batches in place.
+            self._into.take(i, param.grad)
+            param.grad = self._into.views[i]
+        self.used[i] = True
+        if self.listening:
+            self._heard[i] = fingerprint_of_bits([param.grad])
+        self.pieces |= self._fired[i]
+        if not self._fired[i]:
+            self._fired[i] = True
+            self._waiting[bucket] -= 1
+            if self.overlap:
+                self._report()
+
+    def _take_assigned(self) -> None:
+        """Gradients that a step of one's own put into ``.grad``, or changed there, after backward or without it."""
+        for i, param in enumerate(self.params):
+            if param.grad is not None and param.grad is not self._into.views[i]:
+                self._record(i, param)
+            elif param.grad is None and self.used[i] and self._into.views[i].numel():  # not sent and let go
+                self._drop(i)
+        if self.listening:
+            now = {i: fingerprint_of_bits([self._into.views[i]]) for i in self._heard}
+            self.pieces |= any(bool(now[i] != before) for i, before in self._heard.items())
+
+    def _drop(self, i: int) -> None:
+        """A gradient that was taken away after backward: of this micro-batch, and of those before it."""
+        if self._on_full is not None and self._into.bucket_of[i] < self._next:
+            raise RuntimeError(
+                f"The gradient of a parameter of shape {tuple(self.params[i].shape)} was set to None after it had been sent to the "
+                "other process. Do so from the first step on, or set overlap_exchange=False, which sends gradients at the end."
+            )
+        self._into.views[i].zero_()
+        self.used[i], self.pieces = False, True
+
+    def _report(self) -> None:
+        while self._on_full is not None and self._next < len(self._waiting) and self._waiting[self._next] == 0:
+            self._next += 1
+            self._on_full(self._next - 1)
+
+    def _finish(self, into: Buckets) -> None:
+        if self._on_full is None:
+            return
+        # A parameter without a gradient counts as zero.
+        for i, used in enumerate(self.used):
+            if not used:
+                into.ensure(into.bucket_of[i])
+                into.views[i].zero_()
+        self._waiting = [0] * len(self._waiting)
+        self._report()

@@ -1,0 +1,304 @@
+"""One gradient at a time: forward and backward at displaced weights, in buckets that travel while backward still runs.
+
+Nothing here knows of Trainer: `gradient` runs one micro-batch of a `Batch` forward and backward and returns its share of
+the batch's mean loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from ..distributed import Exchange, Role, check_ranks_agree
+from ..functional import NORM_GUARD, displacement_dot_
+from ..state import ForwardState, fingerprint, fingerprint_of_bits
+from .buckets import Buckets, GradientRecorder
+from .passes import Batch, Found, Pass
+from .trained import Trained
+
+
+logger = logging.getLogger(__name__)
+
+Gradient = Callable[..., Tensor]
+TRIAL_STEPS = 3  # with finite gradients, one after the other
+
+
+@dataclass
+class _Sums:
+    """Of the buckets of one gradient."""
+
+    only: Sequence[bool] | None  # parameters that are wanted
+
+    norms: list[Tensor] = field(default_factory=list)  # of each bucket of the model's
+    other_norms: list[Tensor] = field(default_factory=list)  # of each bucket of other weights
+    dots: list[Tensor] = field(default_factory=list)  # of each bucket with the displacement
+    held_back: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Gradients:
+    """What computes g_t and g~_t, and tells all processes what it found.
+
+    Weights are displaced by pointing the parameters to other memory: x_t itself is not written to before the base
+    optimizer's step. That memory is where g_t was, and receives the other role's gradient as soon as backward is done
+    with it, so that a process holds 5 d numbers with Adam: weights, displaced weights, gradient, two moments.
+
+    Args:
+        model: what is trained.
+        trained: the parameters that are, which the base optimizer holds.
+        exchange: connects the processes.
+        others: modules with a part in the loss besides the model, by name.
+        overlap: whether gradients travel while backward is still running; that needs a model whose backward does not read
+            a weight any more once its gradient is complete.
+        unscale: gives what to multiply gradients by before anything else sees them, a scalar tensor ``()``.
+        partial_backward: whether backward leaves out gradients that nobody needs. Not for a compiled model, which would be
+            compiled once more for every choice.
+
+    Attributes:
+        forward_state: buffers and whatever else forward changes.
+        reported: the role whose passes are, in the step in progress, those whose loss is reported; None: no pass is.
+        digest_of_rest: stands for what passes leave besides gradients and the forward state; see
+        rest_differs: whether the two halves of a pair had different ones when numbers were last shared.
+    """
+
+    reported: Role | None = None
+    digest_of_rest: Callable[[], int] = staticmethod(lambda: 0)
+    rest_differs = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Trained,
+        exchange: Exchange,
+        *,
+        others: Mapping[str, nn.Module] | None = None,
+        overlap: bool = True,
+        unscale: Callable[[], Tensor] | None = None,
+        partial_backward: bool = True,
+    ):
+        self.names, self.params, self.of_model = trained.names, trained.params, trained.of_model
+        self.forward_state = ForwardState({"": model, **(others or {})}, self.params, exchange)
+        self.exchange, self.unscale, self.partial_backward = exchange, unscale, partial_backward
+        self.perturbed_grads = self._buckets()  # g~_t, then G_t
+        self.ascent_grads = self._buckets()  # g_t, then displaced weights, then the other role's gradient
+        self._recorder = GradientRecorder(self.params, overlap)
+        # Steps that have yet to show that backward reads no weight whose gradient is complete: autograd cannot tell of all.
+        self._trial = TRIAL_STEPS if overlap else 0
+        self.first_pass, self._overlap = True, overlap  # the first pass shows how gradients come
+        self._displacement: float | Tensor = 0.0  # ||x~_t - x_t||
+
+    def _norms(self, grads: Buckets) -> tuple[Tensor, Tensor]:
+        """Euclidean norms ``()`` over all weights and over the model's."""
+        norms = [torch.linalg.vector_norm(flat) for flat in grads.flats]
+        of_model = [norm for norm, members in zip(norms, grads.members, strict=True) if members[0] < self.of_model]
+        return _norm(norms), _norm(of_model)
+
+    def _buckets(self) -> Buckets:
+        """Room for one number per trained weight; the model's and others in buckets of their own, with norms of their own."""
+        return Buckets(self.params, cut_at=self.of_model)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._recorder.close()
+
+    @contextmanager
+    def displaced(self, weights: Buckets, keep_statistics: bool = False) -> Iterator[list[Tensor]]:
+        """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit.
+
+        Running statistics, and whatever else forward changes, come from one pass per batch, that of the LOOKAHEAD role:
+        with `keep_statistics`, what the block leaves behind in them is undone.
+        """
+        x = [param.data for param in self.params]
+        with self.forward_state.kept() if keep_statistics else nullcontext():
+            try:
+                for param, moved in zip(self.params, weights.views, strict=True):
+                    param.data = moved
+                yield x
+            finally:
+                for param, own in zip(self.params, x, strict=True):
+                    param.data = own
+
+    def _gradient_at(
+        self,
+        weights: Buckets,
+        role: Role,
+        batch: Batch,
+        gradient: Gradient,
+        into: Buckets,
+        *,
+        only: Sequence[bool] | None = None,
+        keep_statistics: bool = False,
+        local: bool = False,
+    ) -> Found:
+        """As `_gradient`, at `weights`, which then holds the other role's gradient."""
+        try:
+            with self.displaced(weights, keep_statistics) as x:
+                return self._gradient(role, batch, gradient, into, weights, x, only, local)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "Backward read a weight whose gradient was complete, so that its memory had been given to the other "
+                "process's gradient (or backward read something that the model itself overwrote). Detached weights and "
+                "reentrant checkpointing do this: set overlap_exchange=False, which sends gradients after backward."
+            ) from error
+
+    def _gradient(
+        self,
+        role: Role,
+        batch: Batch,
+        gradient: Gradient,
+        into: Buckets,
+        weights: Buckets | None = None,
+        x: list[Tensor] | None = None,
+        only: Sequence[bool] | None = None,
+        local: bool = False,
+    ) -> Found:
+        """Gradient of f on `batch` at the weights as they are, averaged over replicas, into `into`.
+
+        Where the weights are displaced, `weights` are their buckets and `x` is x_t. Parameters that `only` leaves out are
+        taken for constants, their gradient for zero. A `local` gradient is neither averaged nor sent. On trial, a weight becomes NaN as soon
+        as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
+        """
+        sums = _Sums(only)
+        listening = self._listen()
+        on_full = partial(self._send, role=role, into=into, weights=weights, x=x, local=local, sums=sums)
+        self._recorder.start(into)
+        micro_batches = list(batch)
+        losses = []
+        with record_function("SAMPa.gradient"), self._frozen(only), self.forward_state.noted():
+            for i, micro_batch in enumerate(micro_batches):
+                with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
+                    losses.append(gradient(micro_batch, role))
+        for start in sums.held_back:
+            start()
+        self.exchange.finish()
+        if listening:
+            self._heard()
+        loss, norm = torch.stack(losses).sum().double(), _norm(sums.norms + sums.other_norms)
+        dot = torch.stack(sums.dots or [torch.zeros_like(loss)]).double().sum() / (self._displacement + NORM_GUARD)
+        used = self._recorder.used
+        wanted = used if only is None else [a and b for a, b in zip(used, only, strict=True)]
+        return Found(batch.fingerprint, loss, norm, dot, wanted, _norm(sums.norms) if sums.other_norms else norm)
+
+    def _listen(self) -> bool:
+        """In the first pass of a run nothing travels before backward is through; returns whether this is that pass."""
+        if self.first_pass:
+            self._recorder.overlap, self._recorder.listening = False, self._overlap
+        return self.first_pass
+
+    def _heard(self) -> None:
+        """After the first pass: gradients that come in pieces are sent after backward in all others, too."""
+        self.first_pass, self._recorder.listening = False, False
+        self._recorder.overlap = self._overlap and not self._recorder.pieces
+        if self._overlap and self._recorder.pieces:
+            self._trial = 0
+            logger.info(
+                "Gradients come in several pieces or are changed after backward, as with reentrant checkpointing, losses that "
+                "call backward themselves or steps of one's own: they are sent after backward, not during it."
+            )
+
+    def _send(
+        self,
+        bucket: int,
+        role: Role,
+        into: Buckets,
+        weights: Buckets | None,
+        x: list[Tensor] | None,
+        local: bool,
+        sums: _Sums,
+    ) -> None:
+        """Let a full bucket go on its way, or, on trial, hold it back until backward is through; see `_gradient`."""
+        members, grad = into.members[bucket], into.flats[bucket]
+        for i in members if sums.only and not self.partial_backward else []:
+            if not sums.only[i]:
+                into.views[i].zero_()
+        if self.unscale:
+            grad.mul_(self.unscale())
+        if weights is not None:
+            # Backward has read these weights for the last time. Should it read them after all, autograd will say so.
+            torch.autograd.graph.increment_version([self.params[i] for i in members])
+            if role is Role.PERTURBED:
+                moved = [weights.views[i] for i in members]
+                sums.dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
+
+        # `ready` must not know of `sums`, which may hold it: a cycle would keep `grad` in memory
+        norms = sums.norms if members[0] < self.of_model else sums.other_norms
+
+        def ready() -> None:
+            norms.append(torch.linalg.vector_norm(grad))
+
+        start = ready if local else partial(self._start_exchange, bucket, into, weights, ready)
+        if weights is not None and self._trial:
+            weights.flats[bucket].fill_(float("nan"))
+            sums.held_back.append(start)
+        else:
+            start()
+
+    @contextmanager
+    def _frozen(self, only: Sequence[bool] | None) -> Iterator[None]:
+        left_out = only and self.partial_backward
+        frozen = [param for param, kept in zip(self.params, only, strict=True) if not kept] if left_out else []
+        try:
+            for param in frozen:
+                param.requires_grad_(False)
+            yield
+        finally:
+            for param in frozen:
+                param.requires_grad_(True)
+
+    def _start_exchange(self, bucket: int, into: Buckets, weights: Buckets | None, ready: Callable[[], None]) -> None:
+        theirs = None if weights is None else weights.flats[bucket]
+        self.exchange.start(into.flats[bucket], theirs, ready=ready)
+
+    def _share(self, passes: dict[Role, Found]) -> dict[Role, Pass]:
+        """Tell all ranks what this one found in each role it plays; one small all-gather and one host-device sync.
+
+        With it travels what must be equal on all ranks: the weights x_t, and settings that may change during a run.
+        """
+        device, count = self.params[0].device, len(self.params)
+        numbers, integers = torch.zeros(2, 4, dtype=torch.float64, device=device), torch.zeros(2, 1 + count).long()
+        for role, found in passes.items():
+            numbers[role] = torch.stack([found.loss, found.norm, found.dot, found.model_norm])
+            integers[role] = torch.tensor([found.fingerprint, *found.used])
+        row = torch.cat([numbers.view(torch.int64), integers.to(device)], dim=1)
+        with record_function("SAMPa.exchange"):
+            of_all, signatures = self._gather(row.flatten())
+            rows = of_all.view(-1, *row.shape)
+            source = self.exchange.mesh.ranks_of(Role.LOOKAHEAD)[0]
+            self.forward_state.share(source, alike=len(set(signatures)) == 1)
+        shared = {}
+        for role in Role if self.exchange.mesh.paired else passes:
+            of_role = rows[self.exchange.mesh.ranks_of(role), role]
+            loss, norm, dot, model_norm = of_role[:, :4].contiguous().view(torch.float64).mean(dim=0).tolist()
+            used = of_role[:, 5:].any(dim=0).tolist()
+            shared[role] = Pass(loss, norm, dot, tuple(of_role[:, 4].tolist()), tuple(used), model_norm)
+        return shared
+
+    def _gather(self, row: Tensor) -> tuple[Tensor, list[int]]:
+        """Rows of all ranks, on the CPU, and their signatures of what forward moves. Raises RuntimeError for ranks that differ."""
+        if self.exchange.mesh.world_size == 1:
+            return self.exchange.gather(row).cpu(), [0]
+        with record_function("SAMPa.check"):
+            own = [self.digest_of_rest(), self.forward_state.signature(), fingerprint(self.settings())]
+            row = torch.cat([row, torch.tensor(own).to(row.device), fingerprint_of_bits(self.params).view(1)])
+        rows = self.exchange.gather(row).cpu()
+        rest, signatures, settings, weights = rows[:, -4:].T.tolist()
+        check_ranks_agree(self.exchange, weights, settings, self.settings())
+        pairs = self.exchange.mesh.num_replicas if self.exchange.mesh.paired else 0
+        self.rest_differs = rest[:pairs] != rest[pairs : 2 * pairs]
+        return rows[:, :-4], signatures
+
+    def settings(self) -> dict[str, float]:
+        """What the step is computed with and may change between steps; equal on all ranks."""
+        return {}
+
+
+def _norm(norms: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(norms).double())

@@ -1,0 +1,131 @@
+"""Single samples of an update batch: their logits, losses and places in the dataset, and batches of some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data import MicroBatch, UpdateBatch
+from ..distributed import Exchange
+from ..variants import Loss, Moment, Seen
+
+
+class SampleView:
+    """What a recipe may see of single samples, over the micro-batches and replicas of an update batch.
+
+    All tensors that it gives hold all samples of the update batch, in the same order on every process.
+
+    Args:
+        exchange: connects the replicas.
+        forward: runs a micro-batch forward without gradients, after which its `logits` are set; the flag says whether in
+            evaluation mode.
+        weigh: sets the shares of an update batch's micro-batches.
+        loss_at: the loss ``()`` of one sample of the dataset, given its place and the `Moment`, in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        forward: Callable[[MicroBatch, bool], None],
+        weigh: Callable[[UpdateBatch], None],
+        loss_at: Callable[[int, Moment], Tensor],
+    ):
+        self.exchange, self.forward, self.weigh, self.loss_at = exchange, forward, weigh, loss_at
+
+    def look(self, batch: UpdateBatch, evaluating: bool = False) -> None:
+        """Run all samples forward, without gradients."""
+        for micro_batch in batch:
+            self.forward(micro_batch, evaluating)
+
+    def losses(self, batch: UpdateBatch) -> Tensor:
+        """Cross entropies ``(n,)`` of the logits that were seen last, on the CPU."""
+        own = [
+            F.cross_entropy(each.logits.float(), each.inputs["labels"].to(each.logits.device), reduction="none")
+            for each in batch
+            if each.logits is not None
+        ]
+        return self._of_all(torch.cat(own) if own else torch.zeros(0))
+
+    def indices(self, batch: UpdateBatch) -> Tensor:
+        """Places in the dataset ``(n,)``."""
+        return self._of_all(torch.cat([each.indices for each in batch]))
+
+    def logits(self, batch: UpdateBatch) -> Tensor:
+        """Logits that were seen last, ``(n, classes)``, on the CPU."""
+        return self._of_all(torch.cat([each.logits for each in batch]))
+
+    def narrowed(self, batch: UpdateBatch, chosen: Tensor) -> UpdateBatch:
+        """The samples of `batch` that `chosen` ``(n,)`` says, weighed anew; a process may be left with none."""
+        sizes = [each.size for each in batch]
+        before = int(self._of_all(torch.tensor([sum(sizes)]))[: self.exchange.mesh.replica].sum())
+        own = chosen[before : before + sum(sizes)].split(sizes)
+        parts = [each.narrowed(which) for each, which in zip(batch, own, strict=True)]
+        batch = replace(batch, micro_batches=[each for each in parts if each.size] or parts[:1])
+        self.weigh(batch)
+        return batch
+
+    def shards(
+        self, batch: UpdateBatch, sizes: Callable[[int], Sequence[int]]
+    ) -> list[tuple[UpdateBatch, float | Tensor]]:
+        """This process's shards of `batch`, each within one micro-batch, and their weights in its mean.
+
+        Args:
+            batch: B_t.
+            sizes: of the shards of a micro-batch of so many samples.
+        """
+        pieces = []
+        for each in batch:
+            places = torch.arange(each.size).split(list(sizes(each.size)))
+            pieces += [each.narrowed(torch.isin(torch.arange(each.size), own), j) for j, own in enumerate(places)]
+        self.weigh(replace(batch, micro_batches=pieces))
+        shards = []
+        for piece in pieces:
+            weight, piece.share = piece.share, 1.0 if isinstance(piece.share, Tensor) or piece.share else 0.0
+            shards.append((replace(batch, micro_batches=[piece]), weight))
+        return shards
+
+    def _of_all(self, own: Tensor) -> Tensor:
+        return self.exchange.concatenate(own.detach()).cpu()
+
+
+def check_classes(logits: Any, labels: Any) -> None:
+    """Raise ValueError where `logits` are not those of one class per sample."""
+    fits = (
+        isinstance(logits, Tensor)
+        and isinstance(labels, Tensor)
+        and logits.ndim == 2
+        and logits.shape[1] > 1
+        and labels.ndim == 1
+        and not labels.is_floating_point()
+    )
+    if not fits:
+        shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in (logits, labels)]
+        raise ValueError(
+            "variant: expected a model that sorts each sample into one of several classes, with logits of shape (samples, "
+            f"classes) and whole labels of shape (samples,), because the variant needs the loss of single samples; got "
+            f"logits {shapes[0]} and labels {shapes[1]} (of the batch's key 'labels'). Take a variant without per-sample losses."
+        )
+
+
+def logits_of(outputs: Any) -> Any:
+    """What a model's outputs, a dict or a tuple that begins with the loss, hold as logits; None where they hold none."""
+    if isinstance(outputs, dict):
+        return outputs.get("logits")
+    return outputs[1] if len(outputs) > 1 else None
+
+
+def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
+    """What the recipe makes of the trainer's own loss; keeps that and the logits on `micro_batch`."""
+    logits, labels = logits_of(outputs), micro_batch.inputs.get("labels")
+    check_classes(logits, labels)
+    micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
+    labels = labels.to(logits.device)
+    teacher = micro_batch.teacher
+    if part.reads_indices and (found := part.recall(micro_batch.indices, now)) is not None:
+        teacher = found.to(logits.device)
+    return part(loss, Seen(logits, labels, ascent, teacher), now)

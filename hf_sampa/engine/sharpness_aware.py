@@ -1,0 +1,274 @@
+"""What SAM and SAMPa have in common: the recipe of a step, the numbers it reports, and what it leaves in ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..distributed import Exchange, Role, check_rest_alike
+from ..functional import NORM_GUARD, global_norm, perturb
+from ..variants import Moment, Norms, Recipe
+from .buckets import Buckets
+from .gradients import TRIAL_STEPS, Gradient, Gradients
+from .passes import Batch, Found, Pass, StepReport
+from .per_sample import SampleView
+from .trained import Trained
+
+
+MAX_SKIPPED_IN_A_ROW = 20
+NOT_TAKEN = float("nan")  # a number that a step does not have
+
+
+class SharpnessAware(Gradients):
+    """A sharpness-aware step on any base optimizer; SAM and SAMPa say when and where its gradients are taken.
+
+    Args:
+        model: what is trained.
+        base_optimizer: holds what is trained, takes the step afterwards.
+        exchange: connects the processes.
+        rho: radius of the perturbation, >= 0.
+        recipe: what the step is made of; by default SAM's.
+        samples: the single samples of a batch, for recipes that see them.
+        max_steps: T,
+        num_samples: in the dataset, and
+        seed: of the run, for parts of the recipe that want to know.
+        others: modules with a part in the loss besides the model, by name.
+        kwargs: see `Gradients`.
+
+    Attributes:
+        rehearsing: whether the passes in progress are those of `rehearse`, which belong to no step.
+    """
+
+    rehearsing = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: Optimizer,
+        exchange: Exchange,
+        *,
+        rho: float,
+        recipe: Recipe | None = None,
+        samples: SampleView | None = None,
+        max_steps: int = 1,
+        num_samples: int = 0,
+        seed: int = 0,
+        others: Mapping[str, nn.Module] | None = None,
+        **kwargs,
+    ):
+        super().__init__(model, Trained(base_optimizer, model, others), exchange, others=others, **kwargs)
+        self.base_optimizer, self.rho = base_optimizer, rho
+        self.recipe, self.max_steps, self.num_samples, self.seed = recipe or Recipe(), max_steps, num_samples, seed
+        self.samples = samples
+        self.recipe.bind(model, self.names, self.params)
+        self.roles = exchange.mesh.roles
+        self.owned = range(len(self.ascent_grads.flats))  # buckets that this process updates
+        self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self._kept: tuple[int, Sequence[bool] | None] = (-1, None)
+
+    def check_state(self) -> None:
+        """Raise ValueError, on all ranks, where optimizer state is missing that another process has. A collective.
+
+        So it is after a run that shared the optimizer, if another one, or one with other frozen layers, goes on with it.
+        """
+        has = torch.tensor([bool(self.base_optimizer.state.get(param)) for param in self.params])
+        known = self.exchange.gather(has.long().to(self.params[0].device)).cpu().any(dim=0)
+        own = self._owned_params()
+        whole = torch.equal(has[own], known[own])
+        if not self.exchange.gather(torch.tensor([whole]).long().to(self.params[0].device)).all():
+            raise ValueError(
+                "Expected every process to hold the optimizer state of the parameters that it updates, but some of it is "
+                "in another process, where a run with shard_optimizer=True left it. Resume from a checkpoint of that run, "
+                "or give this one a new trainer."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        groups = enumerate(self.base_optimizer.param_groups)
+        # Reading a tensor would make the host wait for its device.
+        of_groups = {
+            f"{name} of optimizer group {i}": value
+            for i, group in groups
+            for name, value in group.items()
+            if isinstance(value, bool | int | float | tuple) and not name.startswith("_")
+        }
+        return {"rho": self.rho, **of_groups}
+
+    def check_alike(self) -> None:
+        """Raise RuntimeError, on all ranks, where they do not hold the same weights, trained or not, in the same modules. A collective."""
+        self._gather(torch.zeros(0, dtype=torch.int64, device=self.params[0].device))
+        if self.exchange.mesh.world_size > 1:
+            check_rest_alike(self.exchange, self.forward_state.fingerprints())
+
+    def rehearse(self, batch: Batch, gradient: Gradient) -> list[tuple[float, float]]:
+        """Loss, and norm of the gradient, of `batch` at x_t, found twice, with a pass at other weights in between.
+
+        The two are equal where a pass leaves nothing behind. Leaves nothing behind itself; where the model moves more than could be
+        copied, it ends after the first pass and returns nothing. To be called while no g_t is carried, whose place it takes.
+        Raises ValueError where a pass changes the weights that it is at.
+        """
+        self.reported, self.rehearsing = None, True
+        run = partial(self._gradient, Role.LOOKAHEAD, batch, gradient, self.perturbed_grads, local=True)
+        with self.forward_state.kept(rehearsed=True) as not_undone:
+            first = run()
+            self._rehearse_elsewhere(run)
+        if not not_undone:
+            with self.forward_state.kept():
+                again = run()
+        self.rehearsing = False
+        for bucket in set(range(len(self.perturbed_grads.flats))).difference(self.owned):
+            self.perturbed_grads.release(bucket)
+        for param in self.params:
+            param.grad = None
+        return [] if not_undone else [(each.loss.item(), each.norm.item()) for each in (first, again)]
+
+    def _rehearse_elsewhere(self, run: Callable[[], Found]) -> None:
+        """Far away, and where few models overflow: at half of x_t."""
+        torch._foreach_copy_(self.ascent_grads.views, [param.detach() for param in self.params])
+        torch._foreach_mul_(self.ascent_grads.flats, 0.5)
+        try:
+            with self.displaced(self.ascent_grads) as x, self.forward_state.kept(rehearsed=True):
+                run()
+                now = [param.data for param in self.params]  # maybe in other memory
+        except (RuntimeError, ValueError, ArithmeticError, AssertionError):
+            with self.forward_state.kept(rehearsed=True):
+                run()  # these weights are none that the model can be at
+            return
+        # What was changed and put back within the pass may be so to rounding.
+        largest = partial(torch.linalg.vector_norm, ord=float("inf"))
+        places = zip(self.names, now, x, strict=True)
+        changed = [
+            name
+            for name, half, own in places
+            if half.numel() and largest(half.sub(own, alpha=0.5)) > 1e-6 + 1e-4 * largest(half)
+        ]
+        if changed:
+            raise ValueError(
+                f"Expected a pass to leave trained weights alone, but forward, compute_loss or training_step changed {changed[0]!r}. "
+                "Within a step the weights are displaced, so that the change would be lost. Change them in a callback, as "
+                "on_step_end or on_step_begin."
+            )
+
+    # ---- The recipe ----
+
+    def now(self, batch: Batch) -> Moment:
+        """Where the run is at `batch`, or at a micro-batch of it."""
+        group = self.base_optimizer.param_groups[0]
+        peak = group.get("initial_lr", group["lr"])
+        fraction = float(group["lr"] / peak) if peak else 0.0
+        return Moment(batch.update, batch.epoch, self.max_steps, self.num_samples, fraction, self.seed)
+
+    def _keeps(self, now: Moment) -> Sequence[bool] | None:
+        """What the mask keeps in this step, whatever it observes meanwhile."""
+        if self._kept[0] != now.step:
+            self._kept = now.step, self.recipe.mask.keeps(now)
+        return self._kept[1]
+
+    def _learn(self, now: Moment) -> None:
+        """Show squared gradients of single samples to a mask that asks for them."""
+        mask = self.recipe.mask
+        if not mask.wants_fisher(now):
+            return
+        places = torch.randint(self.num_samples, (mask.fisher_samples,), generator=now.generator("fisher")).tolist()
+        fisher = [torch.zeros_like(param) for param in self.params]
+        for place in places:
+            grads = torch.autograd.grad(self.samples.loss_at(place, now), self.params, allow_unused=True)
+            for total, grad in zip(fisher, grads, strict=True):
+                if grad is not None:
+                    total.addcmul_(grad, grad)
+        mask.learn(fisher, now)
+
+    @torch.no_grad()
+    def _ascend(self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment) -> None:
+        """Write x~_t = x_t + eps_t of the owned parameters into `out`, which may be `grads`: g_t of norm `norm`, if any."""
+        recipe, keeps = self.recipe, self._keeps(now)
+        if norm is None:  # there is no g_t
+            for bucket in self.owned:
+                out.ensure(bucket)
+        x, g, moved = self._owned_of(self.params, grads.views, out.views)
+        if not recipe.plain and out is not grads and norm is not None:
+            torch._foreach_copy_(moved, g)
+            g = moved
+        left_out = [] if keeps is None else [each for each, kept in zip(g, keeps, strict=True) if not kept]
+        if left_out:
+            torch._foreach_zero_(left_out)
+            norm = global_norm(g)
+        divisor = recipe.direction(g, x, norm, now)
+        thinned = recipe.mask.thin(g, now)
+        rho = self.rho * recipe.direction.radius(now) * recipe.mask.scale
+        exact = recipe.direction.unit and not thinned
+        self._displacement = rho if exact else rho * global_norm(g) / (divisor + NORM_GUARD)
+        perturb(x, g, rho, divisor, out=moved)
+
+    @torch.no_grad()
+    def _mix(self, ascent: Pass | None, perturbed: Pass, g: Buckets | None, now: Moment) -> list[bool]:
+        """Turn g~_t into what the recipe makes of it and g_t; returns which parameters it has a part of."""
+        recipe, g_tilde = self.recipe, self.perturbed_grads.views
+        norms = Norms(ascent.norm if ascent else NOT_TAKEN, perturbed.norm)
+        kept = g.views if recipe.mixing.needs_ascent else []
+        if Role.PERTURBED in self.roles:  # where the direction was made
+            recipe.direction.observe(g_tilde)
+        recipe.when.observe(kept, g_tilde, now)
+        recipe.mixing(g_tilde, kept, norms, now)
+        return recipe.mixing.reached(ascent.used if ascent else perturbed.used, perturbed.used)
+
+    def recipe_state(self) -> dict[str, Any]:
+        """What the parts of the recipe remember."""
+        return self.recipe.state_dict()
+
+    def load_recipe_state(self, state: dict[str, Any]) -> None:
+        """Go on where `recipe_state` was taken."""
+        self.recipe.load_state_dict(state, self.params)
+
+    # ---- The end of a step ----
+
+    def _finish(
+        self, ascent: Pass | None, perturbed: Pass | None, loss: float, used: Sequence[bool], skipped: bool
+    ) -> StepReport:
+        """Put G_t (or, where the step is skipped, nothing) into ``.grad``. None: that gradient was not taken."""
+        if self._trial:
+            self._trial = TRIAL_STEPS if skipped else self._trial - 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.skipped_steps += skipped
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"Expected a finite gradient at least once in {MAX_SKIPPED_IN_A_ROW} steps, but got NaN or infinity "
+                f"in all of the last {self.skipped_in_a_row}. Lower the learning rate or rho, and look for bad values "
+                f"in the data; the weights are those of the last good step.{self.late_reader()}"
+            )
+        self.reached = {i for i, is_used in enumerate(used) if is_used and not skipped}
+        for param in self.params:
+            param.grad = None
+        for i in self.reached.intersection(self._owned_params()):
+            # A tensor of its own, by which `Buckets.unshare` knows who keeps it.
+            self.params[i].grad = self.perturbed_grads.views[i].detach()
+        same_samples = not (self.recipe.samples.looks_again or self.recipe.samples.next_batch)
+        return StepReport(
+            loss=loss,
+            perturbed_loss=perturbed.loss if perturbed else NOT_TAKEN,
+            sharpness=perturbed.loss - ascent.loss if perturbed and ascent and same_samples else NOT_TAKEN,
+            ascent_grad_norm=ascent.norm if ascent else NOT_TAKEN,
+            ascent_cosine=perturbed.dot / (perturbed.norm + NORM_GUARD) if perturbed else NOT_TAKEN,
+            skipped=skipped,
+        )
+
+    def late_reader(self) -> str:
+        """What else may be behind a bad gradient in the first steps; empty afterwards."""
+        return (
+            " In the first steps a weight becomes NaN once its gradient is complete: if the run is well with "
+            "overlap_exchange=False, the model's backward reads a weight after that, as weight.data perhaps; leave it off then."
+            if self._trial
+            else ""
+        )
+
+    def _owned_params(self) -> list[int]:
+        return sorted(i for bucket in self.owned for i in self.ascent_grads.members[bucket])
+
+    def _owned_of(self, *per_param: Sequence) -> tuple[list, ...]:
+        """Of lists with one entry per parameter, the entries of owned parameters."""
+        return tuple([entries[i] for i in self._owned_params()] for entries in per_param)

@@ -1,0 +1,11 @@
+"""What one watches while a run goes on: means for the log, the progress bar, sharpness and curvature.
+
+Measures, and changes nothing: a run with it and one without end with the same bits.
+"""
+
+from .diagnostics import DiagnosticsCallback
+from .metrics import RunningMeans
+from .progress import show
+
+
+__all__ = ["DiagnosticsCallback", "RunningMeans", "show"]
