@@ -117,7 +117,7 @@ class StepMixin:
         """Build what the steps of a run need."""
         self.sampa = self._engine(max_steps)
         self._collected = Collected(self, ("transformers.", "hf_sampa."), self._exchange)
-        self.sampa.digest_of_rest = self._digest_of_rest
+        self.sampa.digest_of_rest, self.sampa.share_rest = self._digest_of_rest, self._share_what_was_collected
         if self._clock_hook is not None:
             self._clock_hook.remove()
             self._pass_hook.remove()
@@ -243,7 +243,8 @@ class StepMixin:
     @contextmanager
     def aside(self, counted: bool = False) -> Iterator[None]:
         """Around code that computes a loss: its world is its role's, and unless it is `counted`, it leaves nothing on the trainer."""
-        collected = self._collected.counted() if counted else self._collected.aside()
+        # Numbers of modules go with their buffers, which g_0's pass moves.
+        collected = self._collected.counted() if counted else self._collected.aside(not self.sampa.starting)
         with self._exchange.role_world.lent(), collected:
             yield
 
@@ -329,7 +330,8 @@ class StepMixin:
 
     def _own_randomness(self, micro_batch: MicroBatch):
         seed = derive_seed(self.args.seed, micro_batch.update, micro_batch.position, self._exchange.mesh.replica)
-        for holder in (self, *self.model.modules()):  # generators of one's own, for mixup perhaps
+        modules = (part for each in self.sampa.forward_state.modules.values() for part in each.modules())
+        for holder in (self, *modules):  # generators of one's own, for mixup perhaps
             for value in vars(holder).values():
                 if isinstance(value, OwnGenerator):
                     seed_own(seed, value)

@@ -35,7 +35,8 @@ def check_ranks_agree(
         raise RuntimeError(
             f"Expected all processes to hold the same weights, but rank(s) {', '.join(map(str, others))} hold others than rank "
             "0. Something changed them on some processes only, or differently: a callback, a forward pass that writes to trained "
-            "weights (as one that initialises them from the first batch; do that before training), an optimizer that draws "
+            "weights (as one that initialises them from the first batch; do that before training), gradients that training_step "
+            "begins to change after some steps (set overlap_exchange=False), an optimizer that draws "
             "random numbers or keeps state where SAMPa does not see it, or hardware. The weights of this step are not to be trusted; "
             "resume from the last checkpoint."
         )

@@ -63,12 +63,14 @@ class Gradients:
     Attributes:
         forward_state: buffers and whatever else forward changes.
         reported: the role whose passes are, in the step in progress, those whose loss is reported; None: no pass is.
-        digest_of_rest: stands for what passes leave besides gradients and the forward state; see
-        rest_differs: whether the two halves of a pair had different ones when numbers were last shared.
+        digest_of_rest: stands for what passes leave besides gradients and the forward state,
+        share_rest: makes it the same on both halves of a pair, where
+        rest_differs says so: whether the two had different ones when numbers were last shared.
     """
 
     reported: Role | None = None
     digest_of_rest: Callable[[], int] = staticmethod(lambda: 0)
+    share_rest: Callable[[], None] = staticmethod(lambda: None)
     rest_differs = False
 
     def __init__(
@@ -179,7 +181,7 @@ class Gradients:
         for start in sums.held_back:
             start()
         self.exchange.finish()
-        if listening:
+        if listening and any(self._recorder.used):
             self._heard()
         loss, norm = torch.stack(losses).sum().double(), _norm(sums.norms + sums.other_norms)
         dot = torch.stack(sums.dots or [torch.zeros_like(loss)]).double().sum() / (self._displacement + NORM_GUARD)

@@ -60,7 +60,10 @@ class SAMPa(SharpnessAware):
         """
         self.reported = None
         if self.ascent is None:
+            self.starting = True
             self.ascent = self._start(batch, gradient)  # g_0 = grad f(x_0; B_0)
+            self.starting = False
+            self.share_rest()
         # Until this step is through, there is no g_t to go on with.
         ascent, self.ascent = self.ascent, None
         if not ascent.finite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from .passes import Batch, Found, Pass, StepReport
 from .per_sample import SampleView
 from .trained import Trained
 
+
+logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 20
 NOT_TAKEN = float("nan")  # a number that a step does not have
@@ -42,9 +45,11 @@ class SharpnessAware(Gradients):
 
     Attributes:
         rehearsing: whether the passes in progress are those of `rehearse`, which belong to no step.
+        starting: whether the pass in progress is that for g_0.
     """
 
     rehearsing = False
+    starting = False
 
     def __init__(
         self,
@@ -133,9 +138,11 @@ class SharpnessAware(Gradients):
         torch._foreach_mul_(self.ascent_grads.flats, 0.5)
         try:
             with self.displaced(self.ascent_grads) as x, self.forward_state.kept(rehearsed=True):
+                versions = [param._version for param in self.params]
                 run()
                 now = [param.data for param in self.params]  # maybe in other memory
-        except (RuntimeError, ValueError, ArithmeticError, AssertionError):
+                written = [param._version for param in self.params] != versions
+        except (RuntimeError, ValueError, ArithmeticError, AssertionError, LookupError, TypeError, StopIteration):
             with self.forward_state.kept(rehearsed=True):
                 run()  # these weights are none that the model can be at
             return
@@ -152,6 +159,11 @@ class SharpnessAware(Gradients):
                 f"Expected a pass to leave trained weights alone, but forward, compute_loss or training_step changed {changed[0]!r}. "
                 "Within a step the weights are displaced, so that the change would be lost. Change them in a callback, as "
                 "on_step_end or on_step_begin."
+            )
+        if written:
+            logger.warning(
+                "A pass writes to trained weights, if only what they hold already. Within a step they are displaced: a change there, as "
+                "of a clamp, would be lost. Make such changes in a callback, as on_step_end."
             )
 
     # ---- The recipe ----

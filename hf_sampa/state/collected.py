@@ -12,9 +12,10 @@ import inspect
 import marshal
 import sys
 import textwrap
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import Enum, EnumType
 from functools import cache, reduce
 from hashlib import blake2b
 from typing import Any
@@ -31,10 +32,15 @@ from .undo import ATOMS, UNSET, Remembered, slots_of
 
 # What holds more than so many values when a run begins is taken for data, and not looked at again.
 MOST_VALUES = 10_000
-CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, tuple, deque, set)
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+FEW_NUMBERS = 256  # of modules, that are looked at in every step
+NUMBERS = (bool, int, float)
+# What a defaultdict that a pass made may be made with again.
+FACTORIES = {kind.__name__: kind for kind in (list, dict, set, int, float)}
 # Objects of these packages, and of Python's own, are not looked into: they are theirs, and may be large.
 FOREIGN = {"torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "huggingface_hub", "hf_sampa"}
 OF_EVERY_MODULE = vars(nn.Module()).keys()
+PACKAGES = frozenset(FOREIGN)
 FOREIGN |= sys.stdlib_module_names - {"__main__"}
 
 
@@ -42,17 +48,21 @@ class Rehearsal:
     """What some passes do to attributes, each of which begins with what there was and what the first one made.
 
     Attributes:
-        there: digests of what there was before, by name.
+        raw: what there was before, by name, followed or not, and
+        there: digests of what is followed of it.
         made: names of what the first pass made. None of it stays where no part of it is left alone.
         left_alone: of what no other pass changed of that.
         moved: names of what was there and was changed, or was made by the first pass.
+        lost: names of what was there and became something that is not followed.
     """
 
     def __init__(self):
+        self.raw: dict[str, Any] = {}
         self.there: dict[str, bytes] = {}
         self.made: set[str] = set()
         self.left_alone: set[str] = set()
         self.moved: set[str] = set()
+        self.lost: set[str] = set()
         self._first: dict[str, bytes] | None = None
 
     def note(self, now: dict[str, bytes]) -> None:
@@ -84,6 +94,8 @@ class Collected:
         self.owner, self.exchange, self._package = owner, exchange, package
         self._left_of: dict[type, frozenset[str]] = {}
         self._rehearsal: Rehearsal | None = None  # in progress
+        self._own_modules: dict[str, nn.Module] | None = None
+        self._few = True
         self.changed: set[str] = set()
         self._too_large: set[str] = set()
         self._too_large = {name for name, value in self._values().items() if _size(value) > MOST_VALUES}
@@ -99,29 +111,28 @@ class Collected:
         }
 
     def _modules(self) -> dict[str, nn.Module]:
-        """Modules that the author wrote, by what the names of their attributes begin with."""
-        model = getattr(self.owner, "model", None)
-        roots = {"model": model, **other_modules(self.owner, model)} if isinstance(model, nn.Module) else {}
-        return {
-            f"{root} {path}.": module
-            for root, each in roots.items()
-            for path, module in each.named_modules()
-            if not _is_foreign(type(module))
-        }
+        """Modules that the author wrote, by what the names of their attributes begin with; looked up anew in a rehearsal only."""
+        if self._own_modules is None or self._rehearsal:
+            model = getattr(self.owner, "model", None)
+            roots = {"model": model, **other_modules(self.owner, model)} if isinstance(model, nn.Module) else {}
+            self._own_modules = {
+                f"{root} {path}.": module
+                for root, each in roots.items()
+                for path, module in each.named_modules()
+                if not _is_foreign(type(module))
+            }
+            self._few = sum(len(_numbers_of(module)) for module in self._own_modules.values()) <= FEW_NUMBERS
+        return self._own_modules
 
     def _numbers_of_modules(self) -> dict[str, Any]:
-        """By name; in a rehearsal all of them, otherwise those that its passes have changed."""
-        wanted = None if self._rehearsal else {name for name in self.changed if " " in name}
-        if not (self._rehearsal or wanted):
-            return {}
-        return {
+        """By name; of many, outside of a rehearsal, those that its passes have changed."""
+        found = {
             f"{prefix}{name}": value
             for prefix, module in self._modules().items()
-            for name, value in vars(module).items()
-            if type(value) in (bool, int, float)
-            and name not in OF_EVERY_MODULE
-            and (wanted is None or f"{prefix}{name}" in wanted)
+            for name, value in _numbers_of(module).items()
         }
+        few = self._few or self._rehearsal
+        return {name: value for name, value in found.items() if few or name in self.changed}
 
     def _is_of_loop(self, kind: type) -> bool:
         return kind is object or kind.__module__.startswith(self._package)
@@ -136,43 +147,72 @@ class Collected:
             self._left_of[kind] = frozenset().union(*map(_attributes_of, of_loop))
         return self._left_of[kind]
 
-    def _values(self, large: bool = False) -> dict[str, Any]:
+    def _raw(self) -> dict[str, Any]:
+        """All attributes by name, but for the loop's; of modules, what may be a number."""
         found = {}
         for prefix, holder in self._holders().items():
             left = self._left(holder)
-            own = {name: value for name, value in vars(holder).items() if name not in left and not _is_special(name)}
-            found |= {f"{prefix}{name}": value for name, value in own.items() if _is_followed(value)}
-        found = {name: value for name, value in found.items() if large or name not in self._too_large}
-        return found | self._numbers_of_modules()
+            found |= {
+                f"{prefix}{name}": value
+                for name, value in vars(holder).items()
+                if name not in left and not _is_special(name)
+            }
+        for prefix, module in self._modules().items():
+            found |= {f"{prefix}{name}": value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
+        return found
+
+    def _values(self, large: bool = False) -> dict[str, Any]:
+        """What is followed of them. None is, as long as nothing else was seen in its place, not there yet."""
+        numbers = self._numbers_of_modules()
+        return numbers | {
+            name: value
+            for name, value in self._raw().items()
+            if " " not in name
+            and _is_followed(value)
+            and (value is not None or name in self.changed)
+            and (large or name not in self._too_large)
+        }
 
     def _set(self, values: dict[str, Any], gone: Iterable[str] = ()) -> None:
-        holders = self._holders()
-        if any(" " in name for name in [*values, *gone]):
-            holders |= self._modules()
+        holders = self._holders() | self._modules()
         for name in gone:
-            prefix, name = _cut(name)
-            delattr(holders[prefix], name)
+            prefix, own = _cut(name, holders)
+            delattr(holders[prefix], own)
         for name, value in values.items():
-            prefix, name = _cut(name)
-            if prefix in holders and vars(holders[prefix]).get(name, UNSET) is not value:
-                setattr(holders[prefix], name, value)
+            prefix, own = _cut(name, holders)
+            if vars(holders[prefix]).get(own, UNSET) is not value:
+                setattr(holders[prefix], own, value)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Around a pass that does not count."""
-        before = self._values()
+    def aside(self, of_modules: bool = True) -> Iterator[None]:
+        """Around a pass that does not count; what it does to numbers `of_modules` is undone, or stays."""
+        raw, before = self._raw(), self._values()
         roots = [vars(value) if isinstance(value, nn.Module) else value for value in before.values()]
         remembered = Remembered(*roots, leave=_is_left)
         try:
             yield
         finally:
-            kept, made = before, set()
-            if self._rehearsal:
-                self._rehearsal.note(self._digests())
-                made = self._rehearsal.made
-                kept = {name: before[name] for name in before.keys() & (self._rehearsal.there.keys() | made)}
+            kept, made, rehearsal = before, set(), self._rehearsal
+            if rehearsal:
+                rehearsal.note(self._digests())
+                now = self._raw()
+                rehearsal.lost |= {
+                    name for name in before if now.get(name) is not None and not self._follows(name, now[name])
+                }
+                made, raw = rehearsal.made, rehearsal.raw
+                kept = {name: before[name] for name in before.keys() & (rehearsal.there.keys() | made)}
             remembered.put_back()
-            self._set(kept, gone=self._values().keys() - kept.keys() - made)
+            new = self._values().keys() - kept.keys() - made
+            if not of_modules:
+                now = self._numbers_of_modules()
+                self.changed |= {name for name in now if now[name] != before.get(name)}
+                kept = {name: value for name, value in kept.items() if " " not in name}
+                new = {name for name in new if " " not in name}
+            self._set(kept | {name: raw[name] for name in new & raw.keys()}, gone=new - raw.keys())
+
+    @staticmethod
+    def _follows(name: str, value: Any) -> bool:
+        return type(value) in NUMBERS if " " in name else _is_followed(value)
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -180,11 +220,14 @@ class Collected:
 
         So weights that somebody remembers in the first pass are those that the run begins with, while counts begin at nothing.
         And large tensors that passes change are followed from then on: they are no data.
+
+        Raises ValueError where a pass puts something that cannot be followed in the place of what is.
         """
-        large = {name for name in self._too_large if _size(self._values(large=True)[name], of_tensor=1) <= MOST_VALUES}
+        values = self._values(large=True)
+        large = {name for name in self._too_large & values.keys() if _size(values[name], of_tensor=1) <= MOST_VALUES}
         self._too_large -= large
         self._rehearsal = Rehearsal()
-        self._rehearsal.there = self._digests()  # now that it takes all numbers into view
+        self._rehearsal.raw, self._rehearsal.there = self._raw(), self._digests()
         try:
             yield
         finally:
@@ -194,6 +237,12 @@ class Collected:
             moved = ended.moved - ended.left_alone
             self._too_large |= large - moved
             self.changed |= (ended.made & values.keys()) | {name for name in moved if " " in name}
+        if ended.lost:
+            name = min(ended.lost)
+            raise ValueError(
+                f"Expected {name!r} to stay what it is, a {type(ended.raw[name]).__name__}, but a pass made something of it that "
+                "cannot be followed from pass to pass. Keep a plain number there (.item(), float()), or register a buffer."
+            )
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -201,7 +250,7 @@ class Collected:
         before = self._digests()
         yield
         after = self._digests()
-        self.changed |= {name for name in after if after[name] != before.get(name)}
+        self.changed |= {name for name in before.keys() | after.keys() if after.get(name) != before.get(name)}
 
     def _digests(self) -> dict[str, bytes]:
         return {name: marshal.dumps(_picture(value, _as_digest), 2) for name, value in self._values().items()}
@@ -216,6 +265,7 @@ class Collected:
         """What passes have changed, as plain values and tensors; what the loop is told by `control` is not `saved`."""
         values = self._values(large=True)
         names = {name for name in self.changed & values.keys() if not (saved and name.startswith("control."))}
+        names -= set() if saved else self._too_large  # never change again
         pictures = {name: _picture(values[name], _as_tensor) for name in sorted(names)}
         return {name: ("left", each) if name in self._too_large else each for name, each in pictures.items()}
 
@@ -228,10 +278,16 @@ class Collected:
         self._set({name: _painted(picture, values.get(name)) for name, picture in pictures.items()})
 
 
-def _cut(name: str) -> tuple[str, str]:
-    """What the name of a holder begins with, and the attribute's."""
-    own = name.rpartition(".")[2]
-    return name.removesuffix(own), own
+def _cut(name: str, holders: Iterable[str]) -> tuple[str, str]:
+    """What the name of a holder begins with, and the attribute's, which may have dots in it."""
+    prefix = max((each for each in holders if name.startswith(each)), key=len)
+    return prefix, name.removeprefix(prefix)
+
+
+def _numbers_of(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value for name, value in vars(module).items() if type(value) in NUMBERS and name not in OF_EVERY_MODULE
+    }
 
 
 # ---- What is followed ----
@@ -265,11 +321,18 @@ def _is_followed(value: Any) -> bool:
 
 
 def _is_left(value: Any) -> bool:
-    """Whether a value is not looked into: others' objects, code, models, and parameters, whose memory is lent during a pass."""
+    """Whether a value is not looked into: others' objects, code, models, and what is trained, whose memory is lent during a pass."""
     if isinstance(value, Tensor):
-        return isinstance(value, nn.Parameter)
+        return isinstance(value, nn.Parameter) or (value.requires_grad and value.is_leaf)
     plain = type(value) in ATOMS or isinstance(value, np.ndarray | np.generic | dict | list | tuple | deque | set)
-    return not plain and not _attributes(value)
+    if plain or isinstance(value, nn.Module):
+        return not plain and not _attributes(value)
+    return _is_others(type(value))
+
+
+def _is_others(kind: type) -> bool:
+    """Of Python's own classes and of others' packages, or made of a class of theirs: a dataset, a trainer."""
+    return _is_foreign(kind) or any(each.__module__.partition(".")[0] in PACKAGES for each in kind.__mro__)
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -278,10 +341,25 @@ def _attributes(value: Any) -> dict[str, Any]:
         is_metric = isinstance(getattr(value, "_defaults", None), dict) and hasattr(value, "_update_count")
         names = [*value._defaults, "_update_count", "_computed"] if is_metric else []
         return {name: getattr(value, name) for name in names}
-    if _is_foreign(type(value)):
+    if _is_others(type(value)):
         return {}
-    slots = {slot.__name__: getattr(value, slot.__name__, UNSET) for slot in slots_of(type(value))}
-    return getattr(value, "__dict__", {}) | {name: each for name, each in slots.items() if each is not UNSET}
+    found = (
+        dict(object.__getattribute__(value, "__dict__"))
+        if hasattr(type(value), "__dict__") and _has_dict(value)
+        else {}
+    )
+    for slot in slots_of(type(value)):
+        with suppress(AttributeError):  # not set yet
+            found[slot.__name__] = slot.__get__(value)
+    return found
+
+
+def _has_dict(value: Any) -> bool:
+    try:
+        object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return False
+    return True
 
 
 def _size(value: Any, of_tensor: int | None = None) -> int:
@@ -320,24 +398,33 @@ def _as_tensor(tensor: Tensor) -> Any:
     return tensor.detach().cpu().clone()
 
 
-def _picture(value: Any, of_tensor: Any, inside: frozenset[int] = frozenset()) -> tuple:
-    """``(kind, content)``; of what cannot be followed nothing but its kind."""
-    if type(value) in (type(None), bool, int, float, complex, str, bytes):
+def _picture(value: Any, of_tensor: Any, inside: set[int] | None = None) -> tuple:
+    """``(kind, content)``; nothing but its kind of what cannot be followed, and of what is met a second time."""
+    if type(value) in PLAIN:
         return "value", value
+    if isinstance(value, Enum):
+        return "enum", [*_class_of(value), value.name]
     if isinstance(value, np.generic):
-        return "value", value.item()
+        return ("value", value.item()) if type(value.item()) in PLAIN else ("other",)
     if isinstance(value, np.ndarray) and value.dtype != object:
-        return "array", of_tensor(torch.from_numpy(np.array(value, copy=True)))
-    if isinstance(value, Tensor) and not _is_left(value) and value.layout is torch.strided:
-        return "tensor", of_tensor(value)
+        if value.dtype.kind in "biufc" and value.dtype.isnative and value.dtype != np.longdouble:
+            return "array", of_tensor(torch.from_numpy(np.array(value, copy=True)))
+        return ("other",) if value.dtype.names else ("bytes", [value.dtype.str, list(value.shape), value.tobytes()])
+    if isinstance(value, Tensor):
+        plain = value.layout is torch.strided and not (value.is_nested or value.is_meta or _is_left(value))
+        return ("tensor", of_tensor(value.resolve_conj().resolve_neg())) if plain else ("other",)
+    inside = set() if inside is None else inside
     if id(value) in inside:
         return ("other",)
-    inside |= {id(value)}
+    if not isinstance(value, tuple):
+        inside.add(id(value))
     if isinstance(value, dict):
         pairs = value.items()
         kind = "counter" if isinstance(value, Counter) else "dict"
+        if isinstance(value, defaultdict):
+            kind = f"dict {getattr(value.default_factory, '__name__', None)}"
         return kind, [[_picture(k, of_tensor, inside), _picture(v, of_tensor, inside)] for k, v in pairs]
-    if hasattr(value, "_fields"):
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
         return "named", [*_class_of(value), [_picture(each, of_tensor, inside) for each in value]]
     if isinstance(value, list | tuple | deque):
         kind = "tuple" if isinstance(value, tuple) else f"deque {value.maxlen}" if isinstance(value, deque) else "list"
@@ -356,8 +443,7 @@ def _class_of(value: Any) -> tuple[str, str]:
 
 def _find_class(module: str, name: str) -> type | None:
     """None for a class that cannot be found by its name."""
-    found = "<locals>" not in name and module in sys.modules
-    return reduce(getattr, name.split("."), sys.modules[module]) if found else None
+    return reduce(lambda holder, part: getattr(holder, part, None), name.split("."), sys.modules.get(module))
 
 
 def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
@@ -373,10 +459,26 @@ def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
         return content
     if kind in ("tensor", "array"):
         return _painted_tensor(content, value, kind)
+    if kind == "bytes":
+        dtype, shape, memory = content
+        return np.frombuffer(memory, dtype=dtype).reshape(shape).copy()
+    if kind == "enum":
+        *of_class, name = content
+        found = _find_class(*of_class) or type(value)
+        return found[name] if isinstance(found, EnumType) else value
     if value is None and make is not None:
         value = make()
-    if kind in ("dict", "counter"):
-        value = value if isinstance(value, dict) else Counter() if kind == "counter" else {}
+    if kind.startswith(("dict", "counter")):
+        factory = FACTORIES.get(kind.removeprefix("dict "))
+        value = (
+            value
+            if isinstance(value, dict)
+            else Counter()
+            if kind == "counter"
+            else defaultdict(factory)
+            if factory
+            else {}
+        )
         before = dict(value)
         value.clear()
         make = getattr(value, "default_factory", None)
@@ -393,8 +495,8 @@ def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
             return made(*(_painted(each, None) for each in parts))
         if type(value) is not made:
             value = object.__new__(made)  # made in a pass of another process
-        for name, each in parts:
-            setattr(value, name, _painted(each, getattr(value, name, None)))
+        for name, each in parts:  # of frozen ones, too
+            object.__setattr__(value, name, _painted(each, getattr(value, name, None)))
         return value
     return _painted_sequence(content, value, kind)
 
@@ -402,7 +504,8 @@ def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
 def _painted_tensor(content: Tensor, value: Any, kind: str) -> Any:
     if kind == "array":
         return content.numpy()
-    if isinstance(value, Tensor) and (value.shape, value.dtype) == (content.shape, content.dtype):
+    same = isinstance(value, Tensor) and (value.shape, value.dtype) == (content.shape, content.dtype)
+    if same and 0 not in value.stride():  # an expanded one cannot be written to
         with torch.no_grad():
             return value.copy_(content)
     return content.to(value.device) if isinstance(value, Tensor) else content.clone()

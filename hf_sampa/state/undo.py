@@ -109,7 +109,9 @@ def _tensor(tensor: Tensor) -> Part:
 
     def put_back() -> None:
         tensor.data = memory
-        own.copy_(content)
+        # What has not changed may be memory that cannot be written to, a mapped file.
+        if own.device.type != "cpu" or own.layout is not torch.strided or not torch.equal(own, content):
+            own.copy_(content)
 
     return put_back, ()
 
