@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
-from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, checkpoint
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
+from hf_sampa.checkpoints import checkpoint
 from hf_sampa.checks import check_trainer
 from hf_sampa.distributed.roles import Mesh, Role
 from tests import tiny

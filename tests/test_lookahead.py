@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hf_sampa import lookahead
+from hf_sampa.engine import lookahead
 from hf_sampa.engine.lookahead import PIECEWISE, look_ahead
 from tests import tiny
 

@@ -31,7 +31,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, evaluations, model_card, started
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
+from hf_sampa.cards import evaluations, model_card, started
 from hf_sampa.cards.evaluations import Evaluation
 from hf_sampa.cards.model_card import is_somebodys
 from hf_sampa.variants.directions import Smoothed

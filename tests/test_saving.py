@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
-from hf_sampa import SAMPaMixin, SAMPaTrainer, checkpoint, replaced
+from hf_sampa import SAMPaMixin, SAMPaTrainer
+from hf_sampa.checkpoints import checkpoint, replaced
 from hf_sampa.checkpoints.saved_weights import load_every_tensor
 from tests import tiny
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from hf_sampa import SAMPaTrainer, checkpoint
+from hf_sampa import SAMPaTrainer
+from hf_sampa.checkpoints import checkpoint
 from tests import tiny
 from tests.distributed.test_failures import rank
 from tests.ranks import run_ranks, start_ranks
