@@ -6,7 +6,11 @@ import copy
 import itertools
 import os
 import re
+from collections import defaultdict
+from dataclasses import dataclass
+from enum import Enum
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -599,3 +603,134 @@ class Domain(nn.Module):
 @pytest.mark.parametrize("trainer_class", [SAMPaTrainer, Anchored])
 def test_a_model_that_cannot_be_elsewhere(tmp_path, trainer_class):
     assert train(tmp_path, trainer_class, Domain)["steps"] == 5
+
+
+# ---- Attributes of odd kinds ----
+
+
+class Phase(Enum):
+    COLD, HOT = 1, 2
+
+
+@dataclass(frozen=True)
+class Record:
+    loss: float
+
+
+class Odd(SAMPaTrainer):
+    """Members of an Enum, as values and as keys, frozen records, names with dots, and a helper that holds the trainer."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.phase, self.counts, self.records = Phase.COLD, {Phase.COLD: 0, Phase.HOT: 0}, []
+        self.of_layers = defaultdict(list)
+        self.names, self.labels = None, np.array(["negative", "positive"])
+        setattr(self, "mean.of.losses", 0.0)
+        self.helper = Helper(self)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.counts[self.phase] += 1
+        self.records.append(Record(loss.item()))
+        self.of_layers["last"].append(loss.item())
+        setattr(self, "mean.of.losses", 0.5 * getattr(self, "mean.of.losses") + loss.item())
+        self.names = [*(self.names or []), str(len(self.records))]
+        self.phase = Phase.HOT
+        self.helper.calls += 1
+        return loss * (1 + 0.01 * self.counts[Phase.HOT] + 0.1 * getattr(self, "mean.of.losses"))
+
+
+class Helper:
+    def __init__(self, trainer):
+        self.trainer, self.calls = trainer, 0
+
+
+def odd(trainer):
+    same = trainer.phase is Phase.HOT and str(Phase.COLD) == "Phase.COLD" and trainer.helper.trainer is trainer
+    kept = [record.loss for record in trainer.records], trainer.names, trainer.helper.calls, dict(trainer.of_layers)
+    return same, kept, trainer.counts[Phase.COLD], trainer.counts[Phase.HOT]
+
+
+class NoneAtFirst(SAMPaTrainer):
+    """A teacher and an anchor that are None until the first pass."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher = self.anchor = None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.teacher is None:
+            self.teacher = copy.deepcopy(model).requires_grad_(False)
+            self.anchor = [param.detach().clone() for param in model.parameters()]
+        with torch.no_grad():
+            taught = self.teacher(**inputs).logits
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss + (model(**inputs).logits - taught).square().mean()
+
+
+def none_at_first(trainer):
+    return trainer.anchor, [param.detach() for param in trainer.teacher.parameters()]
+
+
+class PlainWeight(SAMPaTrainer):
+    """A trained tensor that is no Parameter."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.log_sigma = torch.zeros(2, requires_grad=True)
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.add_param_group({"params": [self.log_sigma]})
+        return optimizer
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * torch.exp(-self.log_sigma).sum() + self.log_sigma.sum()
+
+
+ODD = {
+    "odd": (Odd, tiny.bert, odd),
+    "none": (NoneAtFirst, tiny.bert, none_at_first),
+    "plain weight": (PlainWeight, tiny.bert, lambda trainer: trainer.log_sigma.detach()),
+}
+
+
+def all_odd(folder):
+    return {name: train(folder / name, kind, model, watch=watch) for name, (kind, model, watch) in ODD.items()}
+
+
+@pytest.mark.distributed
+def test_attributes_of_odd_kinds(tmp_path):
+    expected = all_odd(tmp_path / "one")
+    same, kept, cold, hot = expected["odd"]["watched"]
+    assert same and (cold, hot) == (1, 4) and len(kept[0]) == kept[2] == 5 and kept[1] == ["1", "2", "3", "4", "5"]
+    first = [param.detach() for param in tiny.bert().parameters()]
+    assert tiny.differing(expected["none"]["watched"], (first, first)) == []
+    for outcome in run_ranks(all_odd, 2, tmp_path / "two", folder=tmp_path):
+        assert tiny.differing(outcome, expected) == []
+
+
+def test_odd_attributes_after_a_resume(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "watch": odd}
+    expected = train(tmp_path / "whole", Odd, **settings)
+    resumed = train(tmp_path / "again", Odd, resume=str(tmp_path / "whole" / "checkpoint-3"), **settings)
+    assert tiny.differing(tiny.comparable(resumed), tiny.comparable(expected)) == []
+    assert not (tmp_path / "whole" / "checkpoint-6").exists() and (tmp_path / "again" / "checkpoint-5").exists()
+
+
+class BecomesTensor(Normalised):
+    mean = None
+
+    def __init__(self):
+        super().__init__()
+        self.mean = 1.0
+
+    def forward(self, input_ids, labels):
+        outputs = self.inner(input_ids=input_ids, labels=labels)
+        self.mean = 0.9 * self.mean + 0.1 * outputs.loss.detach()
+        return {"loss": outputs.loss / self.mean, "logits": outputs.logits}
+
+
+def test_a_number_that_becomes_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Expected 'model .mean' to stay what it is, a float.*or register a buffer"):
+        train(tmp_path, model=BecomesTensor)
