@@ -343,23 +343,13 @@ def _attributes(value: Any) -> dict[str, Any]:
         return {name: getattr(value, name) for name in names}
     if _is_others(type(value)):
         return {}
-    found = (
-        dict(object.__getattribute__(value, "__dict__"))
-        if hasattr(type(value), "__dict__") and _has_dict(value)
-        else {}
-    )
+    found: dict[str, Any] = {}
+    with suppress(AttributeError):  # not by getattr, which may be the author's own
+        found |= object.__getattribute__(value, "__dict__")
     for slot in slots_of(type(value)):
         with suppress(AttributeError):  # not set yet
             found[slot.__name__] = slot.__get__(value)
     return found
-
-
-def _has_dict(value: Any) -> bool:
-    try:
-        object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return False
-    return True
 
 
 def _size(value: Any, of_tensor: int | None = None) -> int:
