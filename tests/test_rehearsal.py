@@ -29,6 +29,14 @@ def train(folder, trainer_class=SAMPaTrainer, model=tiny.bert, resume=None, watc
     return outcome if watch is None else {**outcome, "watched": watch(trainer)}
 
 
+def check_two_and_plain(folder, trainer_class, plain_class, expected):
+    """Two processes end as one did, and without perturbation and look-ahead it is plain Trainer."""
+    for outcome in run_ranks(train, 2, folder / "two", trainer_class, folder=folder):
+        assert tiny.differing(outcome, expected) == []
+    zero = train(folder / "zero", trainer_class, rho=0.0, lmbda=0.0)["weights"]
+    assert tiny.differing(zero, train(folder / "plain", plain_class)["weights"]) == []
+
+
 class HiddenTeacher(nn.Module):
     """A moving teacher in a list, where no module has it."""
 
@@ -493,11 +501,7 @@ def test_a_gradient_that_is_set_to_none_is_none(tmp_path):
     expected = train(tmp_path / "one", SAMPaCancelled)
     kept = {name: value for name, value in tiny.bert().state_dict().items() if name.startswith("classifier")}
     assert tiny.differing({name: expected["weights"][name] for name in kept}, kept) == []
-    for outcome in run_ranks(train, 2, tmp_path / "two", SAMPaCancelled, folder=tmp_path):
-        assert tiny.differing(outcome, expected) == []
-    zero = {"rho": 0.0, "lmbda": 0.0}
-    plain = train(tmp_path / "plain", Cancelled)["weights"]
-    assert tiny.differing(train(tmp_path / "zero", SAMPaCancelled, **zero)["weights"], plain) == []
+    check_two_and_plain(tmp_path, SAMPaCancelled, Cancelled, expected)
 
 
 class LateCancelled(SAMPaTrainer):
@@ -579,12 +583,7 @@ class SAMPaReplaced(SAMPaMixin, Restored):
 @pytest.mark.distributed
 @pytest.mark.parametrize("trainer_class", [SAMPaRestored, SAMPaReplaced])
 def test_one_that_puts_it_back_is_not(tmp_path, trainer_class):
-    expected = train(tmp_path / "one", trainer_class)
-    for outcome in run_ranks(train, 2, tmp_path / "two", trainer_class, folder=tmp_path):
-        assert tiny.differing(outcome, expected) == []
-    zero = {"rho": 0.0, "lmbda": 0.0}
-    plain = train(tmp_path / "plain", Restored)["weights"]
-    assert tiny.differing(train(tmp_path / "zero", trainer_class, **zero)["weights"], plain) == []
+    check_two_and_plain(tmp_path, trainer_class, Restored, train(tmp_path / "one", trainer_class))
 
 
 class Domain(nn.Module):

@@ -39,9 +39,9 @@ NUMBERS = (bool, int, float)
 FACTORIES = {kind.__name__: kind for kind in (list, dict, set, int, float)}
 # Objects of these packages, and of Python's own, are not looked into: they are theirs, and may be large.
 FOREIGN = {"torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "huggingface_hub", "hf_sampa"}
-OF_EVERY_MODULE = vars(nn.Module()).keys()
-PACKAGES = frozenset(FOREIGN)
+PACKAGES = frozenset(FOREIGN)  # nor are objects that are made of a class of theirs
 FOREIGN |= sys.stdlib_module_names - {"__main__"}
+OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 class Rehearsal:
