@@ -20,14 +20,12 @@ from .checks import check_settings_kept, check_trainable
 from .data import INDICES, MicroBatch, UpdateBatch
 from .distributed import Role, check_repeatable
 from .engine import (
-    MSAM,
     SAM,
-    MSAMPa,
+    Placement,
     SAMPa,
     SampleView,
-    ShardedSAMPa,
+    Shared,
     SharedGradScaler,
-    TwoLossSAMPa,
     check_classes,
     check_separable,
     logits_of,
@@ -81,7 +79,6 @@ class StepMixin:
     def _engine(self, max_steps: int) -> SAMPa | SAM:
         # A copy, so that a recipe of one's own begins every run as it was made.
         recipe = copy.deepcopy(self._recipe) if self._recipe else self.args.recipe()
-        sharded_batch = recipe.samples.sharded
         common = {
             "rho": self.args.rho,
             "others": other_modules(self, self.model),
@@ -95,16 +92,12 @@ class StepMixin:
         }
         if self.accelerator.scaler is not None:
             common["unscale"] = self.accelerator.scaler.inverse_scale
-        if self.args.method == "sam":
-            return (MSAM if sharded_batch else SAM)(self.model, self.optimizer.optimizer, self._exchange, **common)
         if self.args.shard_optimizer:
-            recipe.check_shared_optimizer()
             check_separable(self.optimizer.optimizer)  # on one process, too, so that what starts there starts on two
-        sharded = self.args.shard_optimizer and self.args.mesh.paired
-        kind = (
-            TwoLossSAMPa if recipe.loss.separate else MSAMPa if sharded_batch else ShardedSAMPa if sharded else SAMPa
-        )
-        return kind(
+        common["placement"] = Shared if self.args.shard_optimizer and self.args.world_size > 1 else Placement
+        if self.args.method == "sam":
+            return SAM(self.model, self.optimizer.optimizer, self._exchange, **common)
+        return SAMPa(
             self.model,
             self.optimizer.optimizer,
             self._exchange,
@@ -392,12 +385,12 @@ class StepMixin:
     # ---- After the passes ----
 
     def _clip_grad_norm(self, model):
-        if isinstance(self.sampa, ShardedSAMPa):
-            return self.sampa.clip_grad_norm_(self.args.max_grad_norm)
+        if self.sampa is not None and self.sampa.placement.shared:
+            return self.sampa.placement.clip_grad_norm_(self.sampa.reached, self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None and isinstance(self.sampa, ShardedSAMPa):
-            grad_norm = self.sampa.grad_norm()
+        if grad_norm is None and self.sampa.placement.shared:
+            grad_norm = self.sampa.placement.grad_norm(self.sampa.reached)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return float("nan") if self.sampa.skipped_in_a_row else norm

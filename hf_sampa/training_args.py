@@ -46,8 +46,8 @@ class SAMPaArgumentsMixin:
         lmbda (`float`, *optional*):
             Weight of the look-ahead gradient, 0 to 1. Denoted as lambda in the paper. 0.2 by default. SAM does not use it.
         shard_optimizer (`bool`, defaults to `False`):
-            Whether the processes of a pair update, and hold the optimizer state of, half of the parameters each. Only for
-            `"sampa"`, and for optimizers that treat every parameter on its own.
+            Whether the processes of a pair, or for `"sam"` all processes, share one optimizer: each updates, and holds the state
+            of, its part of the parameters. Only for optimizers that treat every parameter on its own.
         overlap_exchange (`bool`, defaults to `True`):
             Whether gradients travel while backward is still running.
         diagnostics_steps (`int`, defaults to 0):
@@ -96,8 +96,9 @@ class SAMPaArgumentsMixin:
     shard_optimizer: bool = field(
         default=False,
         metadata={
-            "help": "Let each process of a SAMPa pair update half of the parameters and hold half of the optimizer state: "
-            "less memory than AdamW, the same numbers. One process alone has nothing to share."
+            "help": "Let the two processes of a pair (with method=sam: all processes) share one optimizer, each updating its "
+            "part of the parameters and holding that part of the state: less memory, the same numbers. One process alone has "
+            "nothing to share."
         },
     )
     overlap_exchange: bool = field(
@@ -186,11 +187,6 @@ class SAMPaArgumentsMixin:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {steps!r}.")
         self._check_variant(find(self.variant))
-        if self.shard_optimizer and self.method == "sam":
-            raise ValueError(
-                "shard_optimizer: expected method='sampa', whose processes work in pairs that can share an optimizer, got "
-                "method='sam'. Leave shard_optimizer out."
-            )
         if "lomo" in self.optim or self.optim.endswith("_layerwise"):
             raise ValueError(
                 f"optim: expected an optimizer whose step comes after backward, got {str(self.optim.value)!r}, which updates "
@@ -204,7 +200,7 @@ class SAMPaArgumentsMixin:
 
     def _check_variant(self, chosen: Variant) -> None:
         self.variant_args = chosen.complete(self.variant_args)
-        recipe = chosen.recipe(self.variant_args)
+        chosen.recipe(self.variant_args)  # refuses arguments that do not go together
         if self.method not in (*chosen.timings, "adamw"):
             raise ValueError(
                 f"method: expected {chosen.timings[0]!r} for variant {chosen.name!r}, because {chosen.why}; got "
@@ -215,8 +211,6 @@ class SAMPaArgumentsMixin:
                 f"lmbda: expected {chosen.lmbda:g}, which is what variant {chosen.name!r} is, got {self.lmbda:g}. Leave it "
                 "out, or leave the variant out."
             )
-        if self.shard_optimizer:
-            recipe.check_shared_optimizer()
 
 
 @dataclass

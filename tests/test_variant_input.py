@@ -85,10 +85,6 @@ REFUSED = {
         {"variant": "optgd", "lmbda": 0.2},
         r"lmbda: expected 1, which is what variant 'optgd' is, got 0.2\. Leave it out",
     ),
-    "shared optimizer": (
-        {"variant": "asam", "shard_optimizer": True},
-        r"shard_optimizer: expected variant 'sam'.*got another direction\. Leave one of them out",
-    ),
 }
 
 

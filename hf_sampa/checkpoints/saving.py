@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from ..cards import bound, computation, plain
 from ..data import UpdateBatch, UpdateStream
 from ..distributed import Exchange
-from ..engine import SAMPa, ShardedSAMPa
+from ..engine import SAMPa
 from ..state import Collected, stood_in
 from . import checkpoint, saved_weights
 from .replaced import replacing
@@ -211,7 +211,7 @@ class SavingMixin:
             )
         if self._exchange is None:
             self._connect()
-            self.sampa.exchange = self.sampa.forward_state.exchange = self._exchange
+            self.sampa.connect(self._exchange)
             self._collected.exchange = self._exchange
 
     def _to_save(self, folder: Path) -> dict[str, Any] | None:
@@ -307,7 +307,7 @@ class SavingMixin:
             checkpoint.write(Path(output_dir), **self._content)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        with self.sampa.whole_optimizer() if isinstance(self.sampa, ShardedSAMPa) else nullcontext():
+        with self.sampa.placement.whole_optimizer():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir):

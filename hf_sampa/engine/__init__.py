@@ -4,28 +4,25 @@ Start with `sampa.py`, which is Algorithm 2 of the paper; `hf_sampa.functional` 
 """
 
 from .buckets import Buckets
-from .msam import MSAM, MSAMPa, TwoLossSAMPa
 from .passes import StepReport
 from .per_sample import SampleView, check_classes, logits_of, recipe_loss
+from .placement import Placement, Shared, check_separable
 from .precision import SharedGradScaler
 from .sam import SAM
 from .sampa import SAMPa
-from .sharding import ShardedSAMPa, check_separable
 from .trained import Trained
 
 
 __all__ = [
-    "MSAM",
     "SAM",
     "Buckets",
-    "MSAMPa",
+    "Placement",
     "SAMPa",
     "SampleView",
-    "ShardedSAMPa",
+    "Shared",
     "SharedGradScaler",
     "StepReport",
     "Trained",
-    "TwoLossSAMPa",
     "check_classes",
     "check_separable",
     "logits_of",

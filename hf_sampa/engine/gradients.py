@@ -1,6 +1,6 @@
 """One gradient at a time: forward and backward at displaced weights, in buckets that travel while backward still runs.
 
-Nothing here knows of Trainer: `gradient` runs one micro-batch of a `Batch` forward and backward and returns its share of
+Nothing here knows of Trainer: a `Backward` runs one micro-batch of a `Batch` forward and backward and returns its share of
 the batch's mean loss.
 """
 
@@ -21,20 +21,21 @@ from ..functional import NORM_GUARD, displacement_dot_
 from ..state import ForwardState, fingerprint, fingerprint_of_bits
 from .buckets import Buckets, GradientRecorder
 from .passes import Batch, Found, Pass
+from .placement import Placement
 from .trained import Trained
 
 
 logger = logging.getLogger(__name__)
 
-Gradient = Callable[..., Tensor]
+Backward = Callable[..., Tensor]
 TRIAL_STEPS = 3  # with finite gradients, one after the other
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Of the buckets of one gradient."""
 
-    only: Sequence[bool] | None  # parameters that are wanted
+    only: Sequence[bool] | None = None  # parameters that are wanted
 
     norms: list[Tensor] = field(default_factory=list)  # of each bucket of the model's
     other_norms: list[Tensor] = field(default_factory=list)  # of each bucket of other weights
@@ -61,13 +62,17 @@ class Gradients:
             compiled once more for every choice.
 
     Attributes:
+        placement: where all these numbers are; set by who knows the base optimizer.
         forward_state: buffers and whatever else forward changes.
         reported: the role whose passes are, in the step in progress, those whose loss is reported; None: no pass is.
         digest_of_rest: stands for what passes leave besides gradients and the forward state,
         share_rest: makes it the same on both halves of a pair, where
         rest_differs says so: whether the two had different ones when numbers were last shared.
+        receives: whether the other role's gradient is on its way during a pass.
     """
 
+    placement: Placement
+    receives = True
     reported: Role | None = None
     digest_of_rest: Callable[[], int] = staticmethod(lambda: 0)
     share_rest: Callable[[], None] = staticmethod(lambda: None)
@@ -87,61 +92,57 @@ class Gradients:
         self.names, self.params, self.of_model = trained.names, trained.params, trained.of_model
         self.forward_state = ForwardState({"": model, **(others or {})}, self.params, exchange)
         self.exchange, self.unscale, self.partial_backward = exchange, unscale, partial_backward
-        self.perturbed_grads = self._buckets()  # g~_t, then G_t
-        self.ascent_grads = self._buckets()  # g_t, then displaced weights, then the other role's gradient
+        self.perturbed_grads = self.buckets()  # g~_t, then G_t
+        self.ascent_grads = self.buckets()  # g_t, then displaced weights, then the other role's gradient
         self._recorder = GradientRecorder(self.params, overlap)
         # Steps that have yet to show that backward reads no weight whose gradient is complete: autograd cannot tell of all.
         self._trial = TRIAL_STEPS if overlap else 0
         self.first_pass, self._overlap = True, overlap  # the first pass shows how gradients come
         self._displacement: float | Tensor = 0.0  # ||x~_t - x_t||
 
-    def _norms(self, grads: Buckets) -> tuple[Tensor, Tensor]:
-        """Euclidean norms ``()`` over all weights and over the model's."""
-        norms = [torch.linalg.vector_norm(flat) for flat in grads.flats]
-        of_model = [norm for norm, members in zip(norms, grads.members, strict=True) if members[0] < self.of_model]
-        return _norm(norms), _norm(of_model)
-
-    def _buckets(self) -> Buckets:
+    def buckets(self) -> Buckets:
         """Room for one number per trained weight; the model's and others in buckets of their own, with norms of their own."""
         return Buckets(self.params, cut_at=self.of_model)
 
+    def connect(self, exchange: Exchange) -> None:
+        """Reach the other processes by `exchange` from here on."""
+        self.exchange = self.forward_state.exchange = self.placement.exchange = exchange
+
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off model and optimizer."""
         self._recorder.close()
+        self.placement.close()
 
     @contextmanager
     def displaced(self, weights: Buckets, keep_statistics: bool = False) -> Iterator[list[Tensor]]:
-        """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit.
+        """Within the block the model holds `weights`; afterwards, whatever happened, it holds x_t, bit for bit. Gives x_t.
 
         Running statistics, and whatever else forward changes, come from one pass per batch, that of the LOOKAHEAD role:
         with `keep_statistics`, what the block leaves behind in them is undone.
         """
-        x = [param.data for param in self.params]
         with self.forward_state.kept() if keep_statistics else nullcontext():
+            x = self.placement.move(weights)
             try:
-                for param, moved in zip(self.params, weights.views, strict=True):
-                    param.data = moved
                 yield x
             finally:
-                for param, own in zip(self.params, x, strict=True):
-                    param.data = own
+                self.placement.move_back(x)
 
-    def _gradient_at(
+    def gradient_at(
         self,
         weights: Buckets,
         role: Role,
         batch: Batch,
-        gradient: Gradient,
+        backward: Backward,
         into: Buckets,
         *,
         only: Sequence[bool] | None = None,
         keep_statistics: bool = False,
         local: bool = False,
     ) -> Found:
-        """As `_gradient`, at `weights`, which then holds the other role's gradient."""
+        """As `gradient`, at `weights`, which then holds the other role's gradient."""
         try:
             with self.displaced(weights, keep_statistics) as x:
-                return self._gradient(role, batch, gradient, into, weights, x, only, local)
+                return self.gradient(role, batch, backward, into, weights, x, only, local)
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
@@ -151,11 +152,11 @@ class Gradients:
                 "reentrant checkpointing do this: set overlap_exchange=False, which sends gradients after backward."
             ) from error
 
-    def _gradient(
+    def gradient(
         self,
         role: Role,
         batch: Batch,
-        gradient: Gradient,
+        backward: Backward,
         into: Buckets,
         weights: Buckets | None = None,
         x: list[Tensor] | None = None,
@@ -168,7 +169,7 @@ class Gradients:
         taken for constants, their gradient for zero. A `local` gradient is neither averaged nor sent. On trial, a weight becomes NaN as soon
         as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
         """
-        sums = _Sums(only)
+        sums = Sums(only)
         listening = self._listen()
         on_full = partial(self._send, role=role, into=into, weights=weights, x=x, local=local, sums=sums)
         self._recorder.start(into)
@@ -177,17 +178,17 @@ class Gradients:
         with record_function("SAMPa.gradient"), self._frozen(only), self.forward_state.noted():
             for i, micro_batch in enumerate(micro_batches):
                 with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
-                    losses.append(gradient(micro_batch, role))
+                    losses.append(backward(micro_batch, role))
         for start in sums.held_back:
             start()
         self.exchange.finish()
         if listening and any(self._recorder.used):
             self._heard()
-        loss, norm = torch.stack(losses).sum().double(), _norm(sums.norms + sums.other_norms)
+        loss, (norm, of_model) = torch.stack(losses).sum().double(), self.norms(sums)
         dot = torch.stack(sums.dots or [torch.zeros_like(loss)]).double().sum() / (self._displacement + NORM_GUARD)
         used = self._recorder.used
         wanted = used if only is None else [a and b for a, b in zip(used, only, strict=True)]
-        return Found(batch.fingerprint, loss, norm, dot, wanted, _norm(sums.norms) if sums.other_norms else norm)
+        return Found(batch.fingerprint, loss, norm, dot, wanted, of_model)
 
     def _listen(self) -> bool:
         """In the first pass of a run nothing travels before backward is through; returns whether this is that pass."""
@@ -214,9 +215,9 @@ class Gradients:
         weights: Buckets | None,
         x: list[Tensor] | None,
         local: bool,
-        sums: _Sums,
+        sums: Sums,
     ) -> None:
-        """Let a full bucket go on its way, or, on trial, hold it back until backward is through; see `_gradient`."""
+        """Let a full bucket go on its way, or, on trial, hold it back until backward is through; see `gradient`."""
         members, grad = into.members[bucket], into.flats[bucket]
         for i in members if sums.only and not self.partial_backward else []:
             if not sums.only[i]:
@@ -230,13 +231,10 @@ class Gradients:
                 moved = [weights.views[i] for i in members]
                 sums.dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
 
-        # `ready` must not know of `sums`, which may hold it: a cycle would keep `grad` in memory
-        norms = sums.norms if members[0] < self.of_model else sums.other_norms
-
-        def ready() -> None:
-            norms.append(torch.linalg.vector_norm(grad))
-
-        start = ready if local else partial(self._start_exchange, bucket, into, weights, ready)
+        ready = self.norm_of(bucket, into, sums)
+        start = (
+            ready if local else partial(self.placement.travel, bucket, into, weights if self.receives else None, ready)
+        )
         if weights is not None and self._trial:
             weights.flats[bucket].fill_(float("nan"))
             sums.held_back.append(start)
@@ -255,9 +253,16 @@ class Gradients:
             for param in frozen:
                 param.requires_grad_(True)
 
-    def _start_exchange(self, bucket: int, into: Buckets, weights: Buckets | None, ready: Callable[[], None]) -> None:
-        theirs = None if weights is None else weights.flats[bucket]
-        self.exchange.start(into.flats[bucket], theirs, ready=ready)
+    def norm_of(self, bucket: int, grads: Buckets, sums: Sums) -> Callable[[], None]:
+        """What adds the norm of a bucket to `sums`, once it is the mean; that of other weights to one of their own."""
+        # Must not know of `sums`, which may hold it: a cycle would keep the gradient in memory.
+        norms, grad = sums.norms if grads.members[bucket][0] < self.of_model else sums.other_norms, grads.flats[bucket]
+        return lambda: norms.append(torch.linalg.vector_norm(grad))
+
+    def norms(self, sums: Sums) -> tuple[Tensor, Tensor]:
+        """Euclidean norms ``()`` over all weights and over the model's."""
+        norm = self.placement.norm(sums.norms + sums.other_norms)
+        return norm, self.placement.norm(sums.norms) if sums.other_norms else norm
 
     def _share(self, passes: dict[Role, Found]) -> dict[Role, Pass]:
         """Tell all ranks what this one found in each role it plays; one small all-gather and one host-device sync.
@@ -300,7 +305,3 @@ class Gradients:
     def settings(self) -> dict[str, float]:
         """What the step is computed with and may change between steps; equal on all ranks."""
         return {}
-
-
-def _norm(norms: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(norms).double())

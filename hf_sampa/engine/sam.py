@@ -13,8 +13,9 @@ from torch.profiler import record_function
 
 from ..distributed import Role
 from ..variants import Moment
+from .ascents import ShardAscents
 from .buckets import Buckets
-from .gradients import Gradient
+from .gradients import Backward
 from .passes import Batch, Found, Pass, StepReport
 from .sharpness_aware import SharpnessAware
 
@@ -25,7 +26,8 @@ class SAM(SharpnessAware):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # x~_t takes the place of g_t, unless the recipe mixes g_t with g~_t.
-        self._x_tilde = self._buckets() if self.recipe.mixing.needs_ascent else self.ascent_grads
+        self._x_tilde = self.buckets() if self.recipe.mixing.needs_ascent else self.ascent_grads
+        self._shards = ShardAscents(self) if self.recipe.samples.sharded else None
         self._teacher: Buckets | None = None  # running mean of the weights, for losses that ask for it
 
     @property
@@ -33,12 +35,14 @@ class SAM(SharpnessAware):
         """Whether g_t is taken on B_{t+1}."""
         return self.recipe.samples.next_batch
 
-    def step(self, batch: Batch, next_batch: Batch | None, gradient: Gradient) -> StepReport:
+    def step(self, batch: Batch, next_batch: Batch | None, backward: Backward) -> StepReport:
         """One step from x_t with B_t; leaves G_t in ``.grad``. B_{t+1} is for recipes that ask for it; None after the last."""
+        if self._shards:
+            return self._step_in_shards(self._shards, batch, backward)
         recipe, now, found = self.recipe, self.now(batch), {}
         ascends = recipe.when.reads_gradient or recipe.when(now, None)
         ascent = norm = before = None
-        self._learn(now)
+        self.learn(now)
         self._teach(batch)
         self.reported = None
         batch = self._chosen(batch, now)
@@ -46,7 +50,7 @@ class SAM(SharpnessAware):
         if self.reported is Role.LOOKAHEAD:
             # g_t = grad f(x_t; B_t)
             source = next_batch if recipe.samples.next_batch and next_batch is not None else batch
-            found[Role.LOOKAHEAD] = self._ascent_gradient(source, gradient, ascends, now)
+            found[Role.LOOKAHEAD] = self._ascent_gradient(source, backward, ascends, now)
             norm = found[Role.LOOKAHEAD].norm
             before = self._seen(batch, now)
         if found and recipe.waits:
@@ -59,31 +63,39 @@ class SAM(SharpnessAware):
             return self._base_step(ascent, found, now)
         # x~_t = x_t + eps_t; eps_t = rho g_t / ||g_t||, or what the recipe makes of g_t
         with record_function("SAMPa.displace"):
-            self._ascend(self.ascent_grads, norm, self._x_tilde, now)
+            self.ascend(self.ascent_grads, norm, self._x_tilde, now)
         # g~_t = grad f(x~_t; B_t)
-        found[Role.PERTURBED] = self._perturbed_gradient(batch, gradient, before, now, keep_statistics=bool(found))
+        found[Role.PERTURBED] = self._perturbed_gradient(batch, backward, before, now, keep_statistics=bool(found))
         return self._descend(found, now)
 
-    def _ascent_gradient(self, batch: Batch, gradient: Gradient, ascends: bool, now: Moment) -> Found:
+    def _step_in_shards(self, shards: ShardAscents, batch: Batch, backward: Backward) -> StepReport:
+        """mSAM: a perturbation for every shard of B_t."""
+        self.reported = Role.LOOKAHEAD
+        at_x, found = shards.in_turn(batch, backward)
+        shared = self._share({Role.LOOKAHEAD: at_x, Role.PERTURBED: found})
+        ascent, perturbed = shared[Role.LOOKAHEAD], shared[Role.PERTURBED]
+        return self._finish(ascent, perturbed, ascent.loss, perturbed.used, skipped=not perturbed.finite)
+
+    def _ascent_gradient(self, batch: Batch, backward: Backward, ascends: bool, now: Moment) -> Found:
         recipe = self.recipe
         # Where nothing but the perturbation is made of g_t, backward need not compute what the mask leaves out.
         alone = ascends and not recipe.when.reads_gradient and not recipe.mixing.needs_ascent
         only = self._keeps(now) if alone or recipe.mask.descent else None
-        return self._gradient(Role.LOOKAHEAD, batch, gradient, self.ascent_grads, only=only)
+        return self.gradient(Role.LOOKAHEAD, batch, backward, self.ascent_grads, only=only)
 
     def _perturbed_gradient(
-        self, batch: Batch, gradient: Gradient, before: Tensor | None, now: Moment, keep_statistics: bool
+        self, batch: Batch, backward: Backward, before: Tensor | None, now: Moment, keep_statistics: bool
     ) -> Found:
         recipe = self.recipe
         if recipe.samples.looks_again:
             with self.displaced(self._x_tilde, keep_statistics=True):
                 self.samples.look(batch)
             batch = self.samples.narrowed(batch, recipe.samples.narrow(before, self.samples.losses(batch), now))
-        found = self._gradient_at(
+        found = self.gradient_at(
             self._x_tilde,
             Role.PERTURBED,
             batch,
-            gradient,
+            backward,
             self.perturbed_grads,
             only=self._keeps(now) if recipe.mask.descent else None,
             keep_statistics=keep_statistics,
@@ -106,7 +118,7 @@ class SAM(SharpnessAware):
         """G_t is g_t, with what the recipe stored of earlier steps."""
         ascent = ascent or self._share(found)[Role.LOOKAHEAD]
         if ascent.finite:
-            self.perturbed_grads.swap(self.ascent_grads, self.owned)
+            self.perturbed_grads.swap(self.ascent_grads, self.placement.landed)
             with torch.no_grad():
                 self.recipe.mixing.reuse(self.perturbed_grads.views, now)
         used = self.recipe.mixing.reached(ascent.used, None)
@@ -140,7 +152,7 @@ class SAM(SharpnessAware):
         if decay is None:
             return
         if self._teacher is None:
-            self._teacher = self._buckets()
+            self._teacher = self.buckets()
             torch._foreach_copy_(self._teacher.views, self.params)
         torch._foreach_lerp_(self._teacher.views, self.params, 1 - decay)
         with self.displaced(self._teacher, keep_statistics=True):
@@ -155,6 +167,6 @@ class SAM(SharpnessAware):
     def load_recipe_state(self, state: dict[str, Any]) -> None:
         super().load_recipe_state(state)
         if "teacher" in state:
-            self._teacher = self._buckets()
+            self._teacher = self.buckets()
             for view, own in zip(self._teacher.views, state["teacher"], strict=True):
                 view.copy_(own)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch.profiler import record_function
 from ..distributed import Role
 from ..functional import NORM_GUARD, interpolate_
 from ..variants import Moment
+from .ascents import Ascents, ascents_of
 from .buckets import Buckets
-from .gradients import Gradient
+from .gradients import Backward
 from .lookahead import LOOK_AHEAD_TRIALS, look_ahead
 from .passes import Batch, Found, Pass, StepReport
 from .sharpness_aware import SharpnessAware
@@ -44,15 +46,17 @@ class SAMPa(SharpnessAware):
         self.ascent: Pass | None = None  # what belongs to the g_t in `ascent_grads`; None: there is no g_t
         # One process that plays both roles needs g_t for the look-ahead after it has been at x~_t.
         paired = self.exchange.mesh.paired
-        self._x_tilde = self.ascent_grads if paired else self._buckets()
-        self._lookahead_grads = self.perturbed_grads if paired else self._x_tilde
+        self.x_tilde = self.ascent_grads if paired else self.buckets()
+        self.lookahead_grads = self.perturbed_grads if paired else self.x_tilde
         # A recipe that mixes g_t with g~_t needs it after its place was given away.
-        self._g = self._buckets() if self.recipe.mixing.needs_ascent else None
-        self._moment = Moment()
+        self._g = self.buckets() if self.recipe.mixing.needs_ascent else None
+        if self._g:
+            self.placement.keep_landed(self._g)
+        self.ascents: Ascents = ascents_of(self.recipe)(self)
+        self.moment = Moment()
         self._lookahead_trials = LOOK_AHEAD_TRIALS  # yet to come
-        self._lookahead_runs = True  # beside the perturbed pass, so that there is a gradient to receive
 
-    def step(self, batch: Batch, next_batch: Batch | None, gradient: Gradient) -> StepReport:
+    def step(self, batch: Batch, next_batch: Batch | None, backward: Backward) -> StepReport:
         """One step from x_t with B_t and B_{t+1}; leaves G_t in ``.grad`` and carries g_{t+1}.
 
         After the last batch of all there is no B_{t+1}, and G_t is g~_t.
@@ -61,18 +65,18 @@ class SAMPa(SharpnessAware):
         self.reported = None
         if self.ascent is None:
             self.starting = True
-            self.ascent = self._start(batch, gradient)  # g_0 = grad f(x_0; B_0)
+            self.ascent = self._start(batch, backward)  # g_0 = grad f(x_0; B_0)
             self.starting = False
             self.share_rest()
         # Until this step is through, there is no g_t to go on with.
         ascent, self.ascent = self.ascent, None
         if not ascent.finite:
             return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
-        self._moment = self.now(batch)
+        self.moment = self.now(batch)
         if next_batch is None:
-            return self._last_step(ascent, batch, gradient)
+            return self._last_step(ascent, batch, backward)
         self.reported = Role.LOOKAHEAD
-        shared = self._share(self._two_gradients(ascent, batch, next_batch, gradient))
+        shared = self._share(self._two_gradients(ascent, batch, next_batch, backward))
         perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
         self._check_pairing(ascent, perturbed)
         skipped = not (perturbed.finite and lookahead.finite)
@@ -82,76 +86,62 @@ class SAMPa(SharpnessAware):
             self.ascent = lookahead
         return self._finish(ascent, perturbed, lookahead.loss, used, skipped)
 
-    def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, gradient: Gradient) -> dict[Role, Found]:
+    def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, backward: Backward) -> dict[Role, Found]:
         """g~_t and g_{t+1}, by the processes whose role it is; g_{t+1} takes the place of g_t on all."""
         found = {}
-        self._keep_ascent()
+        self.ascents.expect(next_batch)
+        self._prepare(ascent)
         if Role.PERTURBED in self.roles:
-            found[Role.PERTURBED] = self._gradient_at_perturbed(ascent, batch, gradient)
+            # x~_t = x_t + eps_t, g~_t = grad f(x~_t; B_t)
+            found[Role.PERTURBED] = self.ascents.perturbed(ascent, batch, backward)
         if Role.LOOKAHEAD in self.roles:
             # y_{t+1} = U_{m_t}(x_t, g_t), m_t kept as it was
-            y, g_next = self._look_ahead(ascent), self._lookahead_grads
+            self.placement.look_ahead(partial(self._write_lookahead, ascent))
+            y, g_next = self.ascent_grads, self.lookahead_grads
             # g_{t+1} = grad f(y_{t+1}; B_{t+1})
-            found[Role.LOOKAHEAD] = self._gradient_at(y, Role.LOOKAHEAD, next_batch, gradient, g_next)
-            self.ascent_grads.swap(g_next, self.owned)
+            found[Role.LOOKAHEAD] = self.ascents.taken(next_batch, backward, g_next, y)
+            self.ascent_grads.swap(g_next, self.placement.landed)
+        self.ascents.hand_over()
         return found
 
-    def _keep_ascent(self) -> None:
-        """A copy of g_t, for recipes that need it after its place was given away."""
+    def _prepare(self, ascent: Pass) -> None:
+        """Before the passes: g_t is kept for recipes that need it later, and is where it is needed whole."""
         if self._g:
-            torch._foreach_copy_(self._g.flats, self.ascent_grads.flats)
+            landed = self.placement.landed
+            torch._foreach_copy_([self._g.flats[b] for b in landed], [self.ascent_grads.flats[b] for b in landed])
+        with record_function("SAMPa.displace"):
+            self.placement.spread(partial(self._write_lookahead, ascent), self.ascents.of_g)
 
-    def _gradient_at_perturbed(self, ascent: Pass, batch: Batch, gradient: Gradient) -> Found:
-        self._learn(self._moment)
-        # x~_t = x_t + eps_t; eps_t = rho g_t / ||g_t||, or what the recipe makes of g_t
-        x_tilde, g_tilde = self._perturb(ascent), self.perturbed_grads
-        # g~_t = grad f(x~_t; B_t)
-        return self._gradient_at(x_tilde, Role.PERTURBED, batch, gradient, g_tilde, keep_statistics=True)
-
-    def _last_step(self, ascent: Pass, batch: Batch, gradient: Gradient) -> StepReport:
+    def _last_step(self, ascent: Pass, batch: Batch, backward: Backward) -> StepReport:
         """The step of the last update batch of all: G_t = g~_t, since there is no B_{t+1} for g_{t+1}."""
         logger.info(
             "The data are over: there is no batch after this step's, so that it goes without a look-ahead gradient."
         )
-        self._keep_ascent()
-        self._lookahead_runs = False
+        self._prepare(ascent)
+        found, self.receives = {}, False
         try:
-            found = self._last_gradient(ascent, batch, gradient)
+            if Role.PERTURBED in self.roles:
+                found[Role.PERTURBED] = self.ascents.perturbed(ascent, batch, backward)
+            else:
+                self.placement.receive(self.perturbed_grads)
         finally:
-            self._lookahead_runs = True
+            self.receives = True
         perturbed = self._share(found)[Role.PERTURBED]
         self._check_pairing(ascent, perturbed)
         skipped, used = not perturbed.finite, perturbed.used
         if not skipped:
-            used = self._mix(ascent, perturbed, self._g, self._moment)
+            used = self._mix(ascent, perturbed, self._g, self.moment)
         return self._finish(ascent, perturbed, ascent.loss, used, skipped)
-
-    def _last_gradient(self, ascent: Pass, batch: Batch, gradient: Gradient) -> dict[Role, Found]:
-        """g~_t, by the PERTURBED role, which sends it to the other; x~_t is left where g_t was."""
-        if Role.PERTURBED in self.roles:
-            return {Role.PERTURBED: self._gradient_at_perturbed(ascent, batch, gradient)}
-        self._help_perturb(ascent)
-        for bucket in self.owned:
-            self.perturbed_grads.ensure(bucket)
-            self.exchange.transfer(None, self.perturbed_grads.flats[bucket])
-        self.exchange.finish()
-        return {}
-
-    def _help_perturb(self, ascent: Pass) -> None:
-        """What the LOOKAHEAD role has to do so that the other can displace its weights."""
-
-    def _start_exchange(self, bucket: int, into: Buckets, weights: Buckets | None, ready: Callable[[], None]) -> None:
-        super()._start_exchange(bucket, into, weights if self._lookahead_runs else None, ready)
 
     def settings(self) -> dict[str, float]:
         return {**super().settings(), "lmbda": self.lmbda}
 
     def _combine(self, ascent: Pass, perturbed: Pass, lookahead: Pass) -> list[bool]:
-        """Mix the gradients of the owned parameters; returns, for all parameters, whether G_t has a part of them."""
+        """Mix the gradients that landed here; returns, for all parameters, whether G_t has a part of them."""
         with record_function("SAMPa.combine"):
-            reached = self._mix(ascent, perturbed, self._g, self._moment)
-            g_tilde, g_next = self.perturbed_grads.flats, self.ascent_grads.flats
-            interpolate_([g_tilde[b] for b in self.owned], [g_next[b] for b in self.owned], self.lmbda)
+            reached = self._mix(ascent, perturbed, self._g, self.moment)
+            g_tilde, g_next, landed = self.perturbed_grads.flats, self.ascent_grads.flats, self.placement.landed
+            interpolate_([g_tilde[b] for b in landed], [g_next[b] for b in landed], self.lmbda)
         return [(p and self.lmbda < 1) or (n and self.lmbda > 0) for p, n in zip(reached, lookahead.used, strict=True)]
 
     @property
@@ -163,77 +153,62 @@ class SAMPa(SharpnessAware):
         """Drop g_t: the next step computes it at x_t, as the first one does."""
         self.ascent = None
 
-    def lookahead_error(self, batch: Batch, gradient: Gradient) -> tuple[float, float] | None:
+    def lookahead_error(self, batch: Batch, backward: Backward) -> tuple[float, float] | None:
         """How far g_t = grad f(y_t; B_t) is from grad f(x_t; B_t) (Figure 4), between two steps; `batch` is B_t.
 
         Returns:
-            The cosine between them and their Euclidean distance; None where there is no g_t. Leaves nothing behind.
+            The cosine between them and their Euclidean distance; None where there is no g_t, or perturbations are made of others.
+            Leaves nothing behind.
         """
-        if self.ascent is None:
+        if self.ascent is None or not self.ascents.of_g:
             return None
-        at_x, self.reported = self._buckets(), None
+        at_x, self.reported = self.buckets(), None
         with self.forward_state.kept():
-            self._gradient(Role.LOOKAHEAD, batch, gradient, at_x, local=True)
+            self.gradient(Role.LOOKAHEAD, batch, backward, at_x, local=True)
         for flat in at_x.flats:
             self.exchange.start(flat, send=False)
         self.exchange.finish()
         for param in self.params:
             param.grad = None
-        squares = torch.zeros(3, dtype=torch.float64, device=self.params[0].device)
-        for g, exact in zip(*self._owned_of(self.ascent_grads.views, at_x.views), strict=True):
-            squares += torch.stack([each.double().square().sum() for each in (g, exact, g - exact)])
-        of_g, of_exact, of_difference = self._over_owners(squares).tolist()
+        pairs = [(self.ascent_grads.views[i], at_x.views[i]) for i in self.placement.updated]
+        squares = [torch.stack([each.double().square().sum() for each in (g, exact, g - exact)]) for g, exact in pairs]
+        of_g, of_exact, of_difference = sum(self.placement.of_all(squares)).tolist()
         # By the law of cosines, which near 1 is exact where a product of the two is not.
         cosine = (of_g + of_exact - of_difference) / (2 * (of_g * of_exact) ** 0.5 + NORM_GUARD)
         return cosine, of_difference**0.5
 
-    def _over_owners(self, squares: Tensor) -> Tensor:
-        """Sum of what the owners of the parameters found, ``(n,)``."""
-        return squares
-
-    def _start(self, batch: Batch, gradient: Gradient) -> Pass:
+    def _start(self, batch: Batch, backward: Backward) -> Pass:
         """g_t = grad f(x_t; B_t), by the LOOKAHEAD role, so that all ranks hold the same bits of it."""
         found = {}
+        self.ascents.expect(batch)
         if Role.LOOKAHEAD in self.roles:
-            found[Role.LOOKAHEAD] = self._gradient(Role.LOOKAHEAD, batch, gradient, self._lookahead_grads)
-            self.ascent_grads.swap(self._lookahead_grads, self.owned)
+            found[Role.LOOKAHEAD] = self.ascents.taken(batch, backward, self.lookahead_grads)
+            self.ascent_grads.swap(self.lookahead_grads, self.placement.landed)
         else:
-            for bucket in self.owned:
-                self.exchange.transfer(None, self.ascent_grads.flats[bucket])
-            self.exchange.finish()
+            self.placement.receive(self.ascent_grads)
+        self.ascents.hand_over()
         return self._share(found)[Role.LOOKAHEAD]
 
-    def _perturb(self, ascent: Pass) -> Buckets:
-        """x~_t, in the place of g_t or, where that is still needed, in memory of its own."""
-        self.recipe.mask.observe(self.ascent_grads.views, self._moment)
+    def perturb(self, ascent: Pass) -> Buckets:
+        """x~_t of g_t, in its place or, where that is still needed, in memory of its own."""
+        self.recipe.mask.observe(self.ascent_grads.views, self.moment)
         with record_function("SAMPa.displace"):
-            self._write_perturbed(ascent, self._x_tilde)
-        return self._x_tilde
-
-    def _look_ahead(self, ascent: Pass) -> Buckets:
-        """y_{t+1}, in the place of g_t."""
-        with record_function("SAMPa.displace"):
-            self._write_lookahead(ascent, self.ascent_grads)
-        return self.ascent_grads
-
-    def _write_perturbed(self, ascent: Pass, out: Buckets) -> None:
-        """Write x~_t of the owned parameters into `out`."""
-        self._ascend(self.ascent_grads, ascent.norm, out, self._moment)
+            self.ascend(self.ascent_grads, ascent.norm, self.x_tilde, self.moment)
+        return self.x_tilde
 
     def _write_lookahead(self, ascent: Pass, out: Buckets) -> None:
-        """Write y_{t+1} of the owned parameters into `out`."""
-        params, grads, moved, used = self._owned_of(self.params, self.ascent_grads.views, out.views, ascent.used)
-        grads = [grad if reached else None for grad, reached in zip(grads, used, strict=True)]
+        """Write y_{t+1} of the parameters that this process updates into `out`, which may be where g_t is."""
+        own = self.placement.updated
+        grads = [self.ascent_grads.views[i] if ascent.used[i] else None for i in own]
         scale = self.clip_scale(ascent.clipped_norm)
         if len(self.params) > self.of_model:  # weights that are not the model's are not clipped
-            clipped = [i < self.of_model for i in self._owned_params()]
-            grads = [g if g is None or not own else g * scale for g, own in zip(grads, clipped, strict=True)]
+            grads = [g if g is None or i >= self.of_model else g * scale for g, i in zip(grads, own, strict=True)]
             scale = 1.0
         self._lookahead_trials -= look_ahead(
             self.base_optimizer,
-            params,
+            [self.params[i] for i in own],
             grads,
-            out=moved,
+            out=[out.views[i] for i in own],
             scale=scale,
             on_trial=self._lookahead_trials > 0,
         )
@@ -250,17 +225,21 @@ class SAMPa(SharpnessAware):
             )
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What an exact continuation needs besides weights and optimizer: g_t by parameter name, and plain values."""
+        """What an exact continuation needs besides weights and optimizer: g_t by parameter name, and plain values. A collective."""
         if self.ascent is None:
             return {}, {}
+        self.placement.make_whole(self.ascent_grads)
         grads = dict(zip(self.names, self.ascent_grads.views, strict=True))
-        return grads, {name: getattr(self.ascent, name) for name in Pass.__dataclass_fields__}
+        return {**grads, **self.ascents.state_dict()}, {
+            name: getattr(self.ascent, name) for name in Pass.__dataclass_fields__
+        }
 
     def load_state_dict(self, grads: dict[str, Tensor], ascent: dict[str, Any]) -> None:
         """Take up what `state_dict` gave. Raises ValueError where `grads` belong to another model."""
         if not ascent:
             self.forget()
             return
+        grads = self.ascents.load_state_dict(grads)
         expected = {name: tuple(param.shape) for name, param in zip(self.names, self.params, strict=True)}
         found = {name: tuple(grad.shape) for name, grad in grads.items()}
         if found != expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from ..distributed import Exchange, Role, check_rest_alike
 from ..functional import NORM_GUARD, global_norm, perturb
 from ..variants import Moment, Norms, Recipe
 from .buckets import Buckets
-from .gradients import TRIAL_STEPS, Gradient, Gradients
+from .gradients import TRIAL_STEPS, Backward, Gradients
 from .passes import Batch, Found, Pass, StepReport
 from .per_sample import SampleView
+from .placement import Placement
 from .trained import Trained
 
 
@@ -28,7 +30,7 @@ NOT_TAKEN = float("nan")  # a number that a step does not have
 
 
 class SharpnessAware(Gradients):
-    """A sharpness-aware step on any base optimizer; SAM and SAMPa say when and where its gradients are taken.
+    """A sharpness-aware step on any base optimizer: a timing (`SAM`, `SAMPa`), a recipe and a placement, which know nothing of one another.
 
     Args:
         model: what is trained.
@@ -36,6 +38,7 @@ class SharpnessAware(Gradients):
         exchange: connects the processes.
         rho: radius of the perturbation, >= 0.
         recipe: what the step is made of; by default SAM's.
+        placement: where the numbers live; by default whole in every process.
         samples: the single samples of a batch, for recipes that see them.
         max_steps: T,
         num_samples: in the dataset, and
@@ -59,6 +62,7 @@ class SharpnessAware(Gradients):
         *,
         rho: float,
         recipe: Recipe | None = None,
+        placement: type[Placement] = Placement,
         samples: SampleView | None = None,
         max_steps: int = 1,
         num_samples: int = 0,
@@ -72,7 +76,7 @@ class SharpnessAware(Gradients):
         self.samples = samples
         self.recipe.bind(model, self.names, self.params)
         self.roles = exchange.mesh.roles
-        self.owned = range(len(self.ascent_grads.flats))  # buckets that this process updates
+        self.placement = placement(self)
         self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
         self.skipped_steps = self.skipped_in_a_row = 0
         self._kept: tuple[int, Sequence[bool] | None] = (-1, None)
@@ -84,7 +88,7 @@ class SharpnessAware(Gradients):
         """
         has = torch.tensor([bool(self.base_optimizer.state.get(param)) for param in self.params])
         known = self.exchange.gather(has.long().to(self.params[0].device)).cpu().any(dim=0)
-        own = self._owned_params()
+        own = self.placement.updated
         whole = torch.equal(has[own], known[own])
         if not self.exchange.gather(torch.tensor([whole]).long().to(self.params[0].device)).all():
             raise ValueError(
@@ -92,6 +96,7 @@ class SharpnessAware(Gradients):
                 "in another process, where a run with shard_optimizer=True left it. Resume from a checkpoint of that run, "
                 "or give this one a new trainer."
             )
+        self.placement.drop_foreign_state()
 
     def settings(self) -> dict[str, Any]:
         groups = enumerate(self.base_optimizer.param_groups)
@@ -110,7 +115,7 @@ class SharpnessAware(Gradients):
         if self.exchange.mesh.world_size > 1:
             check_rest_alike(self.exchange, self.forward_state.fingerprints())
 
-    def rehearse(self, batch: Batch, gradient: Gradient) -> list[tuple[float, float]]:
+    def rehearse(self, batch: Batch, backward: Backward) -> list[tuple[float, float]]:
         """Loss, and norm of the gradient, of `batch` at x_t, found twice, with a pass at other weights in between.
 
         The two are equal where a pass leaves nothing behind. Leaves nothing behind itself; where the model moves more than could be
@@ -118,7 +123,7 @@ class SharpnessAware(Gradients):
         Raises ValueError where a pass changes the weights that it is at.
         """
         self.reported, self.rehearsing = None, True
-        run = partial(self._gradient, Role.LOOKAHEAD, batch, gradient, self.perturbed_grads, local=True)
+        run = partial(self.gradient, Role.LOOKAHEAD, batch, backward, self.perturbed_grads, local=True)
         with self.forward_state.kept(rehearsed=True) as not_undone:
             first = run()
             self._rehearse_elsewhere(run)
@@ -126,8 +131,7 @@ class SharpnessAware(Gradients):
             with self.forward_state.kept():
                 again = run()
         self.rehearsing = False
-        for bucket in set(range(len(self.perturbed_grads.flats))).difference(self.owned):
-            self.perturbed_grads.release(bucket)
+        self.placement.keep_landed(self.perturbed_grads)
         for param in self.params:
             param.grad = None
         return [] if not_undone else [(each.loss.item(), each.norm.item()) for each in (first, again)]
@@ -181,7 +185,7 @@ class SharpnessAware(Gradients):
             self._kept = now.step, self.recipe.mask.keeps(now)
         return self._kept[1]
 
-    def _learn(self, now: Moment) -> None:
+    def learn(self, now: Moment) -> None:
         """Show squared gradients of single samples to a mask that asks for them."""
         mask = self.recipe.mask
         if not mask.wants_fisher(now):
@@ -196,13 +200,13 @@ class SharpnessAware(Gradients):
         mask.learn(fisher, now)
 
     @torch.no_grad()
-    def _ascend(self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment) -> None:
-        """Write x~_t = x_t + eps_t of the owned parameters into `out`, which may be `grads`: g_t of norm `norm`, if any."""
+    def ascend(self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment) -> None:
+        """Write x~_t = x_t + eps_t into `out`, which may be `grads`: g_t, whole, of norm `norm`, if any."""
         recipe, keeps = self.recipe, self._keeps(now)
         if norm is None:  # there is no g_t
-            for bucket in self.owned:
+            for bucket in range(len(out.flats)):
                 out.ensure(bucket)
-        x, g, moved = self._owned_of(self.params, grads.views, out.views)
+        x, g, moved = self.params, list(grads.views), list(out.views)
         if not recipe.plain and out is not grads and norm is not None:
             torch._foreach_copy_(moved, g)
             g = moved
@@ -219,15 +223,22 @@ class SharpnessAware(Gradients):
 
     @torch.no_grad()
     def _mix(self, ascent: Pass | None, perturbed: Pass, g: Buckets | None, now: Moment) -> list[bool]:
-        """Turn g~_t into what the recipe makes of it and g_t; returns which parameters it has a part of."""
-        recipe, g_tilde = self.recipe, self.perturbed_grads.views
+        """Turn what landed of g~_t into what the recipe makes of it and g_t; returns which parameters it has a part of."""
+        recipe, g_tilde = self.recipe, [self.perturbed_grads.views[i] for i in self.placement.held]
+        kept = [g.views[i] for i in self.placement.held] if recipe.mixing.needs_ascent else []
         norms = Norms(ascent.norm if ascent else NOT_TAKEN, perturbed.norm)
-        kept = g.views if recipe.mixing.needs_ascent else []
+        if recipe.mixing.reads_dot:
+            norms = replace(norms, dot=self._dot(g, self.perturbed_grads))
         if Role.PERTURBED in self.roles:  # where the direction was made
             recipe.direction.observe(g_tilde)
         recipe.when.observe(kept, g_tilde, now)
         recipe.mixing(g_tilde, kept, norms, now)
         return recipe.mixing.reached(ascent.used if ascent else perturbed.used, perturbed.used)
+
+    def _dot(self, left: Buckets, right: Buckets) -> float:
+        """Inner product over all parameters, wherever they are, added up in double precision."""
+        own = [torch.sum(left.views[i] * right.views[i]).double() for i in self.placement.updated]
+        return self.placement.of_all(own).sum().item()
 
     def recipe_state(self) -> dict[str, Any]:
         """What the parts of the recipe remember."""
@@ -256,7 +267,7 @@ class SharpnessAware(Gradients):
         self.reached = {i for i, is_used in enumerate(used) if is_used and not skipped}
         for param in self.params:
             param.grad = None
-        for i in self.reached.intersection(self._owned_params()):
+        for i in self.reached.intersection(self.placement.updated):
             # A tensor of its own, by which `Buckets.unshare` knows who keeps it.
             self.params[i].grad = self.perturbed_grads.views[i].detach()
         same_samples = not (self.recipe.samples.looks_again or self.recipe.samples.next_batch)
@@ -277,10 +288,3 @@ class SharpnessAware(Gradients):
             if self._trial
             else ""
         )
-
-    def _owned_params(self) -> list[int]:
-        return sorted(i for bucket in self.owned for i in self.ascent_grads.members[bucket])
-
-    def _owned_of(self, *per_param: Sequence) -> tuple[list, ...]:
-        """Of lists with one entry per parameter, the entries of owned parameters."""
-        return tuple([entries[i] for i in self._owned_params()] for entries in per_param)

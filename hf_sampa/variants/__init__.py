@@ -4,9 +4,9 @@ Pure arithmetic on tensors: knows nothing of processes and of transformers. ``py
 """
 
 from .catalogue import VARIANTS, Variant, find, parse_arguments
-from .parts import Direction, Mask, Moment, Norms, When
+from .parts import Direction, Mask, Mixing, Moment, Norms, When
 from .recipe import Recipe, check_recipe
-from .sample_parts import Loss, Seen
+from .sample_parts import Loss, Samples, Seen
 
 
 # They fill the catalogue, in this order.
@@ -19,9 +19,11 @@ __all__ = [
     "Direction",
     "Loss",
     "Mask",
+    "Mixing",
     "Moment",
     "Norms",
     "Recipe",
+    "Samples",
     "Seen",
     "Variant",
     "When",

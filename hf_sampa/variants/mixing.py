@@ -23,7 +23,7 @@ class Penalty(Mixing):
         alpha: in [0, 1]; 1 is SAM, 0 the base optimizer.
     """
 
-    needs_ascent = True
+    needs_ascent = by_entries = True
 
     def __init__(self, alpha: float):
         self.alpha = alpha
@@ -36,6 +36,8 @@ class Penalty(Mixing):
 class Rescaled(Mixing):
     """G_t = ||g_t|| / ||g~_t|| g~_t (Stable SAM, Tan et al. 2024)."""
 
+    by_entries = True
+
     def __call__(self, g_tilde: list[Tensor], g: Sequence[Tensor], norms: Norms, now: Moment) -> None:
         torch._foreach_mul_(g_tilde, norms.ascent / (norms.perturbed + NORM_GUARD))
 
@@ -47,14 +49,14 @@ class SurrogateGap(Mixing):
         alpha: at least 0; 0 is SAM.
     """
 
-    needs_ascent = True
+    needs_ascent = reads_dot = by_entries = True
 
     def __init__(self, alpha: float):
         self.alpha = alpha
 
     def __call__(self, g_tilde: list[Tensor], g: Sequence[Tensor], norms: Norms, now: Moment) -> None:
         if self.alpha:
-            along = dot(g, g_tilde).item() / (norms.perturbed**2 + NORM_GUARD)
+            along = norms.dot / (norms.perturbed**2 + NORM_GUARD)
             torch._foreach_mul_(g_tilde, 1 + self.alpha * along)
             torch._foreach_add_(g_tilde, list(g), alpha=-self.alpha)
 
@@ -90,12 +92,14 @@ class Orthogonal(Stored):
         alpha: at least 0.
     """
 
+    reads_dot = True
+
     def __init__(self, alpha: float):
         super().__init__()
         self.alpha = alpha
 
     def __call__(self, g_tilde: list[Tensor], g: Sequence[Tensor], norms: Norms, now: Moment) -> None:
-        along = dot(g, g_tilde).item() / (norms.ascent**2 + NORM_GUARD)
+        along = norms.dot / (norms.ascent**2 + NORM_GUARD)
         self.store(torch._foreach_add(g_tilde, list(g), alpha=-along))
 
     def reuse(self, g: list[Tensor], now: Moment) -> None:

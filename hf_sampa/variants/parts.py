@@ -161,10 +161,11 @@ class When(Part):
 
 @dataclass(frozen=True)
 class Norms:
-    """||g_t|| and ||g~_t|| of a step, over all parameters."""
+    """||g_t|| and ||g~_t|| of a step, and <g_t, g~_t> for a mixing that `reads_dot`, over all parameters."""
 
     ascent: float
     perturbed: float
+    dot: float = float("nan")
 
 
 class Mixing(Part):
@@ -172,9 +173,15 @@ class Mixing(Part):
 
     Attributes:
         needs_ascent: whether g_t has to be kept until g~_t is there, in memory of its own.
+        reads_dot: whether it wants their inner product; needs g_t.
+        by_entries: whether what becomes of an entry depends on this entry of g_t and g~_t and on `Norms` alone. Two processes
+            that share an optimizer then hold half of both; for any other mixing they hold all. A class with a `__call__` of
+            its own says so itself.
     """
 
     needs_ascent: ClassVar[bool] = False
+    reads_dot: ClassVar[bool] = False
+    by_entries: ClassVar[bool] = True
 
     def __call__(self, g_tilde: list[Tensor], g: Sequence[Tensor], norms: Norms, now: Moment) -> None:
         """Turn g~_t into the step's gradient, in place; `g` is g_t, empty without `needs_ascent`."""

@@ -139,13 +139,13 @@ class Recipe:
                 "gradients of all parameters in every step."
             )
 
-    def check_shared_optimizer(self) -> None:
-        """Raise ValueError where a process that has half of g_t could not compute its half of the perturbation."""
-        if not self.plain:
-            raise ValueError(
-                "shard_optimizer: expected variant 'sam', whose perturbation each process can compute for half of the "
-                f"parameters, got another {' and '.join(self.changed_parts())}. Leave one of them out."
-            )
+    @property
+    def by_entries(self) -> bool:
+        """Whether a process that holds a part of g_t and g~_t can make its part of G_t, and no part wants to see all of it."""
+        observes = type(self.direction).observe is not Direction.observe or type(self.when).observe is not When.observe
+        mixing = type(self.mixing)
+        says_so = vars(next(kind for kind in mixing.__mro__ if "__call__" in vars(kind))).get("by_entries", False)
+        return says_so and mixing.by_entries and not mixing.state and not observes
 
     def bind(self, model: nn.Module, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """Tell all parts of a run's parameters."""

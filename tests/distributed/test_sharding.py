@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.distributed.roles import Role
-from hf_sampa.engine.sharding import halves
+from hf_sampa.engine.placement import owners
 from tests import tiny
 from tests.distributed.test_resume import SCENARIOS as RESUMED
 from tests.ranks import RankFailed, run_ranks
@@ -121,16 +120,6 @@ def test_resumed_is_never_stopped(outcomes, tmp_path, wrote, n, changes):
             assert tiny.differing(whole, again) == []
 
 
-def two_pairs(folder, changes) -> dict:
-    return tiny.run(folder, tiny.bert, tiny.sentences(32), gradient_accumulation_steps=2, **changes)
-
-
-def test_two_pairs(tmp_path):
-    plain = run_ranks(two_pairs, 4, tmp_path, {}, folder=tmp_path / "plain")[0]
-    for rank in run_ranks(two_pairs, 4, tmp_path, SHARDED, folder=tmp_path / "sharded"):
-        assert tiny.differing(without_optimizer(plain), without_optimizer(rank)) == []
-
-
 def counted(folder) -> tuple[int, int]:
     trainer = SAMPaTrainer(
         model=tiny.bert(), args=tiny.arguments(folder, max_steps=4, **SHARDED), train_dataset=tiny.sentences(16)
@@ -148,12 +137,12 @@ def test_at_most_two_gradients_are_sent(tmp_path):
     assert max(first, second) < 2 * size
 
 
-def test_halves_are_even():
+def test_owners_update_about_as_much():
     sizes = [5, 9, 1, 3, 4, 2]
-    owners = halves(sizes)
-    owned = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner is role) for role in Role]
-    assert owned == [12, 12]
-    assert halves([7]) == [Role.PERTURBED]
+    for count, each in ((2, [12, 12]), (3, [9, 8, 7])):
+        found = owners(sizes, count)
+        assert [sum(size for size, own in zip(sizes, found, strict=True) if own == i) for i in range(count)] == each
+    assert owners([7], 2) == [0]
 
 
 def with_a_foreign_optimizer(folder):
@@ -198,8 +187,3 @@ def test_one_process_has_nothing_to_share(tmp_path):
         tiny.run(tmp_path, tiny.bert, tiny.sentences(16), **changes, max_steps=3) for changes in ({}, SHARDED)
     )
     assert tiny.differing(plain, alone) == []
-
-
-def test_sam_has_no_pairs(tmp_path):
-    with pytest.raises(ValueError, match="shard_optimizer: expected method='sampa'.*got method='sam'"):
-        tiny.arguments(tmp_path, method="sam", **SHARDED)

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.distributed
 CASES = [(name, method) for name, variant in VARIANTS.items() for method in variant.timings]
 CASES.append(("bisam own", "sampa"))  # with a second gradient of B_{t+1}
 PAIRED = [case for case in CASES if case[1] == "sampa"]
-REPLICATED = [case for case in CASES if case[1] == "sam"]
 # So that a short run comes to what is to be tested.
 ARGUMENTS = {
     "ssam_d": {"every": 2},
@@ -64,16 +63,6 @@ def train(folder, cases, resume=None) -> dict:
     }
 
 
-def train_evenly(folder, batch_size) -> dict:
-    """Without what a replica draws, or pads, for its own part."""
-    changes = {"optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": batch_size, "save_strategy": "no"}
-    return {
-        case: tiny.run(folder / "-".join(case), tiny.bert, tiny.sentences(16), **{**settings(*case), **changes})
-        for case in REPLICATED
-        if case[0] != "adasam"  # which has no SGD, and SAM's recipe
-    }
-
-
 @pytest.fixture(scope="module")
 def serial(tmp_path_factory):
     """Every case on one process, and the folder of the checkpoints."""
@@ -95,18 +84,6 @@ def test_two_processes_are_one(serial, tmp_path):
     expected, _ = serial
     for found in run_ranks(train, 2, tmp_path / "out", PAIRED, folder=tmp_path):
         assert differences(found, expected) == []
-
-
-def test_replicas_hold_the_same_bits_and_are_one_process_to_rounding(tmp_path):
-    """P3, P6 of those that have SAM's timing."""
-    one = train_evenly(tmp_path / "one", 4)
-    left, right = run_ranks(train_evenly, 2, tmp_path / "two", 2, folder=tmp_path)
-    assert differences(left, right) == []
-    differing = {}
-    for case, outcome in left.items():
-        pairs = [(value, one[case]["weights"][name]) for name, value in outcome["weights"].items()]
-        differing[case] = max((a - b).abs().max().item() for a, b in pairs if a.is_floating_point())
-    assert {case: difference for case, difference in differing.items() if difference > 1e-5} == {}
 
 
 def test_resumed_is_never_stopped(serial, tmp_path):

@@ -1,0 +1,230 @@
+"""What the perturbations of a step are made of: of g_t, of a gradient for each shard of B_t, or of the gradient of another loss.
+
+mSAM (Foret et al. 2021, m-sharpness; Behdin et al. 2023, eq. 2): G_t is the mean over the shards S_j of B_t of
+grad f(x_t + eps_j; S_j), eps_j = rho h_j / ||h_j||, h_j = grad f(x_t; S_j) or, in SAMPa's timing, h_j = grad f(y_t; S_j), taken
+one step earlier; y_{t+1} and the lambda part are made of their mean, g_t. A shard belongs to one process: replicas average
+what comes out of their shards, never the h_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..distributed import Role
+from ..functional import NORM_GUARD, global_norm
+from ..variants import Recipe
+from .buckets import Buckets
+from .gradients import Backward, Sums
+from .passes import Batch, Found, Pass
+
+
+if TYPE_CHECKING:
+    from .sampa import SAMPa
+    from .sharpness_aware import SharpnessAware
+
+
+Shard = tuple[Batch, Any]  # with its weight in the mean over all shards of the update batch
+
+
+class Ascents:
+    """One perturbation, made of g_t itself. How SAMPa's timing takes its two gradients."""
+
+    of_g = True  # whether x~_t is made of g_t
+
+    def __init__(self, engine: SAMPa):
+        self.engine = engine
+
+    def expect(self, batch: Batch) -> None:
+        """Get to know, on all processes, the batch that the next gradients for perturbations are of."""
+
+    def perturbed(self, ascent: Pass, batch: Batch, backward: Backward) -> Found:
+        """g~_t = grad f(x~_t; B_t), on its way to the other role."""
+        engine, g_tilde = self.engine, self.engine.perturbed_grads
+        engine.learn(engine.moment)
+        x_tilde = engine.perturb(ascent)
+        return engine.gradient_at(x_tilde, Role.PERTURBED, batch, backward, g_tilde, keep_statistics=True)
+
+    def taken(self, batch: Batch, backward: Backward, into: Buckets, y: Buckets | None = None) -> Found:
+        """g_{t+1} = grad f(y_{t+1}; B_{t+1}), on its way to the other role; without `y`, at x_t."""
+        if y is None:
+            return self.engine.gradient(Role.LOOKAHEAD, batch, backward, into)
+        return self.engine.gradient_at(y, Role.LOOKAHEAD, batch, backward, into)
+
+    def hand_over(self) -> None:
+        """Give the gradients that perturbations are made of to those who perturb, if they are not g_t."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Gradients besides g_t that the next perturbations are made of, by name."""
+        return {}
+
+    def load_state_dict(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take up what `state_dict` gave; returns the rest of `grads`."""
+        return grads
+
+
+class ShardAscents(Ascents):
+    """A perturbation for each shard of B_t, in both timings. Holds d numbers, and in SAMPa's timing d per shard, more."""
+
+    of_g = False
+
+    def __init__(self, engine: SharpnessAware):
+        super().__init__(engine)
+        self._part = engine.buckets()
+        self._h: list[Buckets] = []  # the h_j of B_t, on processes that are PERTURBED
+        self._coming: list[Shard] = []
+
+    def shards(self, batch: Batch) -> list[Shard]:
+        """This process's shards of `batch`."""
+        return self.engine.samples.shards(batch, self.engine.recipe.samples.shards)
+
+    def expect(self, batch: Batch) -> None:
+        self._coming = self.shards(batch)
+
+    def in_turn(self, batch: Batch, backward: Backward) -> tuple[Found, Found]:
+        """Means over the shards of B_t of h_j = grad f(x_t; S_j), of which there is no gradient, and g~_j = grad f(x_t + eps_j; S_j)."""
+        shards, engine, ascents = self.shards(batch), self.engine, []
+
+        def run(shard: Batch) -> Found:
+            h = engine.ascent_grads
+            ascents.append(engine.gradient(Role.LOOKAHEAD, shard, backward, h, local=True))
+            return self._perturbed(h, ascents[-1].norm, shard, backward, batch)
+
+        found = self._mean(
+            batch, [(partial(run, shard), weight, self._part) for shard, weight in shards], engine.perturbed_grads
+        )
+        weights = [weight for _, weight in shards]
+        loss, norm = (_weighted([getattr(each, name) for each in ascents], weights) for name in ("loss", "norm"))
+        return Found(batch.fingerprint, loss, norm, torch.zeros_like(loss), found.used, norm), found
+
+    def perturbed(self, ascent: Pass, batch: Batch, backward: Backward) -> Found:
+        """Mean of the g~_j = grad f(x_t + eps_j; S_j)."""
+
+        def run(shard: Batch, h: Buckets) -> Found:
+            return self._perturbed(h, global_norm(h.views), shard, backward, batch)
+
+        shards = zip(self.shards(batch), self._h, strict=True)
+        runs = [(partial(run, shard, h), weight, self._part) for (shard, weight), h in shards]
+        return self._mean(batch, runs, self.engine.perturbed_grads, theirs=self.engine.ascent_grads)
+
+    def taken(self, batch: Batch, backward: Backward, into: Buckets, y: Buckets | None = None) -> Found:
+        """The h_j at y_{t+1}, and their mean, g_{t+1}, on its way to the other role; without `y`, at x_t."""
+        with nullcontext() if y is None else self.engine.displaced(y):
+            return self._take(batch, backward, into, y)
+
+    def _take(self, batch: Batch, backward: Backward, into: Buckets, theirs: Buckets | None) -> Found:
+        self._h = [self.engine.buckets() for _ in self._coming]
+        run = partial(self.engine.gradient, Role.LOOKAHEAD, backward=backward, local=True)
+        runs = [
+            (partial(run, batch=shard, into=h), weight, h)
+            for (shard, weight), h in zip(self._coming, self._h, strict=True)
+        ]
+        return self._mean(batch, runs, into, theirs)
+
+    def _perturbed(self, h: Buckets, norm: Tensor, shard: Batch, backward: Backward, batch: Batch) -> Found:
+        """grad f(x_t + eps_j; S_j), into `_part`; the place of h_j is where the weights are displaced to."""
+        engine = self.engine
+        engine.ascend(h, norm, h, engine.now(batch))
+        return engine.gradient_at(h, Role.PERTURBED, shard, backward, self._part, keep_statistics=True, local=True)
+
+    @torch.no_grad()
+    def _mean(
+        self,
+        batch: Batch,
+        runs: Sequence[tuple[Callable[[], Found], Any, Buckets]],
+        into: Buckets,
+        theirs: Buckets | None = None,
+        travels: bool = True,
+    ) -> Found:
+        """Of gradients, over shards and replicas.
+
+        Args:
+            batch: what the shards are of.
+            runs: for each shard what computes its gradient, its weight and where the gradient is afterwards.
+            into: becomes the mean.
+            theirs: where the other role's gradient goes.
+            travels: whether the other role wants this one.
+        """
+        engine, sums, found = self.engine, Sums(), []
+        into.unshare()
+        for bucket in range(len(into.flats)):
+            into.ensure(bucket)
+            into.flats[bucket].zero_()
+        for run, weight, part in runs:
+            with torch.enable_grad():
+                found.append(run())
+            torch._foreach_add_(into.flats, torch._foreach_mul(part.flats, weight))
+        for bucket, flat in enumerate(into.flats):
+            ready = engine.norm_of(bucket, into, sums)
+            if travels:
+                engine.placement.travel(bucket, into, theirs if engine.receives else None, ready)
+            else:
+                engine.exchange.start(flat, send=False, ready=ready)
+        engine.exchange.finish()
+        weights, (norm, of_model) = [weight for _, weight, _ in runs], engine.norms(sums)
+        loss = _weighted([each.loss for each in found], weights)
+        # The cosine that is reported is the mean of the shards'.
+        dot = norm * _weighted([each.dot / (each.norm + NORM_GUARD) for each in found], weights)
+        used = [any(of_all) for of_all in zip(*(each.used for each in found), strict=True)]
+        return Found(batch.fingerprint, loss, norm, dot, used, of_model)
+
+    def hand_over(self) -> None:
+        exchange = self.engine.exchange
+        if not exchange.mesh.paired:
+            return
+        perturbs = Role.PERTURBED in self.engine.roles
+        if perturbs:
+            self._h = [self.engine.buckets() for _ in self._coming]
+        for h in self._h:
+            for flat in h.flats:
+                exchange.transfer(None if perturbs else flat, flat if perturbs else None)
+        exchange.finish()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        named = [zip(self.engine.names, h.views, strict=True) for h in self._h]
+        return {f"{name}@{j}": view for j, each in enumerate(named) for name, view in each}
+
+    def load_state_dict(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = {name: grad for name, grad in grads.items() if "@" not in name}
+        self._h = [self.engine.buckets() for _ in range(len(grads) // len(self.engine.params) - 1)]
+        for j, h in enumerate(self._h):
+            for name, view in zip(self.engine.names, h.views, strict=True):
+                view.copy_(grads[f"{name}@{j}"])
+        return own
+
+
+class OwnLossAscents(ShardAscents):
+    """For recipes whose ascent has a loss of its own, in SAMPa's timing, with the trainer's loss's gradient for y and the mix.
+
+    B_{t+1} has two gradients at y_{t+1} then, one after the other: that of the ascent loss travels as an h_j does, that of the
+    trainer's loss takes the place of their mean.
+    """
+
+    def shards(self, batch: Batch) -> list[Shard]:
+        return [(batch, 1.0)]
+
+    def _take(self, batch: Batch, backward: Backward, into: Buckets, theirs: Buckets | None) -> Found:
+        self._h = [self.engine.buckets()]
+
+        def mean(role: Role, into: Buckets, **travel: Any) -> Found:
+            run = partial(self.engine.gradient, role, batch, backward, self._part, local=True)
+            return self._mean(batch, [(run, 1.0, self._part)], into, **travel)
+
+        mean(Role.LOOKAHEAD, self._h[0], travels=False)
+        return mean(Role.PERTURBED, into, theirs=theirs)
+
+
+def ascents_of(recipe: Recipe) -> type[Ascents]:
+    """What SAMPa's timing needs for `recipe`."""
+    if recipe.loss.separate:
+        return OwnLossAscents
+    return ShardAscents if recipe.samples.sharded else Ascents
+
+
+def _weighted(values: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    return torch.stack([value * weight for value, weight in zip(values, weights, strict=True)]).sum().double()

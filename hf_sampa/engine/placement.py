@@ -1,0 +1,324 @@
+"""Where the numbers of a run live: who updates and holds what, and how what lies elsewhere comes to where it is needed.
+
+The algorithm computes, a placement moves. Neither timing nor recipe knows which one they run on, and every bit is the same.
+A placement answers: which numbers are mine, what writing displaced weights means, where a gradient lands and travels, what
+a norm over all is, and how what is spread becomes whole for a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..distributed import Role
+
+
+if TYPE_CHECKING:
+    from .buckets import Buckets
+    from .sharpness_aware import SharpnessAware
+
+
+class Placement:
+    """Everything whole in every process.
+
+    Args:
+        engine: whose parameters, buckets, exchange and base optimizer it places.
+
+    Attributes:
+        owned: buckets that this process updates, and whose optimizer state it holds.
+        landed: buckets of which a step's gradients end on this process.
+        updated, held: the parameters in those.
+    """
+
+    shared = False  # whether one base optimizer is spread over several processes
+
+    def __init__(self, engine: SharpnessAware):
+        self.params, self.of_model = engine.params, engine.of_model
+        self.exchange, self.optimizer = engine.exchange, engine.base_optimizer
+        self.ascent_grads, self.perturbed_grads = engine.ascent_grads, engine.perturbed_grads
+        self.members = self.ascent_grads.members
+        self._place(range(len(self.members)), range(len(self.members)))
+
+    def _place(self, owned: Sequence[int], landed: Sequence[int]) -> None:
+        self.owned, self.landed = owned, landed
+        self.updated, self.held = self._params_in(owned), self._params_in(landed)
+
+    def _params_in(self, buckets: Sequence[int]) -> list[int]:
+        return sorted(i for bucket in buckets for i in self.members[bucket])
+
+    def close(self) -> None:
+        """Let go of what it hung onto the optimizer."""
+
+    # ---- Displaced weights ----
+
+    def move(self, weights: Buckets) -> list[Tensor]:
+        """Put displaced weights into the model; returns x_t, of which no copy is made."""
+        x = [param.data for param in self.params]
+        for param, moved in zip(self.params, weights.views, strict=True):
+            param.data = moved
+        return x
+
+    def move_back(self, x: list[Tensor]) -> None:
+        """Put x_t, as `move` gave it, into the model again."""
+        for param, own in zip(self.params, x, strict=True):
+            param.data = own
+
+    def spread(self, write_lookahead: Callable[[Buckets], None], ascent_is_read: bool) -> None:
+        """Before the two passes of a pair: what a process needs whole, and holds in part, comes to it.
+
+        Args:
+            write_lookahead: writes y_{t+1} of the parameters that this process updates.
+            ascent_is_read: whether x~_t is made of g_t.
+        """
+
+    def look_ahead(self, write_lookahead: Callable[[Buckets], None]) -> None:
+        """Turn g_t into y_{t+1}, whole, in its place."""
+        write_lookahead(self.ascent_grads)
+
+    # ---- Gradients ----
+
+    def travel(self, bucket: int, mine: Buckets, theirs: Buckets | None, ready: Callable[[], None]) -> None:
+        """Begin to average a bucket of a gradient over replicas and to exchange it with the other role.
+
+        Args:
+            bucket: its index.
+            mine: this role's gradient.
+            theirs: where the other role's goes; None where none is on its way.
+            ready: called once `mine` is the mean, before it is sent.
+        """
+        self.exchange.start(mine.flats[bucket], None if theirs is None else theirs.flats[bucket], ready=ready)
+
+    def receive(self, into: Buckets) -> None:
+        """The other role's gradient, where this process runs no pass."""
+        for bucket in self.landed:
+            into.ensure(bucket)
+            self.exchange.transfer(None, into.flats[bucket])
+        self.exchange.finish()
+
+    def keep_landed(self, grads: Buckets) -> None:
+        """Let go of the memory for what does not land here."""
+        for bucket in set(range(len(self.members))).difference(self.landed):
+            grads.release(bucket)
+
+    # ---- Norms ----
+
+    def norm(self, norms: Sequence[Tensor]) -> Tensor:
+        """Euclidean norm ``()`` of a gradient, given the norms ``()`` of its buckets."""
+        return torch.linalg.vector_norm(torch.stack(list(norms)).double())
+
+    def of_all(self, numbers: Sequence[Tensor]) -> Tensor:
+        """Numbers of all parameters, ``(parameters, ...)``, given those of the parameters that this process updates."""
+        return torch.stack(list(numbers))
+
+    # ---- Checkpoints: whole, whoever writes them ----
+
+    def make_whole(self, grads: Buckets) -> None:
+        """Bring together what landed in several processes. A collective."""
+
+    @contextmanager
+    def whole_optimizer(self) -> Iterator[None]:
+        """Within the block rank 0's base optimizer holds the state of all parameters. A collective."""
+        yield
+
+    def drop_foreign_state(self) -> None:
+        """Forget the optimizer state of what other processes update."""
+
+
+class Shared(Placement):
+    """One base optimizer for several processes, each of which steps a part of the parameters and holds that part of m_t.
+
+    ZeRO stage 1 (Rajbhandari et al. 2020), which the SAMPa paper leaves as an open question: across each pair, or, in SAM's
+    timing, across all processes. Whole buckets at a time. After a step ``.grad`` is set for the process's own part only;
+    once the base optimizer has stepped it, the parts of x_{t+1} are exchanged.
+
+    A pair holds g_t, g~_t and G_t in halves, too, unless the recipe's arithmetic needs them whole. With d trainable weights
+    a process then sends d/2 look-ahead weights or numbers of g_t, d/2 of a gradient and d/2 updated weights per step.
+
+    The base optimizer must be one that `check_separable` lets pass.
+    """
+
+    shared = True
+
+    def __init__(self, engine: SharpnessAware):
+        super().__init__(engine)
+        mesh = self.exchange.mesh
+        self._mine = int(mesh.roles[0]) if mesh.paired else mesh.rank
+        self._owners = owners(
+            [flat.numel() for flat in self.ascent_grads.flats], 2 if mesh.paired else mesh.world_size
+        )
+        owned = [bucket for bucket, owner in enumerate(self._owners) if owner == self._mine]
+        self._halves = mesh.paired and engine.recipe.by_entries
+        self._place(owned, owned if self._halves else range(len(self.members)))
+        self.foreign = [bucket for bucket, owner in enumerate(self._owners) if owner != self._mine]
+        self.keep_landed(self.perturbed_grads)
+        self._step_hook = self.optimizer.register_step_post_hook(lambda *_: self._share_weights())
+
+    def close(self) -> None:
+        self._step_hook.remove()
+
+    def _rank_of(self, owner: int) -> int:
+        """The first rank that updates what `owner` does."""
+        mesh = self.exchange.mesh
+        return mesh.ranks_of(Role(owner))[0] if mesh.paired else owner
+
+    # ---- Displaced weights ----
+
+    def spread(self, write_lookahead: Callable[[Buckets], None], ascent_is_read: bool) -> None:
+        if not self.exchange.mesh.paired:
+            return
+        lent = self.perturbed_grads  # nothing is in it before the passes
+        for bucket in self.owned:
+            lent.ensure(bucket)  # a pass that failed leaves large ones released
+        write_lookahead(lent)
+        wants_ascent, looks_ahead = self._halves and ascent_is_read, self._mine == Role.LOOKAHEAD
+        given = (self.ascent_grads if wants_ascent else None) if looks_ahead else lent
+        self._swap(given, self.ascent_grads if looks_ahead or wants_ascent else None)
+        if looks_ahead:
+            self.ascent_grads.swap(lent, self.owned)
+
+    def look_ahead(self, write_lookahead: Callable[[Buckets], None]) -> None:
+        """Nothing: `spread` has done it."""
+
+    def _swap(self, given: Buckets | None, taken: Buckets | None) -> None:
+        """Send the owned buckets of `given` to the other half of the pair, whose buckets go into `taken`."""
+        for own, foreign in zip_longest(self.owned, self.foreign):
+            sent = given is not None and own is not None
+            received = taken is not None and foreign is not None
+            self.exchange.transfer(given.flats[own] if sent else None, taken.flats[foreign] if received else None)
+        self.exchange.finish()
+
+    # ---- Gradients ----
+
+    def travel(self, bucket: int, mine: Buckets, theirs: Buckets | None, ready: Callable[[], None]) -> None:
+        if not self._halves:
+            super().travel(bucket, mine, theirs, ready)
+        elif bucket in self.owned:
+            place = None if theirs is None else theirs.flats[bucket]
+            self.exchange.start(mine.flats[bucket], place, send=False, ready=ready)
+        else:
+            self.exchange.start(mine.flats[bucket], ready=ready, sent=partial(self._release, mine, bucket))
+
+    def _release(self, grads: Buckets, bucket: int) -> None:
+        for i in self.members[bucket]:
+            self.params[i].grad = None
+        grads.release(bucket)
+
+    def of_all(self, numbers: Sequence[Tensor]) -> Tensor:
+        """As in `Placement`. A collective."""
+        own = torch.zeros(len(self.params), *numbers[0].shape, dtype=numbers[0].dtype, device=numbers[0].device)
+        own[self.updated] = torch.stack(list(numbers))
+        rows = self.exchange.gather(own.flatten()).view(-1, *own.shape)
+        ranks = torch.tensor([self._rank_of(self._owners[bucket]) for bucket in self.ascent_grads.bucket_of])
+        return rows[ranks, torch.arange(len(self.params))]
+
+    def grad_norm(self, reached: set[int]) -> Tensor:
+        """||G_t|| of the model over all parts, from ``.grad``; the bits of `torch.nn.utils.get_total_norm`. A collective.
+
+        reached: parameters of which G_t has a part, on whichever process.
+        """
+        own = torch.zeros(self.of_model, dtype=torch.float64, device=self.params[0].device)
+        of_model = [i for i in sorted(reached) if i < self.of_model]
+        mine = [i for i in of_model if i in set(self.updated)]
+        if mine:
+            own[mine] = torch.stack(torch._foreach_norm([self.params[i].grad for i in mine])).double()
+        norms = self.exchange.gather(own).amax(dim=0).unbind()
+        return torch.nn.utils.get_total_norm([norms[i].to(self.params[i].dtype) for i in of_model])
+
+    def clip_grad_norm_(self, reached: set[int], max_norm: float) -> Tensor:
+        """Clip the own part of G_t by the norm of the whole, which is returned. A collective."""
+        norm = self.grad_norm(reached)
+        own = [self.params[i] for i in self.updated if i < self.of_model]
+        torch.nn.utils.clip_grads_with_norm_(own, max_norm, norm)
+        return norm
+
+    # ---- The update ----
+
+    @torch.no_grad()
+    def _share_weights(self) -> None:
+        """Exchange the parts of x_{t+1}, a bucket at a time."""
+        if not self.exchange.mesh.paired:
+            for bucket, owner in enumerate(self._owners):
+                self.exchange.broadcast(self._in_bucket(bucket, self.params), source=owner)
+            return
+        # The other half of what is not needed any more: of the displaced weights, or of G_t.
+        free = self.ascent_grads if self._halves else self.perturbed_grads
+        for own, foreign in zip_longest(self.owned, self.foreign):
+            if foreign is not None:
+                free.ensure(foreign)
+            self.exchange.transfer(
+                None if own is None else self._packed(own), None if foreign is None else free.flats[foreign]
+            )
+            self.exchange.finish()
+            if foreign is not None:
+                torch._foreach_copy_(self._in_bucket(foreign, self.params), self._in_bucket(foreign, free.views))
+
+    def _packed(self, bucket: int) -> Tensor:
+        """The weights of a bucket, ``(n,)``; those of a large parameter where they are, without a copy."""
+        params, views = self._in_bucket(bucket, self.params), self._in_bucket(bucket, self.ascent_grads.views)
+        if len(params) == 1 and params[0].stride() == views[0].stride():
+            return params[0].detach().as_strided((params[0].numel(),), (1,))
+        packed = torch.empty_like(self.ascent_grads.flats[bucket])
+        torch._foreach_copy_(self.ascent_grads.cut(bucket, packed), params)
+        return packed
+
+    def _in_bucket(self, bucket: int, per_param: list[Tensor]) -> list[Tensor]:
+        return [per_param[i] for i in self.members[bucket]]
+
+    # ---- Checkpoints ----
+
+    def make_whole(self, grads: Buckets) -> None:
+        if self._halves:
+            self._swap(grads, grads)
+
+    @contextmanager
+    def whole_optimizer(self) -> Iterator[None]:
+        state, mesh = self.optimizer.state, self.exchange.mesh
+        for bucket, members in enumerate(self.members):
+            source = self._rank_of(self._owners[bucket])  # further pairs hold the same
+            asked = mesh.rank == source
+            found = self.exchange.collect([_on_cpu(state.get(self.params[i])) for i in members] if asked else None)
+            if mesh.rank == 0 and source:
+                values = zip(members, found[source], strict=True)
+                state.update({self.params[i]: value for i, value in values if value})
+        try:
+            yield
+        finally:
+            self.drop_foreign_state()
+
+    def drop_foreign_state(self) -> None:
+        for bucket in self.foreign:
+            for i in self.members[bucket]:
+                self.optimizer.state.pop(self.params[i], None)
+
+
+def owners(sizes: Sequence[int], count: int) -> list[int]:
+    """Who of `count` updates each bucket, so that all update about as much: largest first, each to who has least."""
+    found, owned = [0] * len(sizes), [0] * count
+    for bucket in sorted(range(len(sizes)), key=lambda bucket: -sizes[bucket]):
+        found[bucket] = min(range(count), key=owned.__getitem__)
+        owned[found[bucket]] += sizes[bucket]
+    return found
+
+
+def check_separable(optimizer: Optimizer) -> None:
+    """Raise ValueError where the step of a parameter may depend on other parameters."""
+    known = [getattr(torch.optim, name) for name in SEPARABLE]
+    if type(optimizer) not in known:
+        raise ValueError(
+            f"shard_optimizer: expected an optimizer that treats every parameter on its own, one of {', '.join(SEPARABLE)} "
+            f"of torch.optim, got {type(optimizer).__module__}.{type(optimizer).__name__}. Use one of them, or leave shard_optimizer out."
+        )
+
+
+SEPARABLE = ("Adafactor", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")
+
+
+def _on_cpu(state: dict | None) -> dict | None:
+    return state and {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
