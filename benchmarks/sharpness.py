@@ -3,10 +3,10 @@
     python benchmarks/sharpness.py                          # under a minute on one core; nothing is fetched
     python benchmarks/sharpness.py --seeds 1 --epochs 1     # the smallest run
 
-A net of one hidden layer learns scikit-learn's handwritten digits three times from each seed, from the same first weights
-and in the same batches: with Trainer and AdamW, and with SAMPaTrainer at two radii. Then the loss on the whole training
-set is computed at weights that are moved by a distance r, along the sharpest direction (the eigenvector of the largest
-eigenvalue of the Hessian) and along random ones. Prints a table and writes a picture, sharpness.png, with matplotlib.
+A net of one hidden layer learns scikit-learn's handwritten digits three times from the first weights of each seed: with
+Trainer and AdamW, and with SAMPaTrainer at two radii. Then the loss on the whole training set is computed at weights that
+are moved by a distance r, along the sharpest direction (the eigenvector of the largest eigenvalue of the Hessian) and
+along random ones. Prints a table and writes a picture, sharpness.png, with matplotlib.
 """
 
 from __future__ import annotations
