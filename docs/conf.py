@@ -21,6 +21,8 @@ html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_math_renderer = "mathml"
 html_theme = "furo"
+# In which what a diff takes away is red, and what it adds green.
+pygments_style = "default"
 html_title = "hf_sampa"
 html_copy_source = False
 html_show_copyright = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from xml.etree import ElementTree
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -10,9 +11,25 @@ from sphinx.application import Sphinx
 from sphinx.writers.html5 import HTML5Translator
 
 
+NAMESPACE = "http://www.w3.org/1998/Math/MathML"
+ElementTree.register_namespace("", NAMESPACE)
+
+
 def mathml(formula: str, as_block: bool) -> str:
     r"""The formula as an element `math`. Pages have `\tilde x_t`, which GitHub reads well, docutils `\tilde{x}_t`."""
-    return tex2mathml(re.sub(r"\\tilde (\w)", r"\\tilde{\1}", formula), as_block=as_block)
+    text = tex2mathml(re.sub(r"\\tilde (\w)", r"\\tilde{\1}", formula), as_block=as_block)
+    root = ElementTree.fromstring(re.sub(r"\s*\n\s*", "", text))
+    for element in root.iter(f"{{{NAMESPACE}}}munderover"):
+        subscript_beside(element)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def subscript_beside(element: ElementTree.Element) -> None:
+    """Put the index of a symbol with a tilde, which docutils puts under it, where other indices are."""
+    base, index, tilde = element
+    element.tag = f"{{{NAMESPACE}}}msub"
+    element[:] = [ElementTree.Element(f"{{{NAMESPACE}}}mover", accent="true"), index]
+    element[0].extend([base, tilde])
 
 
 def visit_math(translator: HTML5Translator, node: nodes.math) -> None:

@@ -95,6 +95,16 @@ def test_github_draws_the_formulas(page):
                 assert not re.search(r"\\[^A-Za-z]|}_|[*<|]", formula), formula
 
 
+def test_a_symbol_with_a_tilde_has_its_index_where_others_have_it(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    from mathml import mathml
+
+    assert '<msub><mover accent="true"><mi>x</mi><mo stretchy="false">~</mo></mover><mi>t</mi></msub>' in mathml(
+        r"\tilde x_t", as_block=False
+    )
+    assert mathml(r"x_t", as_block=True).startswith('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"')
+
+
 # Commands
 
 
