@@ -16,11 +16,22 @@ from hf_sampa.variants.__main__ import arguments, parts
 IN_ORDER = [VARIANTS[name] for name in sorted(VARIANTS, key=lambda name: (name != "sam", name))]
 
 
+# As docstrings have them: x_t, g~_t, B_{t+1}.
+SYMBOL = re.compile(r"\b(eps|[A-Za-z])(~?)_(t\b|\{t\+1\})")
+
+
 def plain(text: str) -> str:
-    """`text` without meaning to Markdown, but for what is in backticks."""
-    pieces = text.split("`")
+    """`text` without meaning to Markdown, but for what is in backticks and for the paper's symbols, which are typeset."""
+    pieces = re.split(r"(`[^`]*`|\$[^$]*\$)", SYMBOL.sub(typeset, text))
     pieces[::2] = [re.sub(r"([\\*_~|<>\[\]#])", r"\\\1", piece) for piece in pieces[::2]]
-    return "`".join(pieces)
+    return "".join(pieces)
+
+
+def typeset(symbol: re.Match[str]) -> str:
+    """A symbol as a formula."""
+    letter = r"\varepsilon" if symbol[1] == "eps" else symbol[1]
+    accent = r"\tilde " if symbol[2] else ""
+    return f"${accent}{letter}_{symbol[3]}$"
 
 
 def cited(source: str) -> str:

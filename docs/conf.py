@@ -15,13 +15,23 @@ project = "hf_sampa"
 author = "the authors of hf_sampa"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue", "mathml"]
 exclude_patterns = ["_build"]
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_math_renderer = "mathml"
 html_theme = "furo"
+# In which what a diff takes away is red, and what it adds green.
+pygments_style = "default"
 html_title = "hf_sampa"
 html_copy_source = False
 html_show_copyright = False
 myst_heading_anchors = 3
+# Formulas are written as GitHub reads them: between dollars, and in blocks of ```math.
+myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = {"math"}
+myst_dmath_allow_space = False
+myst_dmath_allow_digits = False
 
 nitpicky = True
 # torch, transformers and Python have documentation of their own, which nothing is fetched from.
@@ -31,16 +41,30 @@ default_role = "literal"
 # Quotation marks and dashes stay what one can type.
 smartquotes = False
 autodoc_member_order = "bysource"
+python_maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 
 
+def show_contributing() -> str:
+    """CONTRIBUTING.md as a page of docs/, its drawing of the rooms as a table."""
+    text = (HERE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = re.sub(r"\]\((?!https?:|#)", "](../", text).replace("](../docs/", "](")
+    return re.sub(r"```mermaid\n(.*?)```\n", lambda drawing: rooms(drawing[1]), text, flags=re.DOTALL)
+
+
+def rooms(arrows: str) -> str:
+    """A table with a line for each room that imports from others."""
+    below: dict[str, list[str]] = {}
+    for room, other in re.findall(r"(\w+) --> (\w+)", arrows):
+        below.setdefault(room, []).append(f"`{other}`")
+    lines = [f"| `{room}` | {', '.join(others)} |" for room, others in below.items()]
+    return "\n".join(["| room | imports from |", "|---|---|", *lines, ""])
+
+
 def link_repository_files(app, docname: str, source: list[str]) -> None:
-    """Show the README as a page, and let links out of docs/, which a reader of the repository can follow, open files."""
-    text = source[0]
-    if docname == "readme":
-        text = (HERE.parent / "README.md").read_text(encoding="utf-8")
-        text = re.sub(r"\]\((?!https?:|#)", "](../", text).replace("](../docs/", "](")
-    text = re.sub(r"(?<!!)(\[[^\]]*\])\(\.\./README\.md(#[^)]*)?\)", r"\1(readme.md\2)", text)
+    """Let links out of docs/, which a reader of the repository can follow, open files."""
+    text = show_contributing() if docname == "contributing" else source[0]
+    text = re.sub(r"(?<!!)(\[[^\]]*\])\(\.\./CONTRIBUTING\.md(#[^)]*)?\)", r"\1(contributing.md\2)", text)
     source[0] = re.sub(r"(?<!!)(\[[^\]]*\])\((\.\./[^)#]+)(#[^)]*)?\)", r"\1(path:\2)", text)
 
 

@@ -1,4 +1,4 @@
-"""The picture of the documentation: `python docs/figures.py` writes docs/two_processes.svg, each time the same bytes."""
+"""The drawings of the documentation: `python docs/figures.py` writes step.svg and two_processes.svg, each time the same bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 
 HERE = Path(__file__).parent
-STEPS = 3
+STEPS = 2
 # Okabe and Ito's colours, light enough for black letters: one for each batch.
 BATCHES = ("#A6D4EE", "#F5C96B", "#8FD6BF", "#E3B5D2")
 WHITE, GREY = "#FFFFFF", "#E4E4E4"
@@ -25,10 +25,10 @@ STEP = DISPLACE + PASS + EXCHANGE + UPDATE
 PERTURBED, LOOKAHEAD, HEIGHT = 3.0, 0.0, 1.7
 
 
-def box(ax: Axes, left: float, bottom: float, width: float, text: str, colour: str) -> None:
+def box(ax: Axes, left: float, bottom: float, width: float, text: str, colour: str, height: float = HEIGHT) -> None:
     """A box of a lane, with its text in the middle."""
-    ax.add_patch(plt.Rectangle((left, bottom), width, HEIGHT, facecolor=colour, edgecolor="black", linewidth=0.8))
-    ax.text(left + width / 2, bottom + HEIGHT / 2, text, ha="center", va="center", fontsize=10, linespacing=1.5)
+    ax.add_patch(plt.Rectangle((left, bottom), width, height, facecolor=colour, edgecolor="black", linewidth=0.8))
+    ax.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", fontsize=10, linespacing=1.5)
 
 
 def arrow(ax: Axes, place: float, start: float, end: float, text: str) -> None:
@@ -55,9 +55,51 @@ def draw_step(ax: Axes, t: int) -> None:
     ax.plot([left, left], [LOOKAHEAD - 0.2, PERTURBED + HEIGHT + 0.7], color="grey", linewidth=0.8, linestyle=":")
 
 
+def step() -> Figure:
+    """One step of a pair, from x_t to x_{t+1}."""
+    figure, ax = plt.subplots(figsize=(8.6, 3.5))
+    ax.set_axis_off()
+    lanes = {
+        3.6: (
+            "process 0, at the perturbed weights",
+            "displace\n" + r"$\tilde{x}_t=x_t+\rho\,g_t/\Vert g_t\Vert$",
+            r"on batch $B_t$" + "\n" + r"$\tilde{g}_t=\nabla f(\tilde{x}_t;\,B_t)$",
+            BATCHES[0],
+        ),
+        0.0: (
+            "process 1, at the look-ahead weights",
+            "look ahead\n" + r"$y_{t+1}=U(x_t,\,g_t)$",
+            r"on batch $B_{t+1}$" + "\n" + r"$g_{t+1}=\nabla f(y_{t+1};\,B_{t+1})$",
+            BATCHES[1],
+        ),
+    }
+    height, mix = 2.3, "mix\n" + r"$G_t=(1-\lambda)\,\tilde{g}_t+\lambda\,g_{t+1}$"
+    for bottom, (name, displace, gradient, colour) in lanes.items():
+        ax.text(0, bottom + height + 0.45, name, ha="left", va="center", fontsize=10, fontweight="bold")
+        box(ax, 0, bottom, 2.4, "$x_t$\n$g_t$", GREY, height)
+        box(ax, 3.0, bottom, 6.0, displace, WHITE, height)
+        box(ax, 9.6, bottom, 6.8, gradient, colour, height)
+        box(ax, 19.4, bottom, 6.6, mix, WHITE, height)
+        box(ax, 26.6, bottom, 5.4, "update\n$x_{t+1}=U(x_t,\\,G_t)$", GREY, height)
+        for left, right in ((2.4, 3.0), (9.0, 9.6), (26.0, 26.6), (16.4, 19.4)):
+            tip = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0, "shrinkB": 0}
+            ax.annotate("", xy=(right, bottom + height / 2), xytext=(left, bottom + height / 2), arrowprops=tip)
+    arrow(ax, 17.6, 3.6 + height / 2, height / 2, r"$\tilde{g}_t$")
+    arrow(ax, 18.6, height / 2, 3.6 + height / 2, "")
+    ax.text(18.75, (3.6 + height) / 2, "$g_{t+1}$", ha="left", va="center", fontsize=10)
+    ax.text(9.6, -0.75, "at the same time", ha="left", va="center", fontsize=10, style="italic")
+    ax.text(
+        19.4, -0.75, "the same on both processes, to the last bit", ha="left", va="center", fontsize=10, style="italic"
+    )
+    ax.set_xlim(-0.3, 32.3)
+    ax.set_ylim(-1.3, 6.9)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1)
+    return figure
+
+
 def two_processes() -> Figure:
-    """Who computes what in three steps of a pair."""
-    figure, ax = plt.subplots(figsize=(13, 3.9))
+    """Who computes what in the first two steps of a pair."""
+    figure, ax = plt.subplots(figsize=(9.8, 3.9))
     ax.set_axis_off()
     names = {PERTURBED: "process 0\nat perturbed\nweights", LOOKAHEAD: "process 1\nat look-ahead\nweights"}
     for lane, name in names.items():
@@ -68,30 +110,31 @@ def two_processes() -> Figure:
     for t in range(STEPS):
         draw_step(ax, t)
     ax.text(
-        START,
-        -1.0,
-        r"White: displace the weights, $\tilde{x}_t=x_t+\rho\,g_t/\Vert g_t\Vert$ and $y_{t+1}=U(x_t,g_t)$."
-        "   Arrows: the exchange.\n"
-        r"Grey: the update, $x_{t+1}=U(x_t,G_t)$ with $G_t=(1-\lambda)\,\tilde{g}_t+\lambda\,g_{t+1}$, the same on both."
-        "   One colour: one batch.",
+        0,
+        -0.9,
+        "White: displace the weights.   Grey: the update.   Arrows: the exchange.   One colour: one batch.",
         ha="left",
         va="center",
         fontsize=10,
         linespacing=1.7,
     )
     ax.set_xlim(-4.0, START + STEPS * STEP + 0.2)
-    ax.set_ylim(-1.7, PERTURBED + HEIGHT + 0.8)
+    ax.set_ylim(-1.4, PERTURBED + HEIGHT + 0.8)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1)
     return figure
 
 
-def write(file: Path) -> None:
-    """Draw the picture into `file`."""
-    with plt.rc_context({"svg.hashsalt": "hf_sampa", "svg.fonttype": "path", "mathtext.fontset": "dejavusans"}):
-        figure = two_processes()
-        figure.savefig(file, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
+DRAWINGS = {"step.svg": step, "two_processes.svg": two_processes}
+
+
+def write(folder: Path) -> None:
+    """Draw all pictures into `folder`."""
+    for name, draw in DRAWINGS.items():
+        with plt.rc_context({"svg.hashsalt": "hf_sampa", "svg.fonttype": "path", "mathtext.fontset": "dejavusans"}):
+            figure = draw()
+            figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
+            plt.close(figure)
 
 
 if __name__ == "__main__":
-    write(HERE / "two_processes.svg")
+    write(HERE)

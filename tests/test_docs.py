@@ -33,6 +33,8 @@ from tests import tiny
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+# Of a line of code: what fits a page of the built documentation in a window of 1280 pixels.
+WIDTH = 88
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 on_every_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
 
@@ -71,6 +73,36 @@ def test_the_code_runs(page, tmp_path, monkeypatch):
             example.evaluate()
         except SkipTest as reason:
             assert len(str(reason)) > 20, "a block that is left out says why"
+
+
+# What a page can show
+
+
+@on_every_page
+def test_code_fits_the_page(page):
+    for token in MarkdownIt().parse(page.read_text()):
+        if token.type in ("fence", "code_block") and token.info not in ("{eval-rst}", "mermaid"):
+            for line in token.content.splitlines():
+                assert len(line) <= WIDTH, line
+
+
+@on_every_page
+def test_github_draws_the_formulas(page):
+    """It reads Markdown first: what that would take for an escape or for emphasis must not be in a line's formula."""
+    for token in MarkdownIt().parse(page.read_text()):
+        if token.type == "inline":
+            for formula in re.findall(r"\$([^$]+)\$", re.sub(r"`[^`]*`", "", token.content)):
+                assert not re.search(r"\\[^A-Za-z]|}_|[*<|]", formula), formula
+
+
+def test_a_symbol_with_a_tilde_has_its_index_where_others_have_it(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    from mathml import mathml
+
+    assert '<msub><mover accent="true"><mi>x</mi><mo stretchy="false">~</mo></mover><mi>t</mi></msub>' in mathml(
+        r"\tilde x_t", as_block=False
+    )
+    assert mathml(r"x_t", as_block=True).startswith('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"')
 
 
 # Commands
@@ -192,7 +224,8 @@ def test_links_lead_to_what_is_there(page):
         assert not anchor or anchor in slugs(target), link
 
 
-def test_the_readme_leads_to_the_documentation():
+def test_the_readme_is_short_and_leads_to_the_documentation():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
     assert "docs/index.md" in links(ROOT / "README.md")
 
 
@@ -213,24 +246,33 @@ def test_it_builds_without_a_warning_and_without_a_network(tmp_path):
     built = {page.stem: (tmp_path / "html" / page.with_suffix(".html").name).read_text() for page in DOCS.glob("*.md")}
     for name, html in built.items():
         assert not re.search(r"<(script|link|img)[^>]+(src|href)=\"https?:", html), f"{name} loads from elsewhere"
+        assert "<merror" not in html and not re.search(
+            r"\$\\?[a-zA-Z]", re.sub(r"<pre>.*?</pre>", "", html, flags=re.DOTALL)
+        )
         assert name == "index" or f'href="{name}.html"' in built["index"]
     assert all(f'id="{name.replace("_", "-")}"' in built["variants"] for name in VARIANTS)
+    assert 'MathML" display="block">' in built["how_it_works"]
+    assert "<math" in built["variants"].partition('id="entries"')[2], "symbols of the catalogue are typeset"
+    assert "<td><p><code" in built["contributing"].partition("imports from")[2], "the rooms are a table"
 
 
-# The picture
+# The pictures
 
 
-def test_the_picture_is_what_its_script_draws(tmp_path):
-    runpy.run_path(str(DOCS / "figures.py"))["write"](tmp_path / "two_processes.svg")
-    assert (tmp_path / "two_processes.svg").read_bytes() == (DOCS / "two_processes.svg").read_bytes()
+def test_the_pictures_are_what_their_script_draws(tmp_path):
+    drawings = runpy.run_path(str(DOCS / "figures.py"))
+    drawings["write"](tmp_path)
+    for name in drawings["DRAWINGS"]:
+        assert (tmp_path / name).read_bytes() == (DOCS / name).read_bytes(), name
 
 
-def test_no_label_of_the_picture_lies_on_another():
-    figure = runpy.run_path(str(DOCS / "figures.py"))["two_processes"]()
+@pytest.mark.parametrize("name", ["step.svg", "two_processes.svg"])
+def test_no_label_of_a_picture_lies_on_another(name):
+    figure = runpy.run_path(str(DOCS / "figures.py"))["DRAWINGS"][name]()
     renderer = figure.canvas.get_renderer()
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.axes and text.get_visible()]
     texts = [text for text in texts if text in text.axes.texts]
-    assert len(texts) > 20
+    assert len(texts) > 12
     boxes = {text.get_text() + str(text.get_position()): text.get_window_extent(renderer) for text in texts}
     for (one, its_box), (other, other_box) in combinations(boxes.items(), 2):
         assert not its_box.overlaps(other_box), (one, other)
