@@ -14,7 +14,8 @@ from accelerate.logging import get_logger
 from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .cards import CardFacts, PublishMixin
+from .cards import CardFacts
+from .trainer import SAMPaMixin
 from .training_args import SAMPaTrainingArguments
 from .variants import find
 
@@ -160,7 +161,7 @@ def train_and_score(trainer: Trainer, **card) -> dict[str, float]:
     """
     args = trainer.args
     facts = CardFacts(**card)
-    if isinstance(trainer, PublishMixin):
+    if isinstance(trainer, SAMPaMixin):
         trainer.card_facts, card = facts, {}  # for the cards of checkpoints, too
     else:
         card = {name: fact for name, fact in facts.for_trainer().items() if fact is not None}

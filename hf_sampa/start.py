@@ -90,7 +90,7 @@ def _sizes(trainer: SAMPaMixin) -> dict[str, Any]:
     data = {
         "train_dataset": trainer.train_dataset,
         "eval_dataset": trainer.eval_dataset,
-        "train batches": trainer._loader,
+        "train batches": trainer._run.loader,
     }
     return {
         f"length of {name}": len(each) for name, each in data.items() if isinstance(each, Sized) and has_length(each)

@@ -1,49 +1,43 @@
-"""SAMPa in `transformers.Trainer`: a mixin that overrides the training step and keeps everything else.
+"""SAMPa in `transformers.Trainer`: a mixin that hands the loop other batches and another step, and keeps everything else.
 
-The loop stays Trainer's. It is handed the micro-batches of B_t one by one; with the last of them `training_step` runs
-the whole step for B_t and B_{t+1} (`hf_sampa.engine.sampa`) and leaves G_t in ``.grad``, where Trainer clips it, takes the base
-optimizer's step, logs, evaluates and saves as always.
+The loop stays Trainer's. It is handed the micro-batches of B_t one by one; with the last of them the step for B_t and B_{t+1}
+runs (`hf_sampa.steps`, `hf_sampa.engine.sampa`) and leaves G_t in ``.grad``, where Trainer clips it, takes the base optimizer's
+step, logs, evaluates and saves as always. The overrides are in the order in which Trainer calls them; each says why upstream's
+is not enough. What lives as long as one call of ``train()`` is in `hf_sampa.run.Run`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
-from accelerate.logging import get_logger
-from torch.profiler import record_function
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .cards import CardFacts, PublishMixin, StepClock
-from .checkpoints import ResumeMixin
+from .cards import Card, CardFacts
+from .checkpoints import check_trained, load_missing, load_weights
 from .checks import (
     check_dataset,
     check_groups,
-    check_loader,
     check_model,
     check_not_generating,
     check_optimizer,
     check_precision,
     check_trainer,
 )
-from .data import UpdateStream, check_samplers, replica_loader, seeded_loader
-from .distributed import Exchange, check_same_start
-from .engine import SAM, SAMPa, Trained
-from .monitoring import DiagnosticsCallback, RunningMeans
+from .distributed import check_same_start
+from .engine import SAM, SAMPa, SharedGradScaler, Trained
+from .monitoring import DiagnosticsCallback
+from .run import Run
 from .start import started_with
 from .state import other_modules, stood_in
-from .step import StepMixin
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
 from .variants import Recipe, check_recipe, find
 
 
-logger = get_logger(__name__)
-
-
-class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
+class SAMPaMixin:
     """Sharpness-aware steps for any `Trainer`: ``class Mine(SAMPaMixin, SomeTrainer)``.
 
     Takes what the Trainer below it takes, in its order; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
@@ -53,18 +47,24 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         recipe: what a step is made of, instead of the recipe of ``args.variant``; see `hf_sampa.variants.recipe`.
 
     Attributes:
-        sampa: the engine (`hf_sampa.engine.sampa.SAMPa` or `SAM`) of the training run in progress or just ended.
+        continued: sentences on parts of the run that were of other settings, or of plain Trainer.
 
     Raises:
         ValueError: the world, the precision or the model cannot be used with SAMPa; see `hf_sampa.checks`.
     """
 
-    sampa: SAMPa | SAM | None = None
-    _means_wanted = False
+    _run: Run | None = None
+    _card: Card
+    _recipe: Recipe | None
+    _means_wanted = False  # whether the next log line on the steps is to have their means
+    _loading_from: str | None = None  # the folder whose weights are being loaded
+    continued: list[str]
+
+    # ---- A trainer is made ----
 
     def __init_subclass__(cls, **kwargs):
+        """So that help(), and whoever asks for a signature, is told of the Trainer's below, and of a recipe; or of the class's own."""
         super().__init_subclass__(**kwargs)
-        # What help() and whoever asks for a signature is told: the Trainer's below, and a recipe; or the class's own.
         cls.__signature__ = None
         if next(kind for kind in cls.__mro__ if "__init__" in vars(kind)) is SAMPaMixin:
             below = inspect.signature(_trainer_below(cls))
@@ -87,14 +87,10 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         if self.args is not args:
             raise self._foreign_arguments(args)
         check_recipe(recipe, args.variant)
-        self._recipe = recipe
         check_trainer(self)
-        self.card_facts, self._clock, self._evaluations, self.continued = CardFacts(), StepClock(), [], []
+        self._recipe, self._card, self.continued = recipe, Card(self), []
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))
-        self._exchange: Exchange | None = None
-        self._stream: UpdateStream | None = None
-        self._means = RunningMeans()
 
     def _with_arguments(self, given: tuple, named: dict) -> tuple[tuple, dict, SAMPaArgumentsMixin]:
         """What the trainer was given, wherever its signature has the training arguments; with default ones, if it had none."""
@@ -118,10 +114,14 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
         return ValueError(f"args: expected {wanted}, got {'none' if args is None else type(args).__name__}.")
 
     def create_accelerator_and_postprocess(self) -> None:
+        """Upstream's would average the two roles' gradients, and scale fp16's losses on each process by a scale of its own."""
         super().create_accelerator_and_postprocess()
+        accelerator = self.accelerator
+        if accelerator.scaler is not None:
+            accelerator.scaler = SharedGradScaler(accelerator.scaler, accelerator.device.type)
         # "evaluation mode" prepares autocast and compilation and leaves out DDP, which would average the two roles.
-        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
-        prepare = self.accelerator.prepare_data_loader
+        accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
+        prepare = accelerator.prepare_data_loader
 
         def prepare_and_remember(data_loader: DataLoader, *args, **kwargs) -> DataLoader:
             prepared = prepare(data_loader, *args, **kwargs)
@@ -129,96 +129,90 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
             prepared.unprepared = getattr(data_loader, "unprepared", data_loader)
             return prepared
 
-        self.accelerator.prepare_data_loader = prepare_and_remember
+        accelerator.prepare_data_loader = prepare_and_remember
 
-    # ---- Data: one stream for both roles ----
+    def add_callback(self, callback):
+        """Diagnostics log at the end of the training, when trackers further up would have closed their run."""
+        super().add_callback(callback)
+        if isinstance(callback, DiagnosticsCallback):
+            callbacks = self.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop())
+
+    # ---- train() ----
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As in Trainer; ``True`` takes the last whole checkpoint and says which torn ones it passed over.
+
+        Raises ValueError for a checkpoint that is torn, foreign, of a newer format or of another data stream or model.
+        """
+        before, self._run = self._run, Run(self, self._run)
+        try:
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            if self._run.engine is None and before is not None:
+                self._run = before  # nothing of it is gone yet
+            self._run.exchange = None  # what it had begun to send would reach the next run
+            raise
+        finally:
+            self._run.leave()
+
+    def _inner_training_loop(self, *args, **kwargs):
+        """Whoever builds a loader of his own asks how many processes share the data: the replicas of a role do."""
+        build, world = self.get_train_dataloader, self._run.exchange.role_world
+
+        def build_for_a_role():
+            with world.lent():
+                return build()
+
+        with stood_in(self, "get_train_dataloader", build_for_a_role):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
+        """Samplers would say less of an empty dataset."""
         check_dataset(self.train_dataset)
         return super().get_train_dataloader()
 
-    def _inner_training_loop(self, *args, **kwargs):
-        self._connect()
-        with stood_in(self, "get_train_dataloader", partial(self._build_loader, self.get_train_dataloader)):
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _build_loader(self, build: Callable[[], Iterable]) -> Iterable:
-        # Whoever builds a loader of his own asks how many processes share the data: the replicas of a role do.
-        with self._exchange.role_world.lent():
-            return build()
-
-    def _connect(self) -> None:
-        """Reach the other processes, if they are not reached yet."""
-        if self._exchange is None or self._exchange.mesh != self.args.mesh:
-            self._exchange = Exchange(self.args.mesh, timeout=timedelta(seconds=self.args.ddp_timeout))
-        self._exchange.bytes_sent = 0
-
     def set_initial_training_values(self, args, dataloader):
-        loader = replica_loader(dataloader, args.mesh, args.accelerator_config.split_batches, args.data_seed)
-        recipe = self._recipe or args.recipe()
-        self._loader = seeded_loader(loader, self._data_seed, recipe.reads_indices or recipe.mask.fisher_samples > 0)
-        check_loader(self._loader, args)
-        check_samplers(self._loader, args.mesh)
-        return super().set_initial_training_values(args, self._loader)
+        """Upstream's loader gives every process batches of its own: both roles of a pair read the same."""
+        return super().set_initial_training_values(args, self._run.read_from(dataloader))
 
     def get_total_train_batch_size(self, args) -> int:
-        # Two ranks of a pair read one batch.
+        """Two ranks of a pair read one batch."""
         return super().get_total_train_batch_size(args) * args.num_replicas // args.world_size
 
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """Upstream counts epochs by their nominal number of steps."""
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        return self._run.resume.begin_at(place, resume_from_checkpoint)
 
-    def _run_epoch(self, train_dataloader, **kwargs):
-        if self.state.global_step >= self.state.max_steps:
-            # A finished run, resumed: upstream would take a step before it asks.
-            self.control.should_training_stop = True
-            return
-        self._pass_step, self._read_own = self.training_step, self.get_batch_samples
-        if self._stream is None:
-            self._open_stream(kwargs["epoch"], kwargs["steps_trained_in_current_epoch"])
-        elif (ahead := self._stream.peek()) and (ahead.start or self._begun):
-            # A callback ended the epoch early, maybe between micro-batches: the batch that comes next, or the one that had
-            # begun, will not be trained on, and with it goes its g_t.
-            self._stream.leave_epoch(self.state.global_step)
-            if isinstance(self.sampa, SAMPa):
-                self.sampa.forget()
-        self._epoch_in_stream, _ = self._stream.position
-        # The loop only iterates over and fast-forwards what it is given; `get_batch_samples` reads the stream.
-        with stood_in(self, "training_step", self._step), stood_in(self, "get_batch_samples", self._next_batch):
-            super()._run_epoch(train_dataloader=DataLoader([]), **kwargs)
-
-    def _read_batch(self, iterator, num_batches) -> list:
-        """The micro-batches of an update batch, by the class's own ``get_batch_samples``, read one step ahead of the loop."""
-        samples, _ = self._read_own(iterator, num_batches, self.args.device)
-        return samples
-
-    def _next_batch(self, epoch_iterator, num_batches, device):
-        """What the loop calls to get an update batch."""
-        ahead = self._stream.peek()
-        if ahead is None or ahead.epoch != self._epoch_in_stream:
-            return [], None  # an epoch of unknown length, or all there is to read, is over
-        with record_function("SAMPa.data"), self._exchange.role_world.lent():
-            self._batch = self._stream.advance()
-        samples = [micro_batch.inputs for micro_batch in self._batch]
-        # A group that ends early without the loop's knowing still has to reach its optimizer step. Items are counted by
-        # micro-batch, in `_weigh`.
-        return samples + [{}] * (num_batches - len(samples)), None
-
-    def _track_num_input_tokens(self, inputs):
-        before = self.state.num_input_tokens_seen
-        if inputs:
-            super()._track_num_input_tokens(inputs)
-        counted = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + counted * self.args.num_replicas // self.args.world_size
-
-    def floating_point_ops(self, inputs) -> int:
-        # Each role is a forward and a backward pass.
-        return super().floating_point_ops(inputs) * len(self.args.mesh.roles)
-
-    # ---- A run ----
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Model and optimizer are there afterwards: the engine is built on them, and takes up its part of the checkpoint."""
+        run, args = self._run, self.args
+        args.check_settings()
+        check_model(self.model)
+        run.make_room()
+        self._card.begin()
+        self.continued = []
+        model, _ = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        optimizer, others = self.optimizer.optimizer, other_modules(self, self.model)
+        check_optimizer(optimizer)
+        check_precision(Trained(optimizer, self.model, others).named)
+        if args.mesh.paired:
+            check_groups({"model": self.model, **others})
+        check_same_start(run.exchange, started_with(self, max_steps))
+        run.begin(max_steps)
+        self.callback_handler.train_dataloader = run.loader
+        run.resume.take_up(resume_from_checkpoint)
+        return model, run.loader
 
     def create_optimizer(self, *args, **kwargs):
+        """A variant may ask for an option of the base optimizer."""
         optimizer = super().create_optimizer(*args, **kwargs)
         options = {} if self._recipe else find(self.args.variant).optimizer
         for group in self.optimizer.param_groups:
@@ -230,56 +224,214 @@ class SAMPaMixin(StepMixin, PublishMixin, ResumeMixin):
             group.update(options)
         return optimizer
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        self.args.check_settings()
-        check_model(self.model)
-        if self.sampa is not None:
-            self.sampa.close()
-            self.sampa = None  # frees its buffers before new ones are made
-        model, _ = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        check_optimizer(self.optimizer.optimizer)
-        others = other_modules(self, self.model)
-        check_precision(Trained(self.optimizer.optimizer, self.model, others).named)
-        if self.args.mesh.paired:
-            check_groups({"model": self.model, **others})
-        check_same_start(self._exchange, started_with(self, max_steps))
-        self._prepare_steps(max_steps)
-        self._exchange.broadcast([*self.sampa.params, *self.sampa.forward_state.tensors().values()])
-        self.sampa.check_state()
-        self._stream, self._means = None, RunningMeans()
-        self.callback_handler.train_dataloader = self._loader
-        self._resume(resume_from_checkpoint)
-        return model, self._loader
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        """Upstream's leaves out weights whose names were saved in another form, with a warning at most."""
+        self._loading_from = resume_from_checkpoint
+        load = partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
+        load_weights(self.model, resume_from_checkpoint, load)
 
-    def add_callback(self, callback):
-        super().add_callback(callback)
-        if isinstance(callback, DiagnosticsCallback):
-            # It logs at the end of the training, when trackers further up would have closed their run.
-            callbacks = self.callback_handler.callbacks
-            callbacks.insert(0, callbacks.pop())
+    def _issue_warnings_after_load(self, load_result):
+        """What upstream warns of is loaded; its words need a model of transformers."""
+        if isinstance(self.model, PreTrainedModel):
+            super()._issue_warnings_after_load(load_result)
+        load_missing(self.model, self._loading_from, load_result)
 
-    def unlogged_means(self) -> dict[str, float]:
-        """Means over the steps since the last log line, by the names that they are logged under."""
-        return self._means.means() if self._means else {}
+    # ---- An epoch ----
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
+    def _run_epoch(self, train_dataloader, **kwargs):
+        """Upstream's reads its loader batch by batch: a step needs the batch after it, and passes that no step of upstream has."""
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run, resumed: upstream would take a step before it asks.
+            self.control.should_training_stop = True
+            return
+        self._run.epoch(super()._run_epoch, **kwargs)
+
+    def _track_num_input_tokens(self, inputs):
+        """Upstream counts what each process reads: a pair reads one batch."""
+        before = self.state.num_input_tokens_seen
+        if inputs:
+            super()._track_num_input_tokens(inputs)
+        counted = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + counted * self.args.num_replicas // self.args.world_size
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """In a pass a loss is of one micro-batch and, for some variants, of single samples."""
+        if not self._in_pass:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return self._run.steps.micro_batches.compute_loss(super().compute_loss, model, inputs, *args, **kwargs)
+
+    @property
+    def _in_pass(self) -> bool:
+        steps = self._run and self._run.steps
+        return steps is not None and steps.micro_batches.in_pass is not None
+
+    def floating_point_ops(self, inputs) -> int:
+        """Each role is a forward and a backward pass."""
+        return super().floating_point_ops(inputs) * len(self.args.mesh.roles)
+
+    def _clip_grad_norm(self, model):
+        """Upstream's would clip by the norm of the part that is here, where processes share an optimizer."""
+        if self.sampa.placement.shared:
+            return self.sampa.placement.clip_grad_norm_(self.sampa.reached, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As in `_clip_grad_norm`; and a skipped step has no gradient."""
+        if grad_norm is None and self.sampa.placement.shared:
+            grad_norm = self.sampa.placement.grad_norm(self.sampa.reached)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return float("nan") if self.sampa.skipped_in_a_row else norm
+
+    # ---- After a step: log, evaluate, save ----
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        """Means are logged beside the loss, and what was put off within the step is saved."""
         before = self._globalstep_last_logged
         self._means_wanted = self.control.should_log and self.state.global_step > before
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+        upstream = partial(super()._maybe_log_save_evaluate, tr_loss, grad_norm, model, trial, *args, **kwargs)
+        self._run.saving.after_a_step(upstream, model, trial)
         self._means_wanted = False
         if self._globalstep_last_logged != before:
             self._tr_loss.zero_()  # upstream takes it from itself, so that one NaN would stay for good
 
-    def _finalize_training(self, *args, **kwargs):
-        self.sampa.check_alike()  # the last step's have not been compared yet
-        return super()._finalize_training(*args, **kwargs)
-
     def log(self, logs, *args, **kwargs):
+        """As in Trainer; the line on the steps has their means, and what a pass logs is said when its step is through."""
+        if self._in_pass:
+            self._run.steps.micro_batches.log(logs, *args, **kwargs)
+            return
         # In Trainer's own line on the steps, not in one of somebody's that has a loss in it, too.
         if self._means_wanted and "loss" in logs:
             self._means_wanted = False
-            logs.update(self._means.take())
-        super().log(logs, *args, **kwargs)
+            logs.update(self._run.means.take())
+        self.log_of_a_pass(logs, *args, **kwargs)
+
+    def log_of_a_pass(self, *given, **named) -> None:
+        """What a pass has logged, by the Trainer below: overrides above have had their word in the pass."""
+        with self._before_saving():
+            super().log(*given, **named)
+
+    def _evaluate(self, *args, **kwargs):
+        """A checkpoint that an evaluation asks for is of the step that is through."""
+        with self._before_saving():
+            return super()._evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _before_saving(self) -> Iterator[None]:
+        if self._run is None:
+            yield
+            return
+        with self._run.saving.before():
+            yield
+
+    def evaluate(self, *args, **kwargs):
+        """As in Trainer; what was found is kept for the model card."""
+        given = inspect.signature(super().evaluate).bind(*args, **kwargs).arguments
+        with self._card.evaluating(given):
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        """Upstream's writes at once, into the checkpoint that is there, and knows nothing of g_t."""
+        check_trained(self.sampa)
+        if self._run.saving.is_put_off(trial):
+            return
+        with self._run.saving.checkpoint(trial) as (folder, old):
+            self._card.begin_checkpoint(folder, old)
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As in Trainer. Raises RuntimeError within a step, when the model holds displaced weights."""
+        if self._run is not None:
+            self._run.saving.check_displaced()
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.save_only_model:
+            self._run.saving.write(output_dir)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """A model of peft writes into a card that is there."""
+        with self._card.kept(output_dir):
+            super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """Rank 0 writes what, with a shared optimizer, is in several processes."""
+        with self.sampa.placement.whole_optimizer():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir):
+        """The last that Trainer writes before trainer_state.json: see `hf_sampa.checkpoints.checkpoint` for why SAMPa's files come then."""
+        super()._save_rng_state(output_dir)
+        self._run.saving.write(output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Upstream's pushes no card of the whole run, and says nothing of a push that fails."""
+        push = partial(super()._push_from_checkpoint, checkpoint_folder)
+        if self.is_world_process_zero():
+            self._card.push(push)
+        else:
+            push()
+
+    # ---- The end ----
+
+    def _finalize_training(self, *args, **kwargs):
+        """The weights of the last step have not been compared yet."""
+        self.sampa.check_alike()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _load_best_model(self):
+        """As in `_load_from_checkpoint`; and buffers and weights beside the model's belong to the best step, too."""
+        self._loading_from = self.state.best_model_checkpoint
+        self._run.resume.load_best(super()._load_best_model)
+        self._card.note_best()
+
+    def create_model_card(self, *args, **kwargs):
+        """As in Trainer, with a text of our own; what is not said here is taken from `card_facts`.
+
+        A card that somebody wrote or changed is left alone, with a warning.
+        """
+        # Not by way of super(), whose text is not ours, and which takes over tags of the card that is there.
+        told = dict(zip(inspect.signature(super().create_model_card).parameters, args, strict=False)) | kwargs
+        if self.is_world_process_zero():
+            self._card.create(told)
+
+    # ---- To be asked, by callbacks perhaps ----
+
+    @property
+    def sampa(self) -> SAMPa | SAM | None:
+        """The engine of the run in progress or just ended; None before the first."""
+        return None if self._run is None else self._run.engine
+
+    @property
+    def card_facts(self) -> CardFacts:
+        """What cards are to say that a run cannot know; set its attributes."""
+        return self._card.facts
+
+    @card_facts.setter
+    def card_facts(self, facts: CardFacts | dict[str, str | list[str]]) -> None:
+        self._card.facts = CardFacts(**facts) if isinstance(facts, dict) else facts
+
+    @property
+    def weights_step(self) -> int:
+        """The step of the weights that the model holds, which is the last, or the best where that was loaded at the end."""
+        best = self._card.best_step
+        return self.state.global_step if best is None else best
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """From the batch to the update, without evaluation, saving and callbacks; None before the first step."""
+        return None if self._run is None else self._run.clock.mean
+
+    def unlogged_means(self) -> dict[str, float]:
+        """Means over the steps since the last log line, by the names that they are logged under."""
+        return self._run.means.means() if self._run else {}
+
+    def lookahead_error(self) -> tuple[float, float] | None:
+        """As in `SAMPa.lookahead_error`, of the batch that is about to be trained on; None for sequential methods."""
+        return self._run.steps.lookahead_error()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around code of a callback that computes a loss: its world is a pass's, and it leaves nothing on the trainer."""
+        with self._run.steps.micro_batches.aside():
+            yield
 
 
 def _trainer_below(kind: type) -> type[Trainer]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.state import stood_in
 from tests import tiny
 from tests.ranks import RankFailed, run_ranks
 
@@ -124,11 +127,16 @@ def test_the_step_reads_no_element_of_a_tensor(tmp_path, method):
     counts, copies = [], []
 
     class Counted(SAMPaTrainer):
-        def _step(self, *args, **kwargs):
+        def _run_epoch(self, *args, **kwargs):
+            step = self._run.steps.step
+            with stood_in(self._run.steps, "step", partial(self.counted, step)):
+                super()._run_epoch(*args, **kwargs)
+
+        def counted(self, step, *args, **kwargs):
             gather = self.sampa.exchange.gather
             self.sampa.exchange.gather = lambda row: copies.append(1) or gather(row)
             with HostReads() as reads:
-                loss = super()._step(*args, **kwargs)
+                loss = step(*args, **kwargs)
             self.sampa.exchange.gather = gather
             counts.append(reads.count)
             return loss

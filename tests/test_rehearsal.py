@@ -252,7 +252,7 @@ class Bank(SAMPaTrainer):
 
 
 def bank(trainer):
-    return trainer.bank, trainer.place, sorted(trainer._collected.changed)
+    return trainer.bank, trainer.place, sorted(trainer._run.steps.collected.changed)
 
 
 @pytest.mark.distributed

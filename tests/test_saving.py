@@ -161,7 +161,7 @@ def test_a_save_within_a_pass_waits_and_save_model_is_refused(tmp_path, caplog, 
         refused = ""
 
         def compute_loss(self, *args, **kwargs):
-            if self.state.global_step == 2 and self._in_pass is not None and not Saves.refused:
+            if self.state.global_step == 2 and self._in_pass and not Saves.refused:
                 save(self)
                 try:
                     self.save_model(str(tmp_path / "displaced"))
@@ -208,9 +208,9 @@ class InterruptedPass(SAMPaTrainer):
 
     def compute_loss(self, *args, **kwargs):
         if (
-            self._in_pass is not None
+            self._in_pass
             and self.state.global_step == 3
-            and self.perturbed == (self._in_pass[1].value == 0)
+            and self.perturbed == (self._run.steps.micro_batches.in_pass[1].value == 0)
         ):
             raise KeyboardInterrupt
         return super().compute_loss(*args, **kwargs)

@@ -268,10 +268,10 @@ def test_bisam_has_a_third_pass_for_its_own_loss_in_the_mix(tmp_path):
 class WholeBackward(SAMPaTrainer):
     """As with a compiled model."""
 
-    def _engine(self, max_steps):
-        engine = super()._engine(max_steps)
-        engine.partial_backward = False
-        return engine
+    def _prepare_for_training(self, *args):
+        prepared = super()._prepare_for_training(*args)
+        self.sampa.partial_backward = False
+        return prepared
 
 
 @pytest.mark.parametrize("name", ["esam_swp", "slsam", "sam_on"])

@@ -5,8 +5,8 @@ Knows nothing of the algorithm.
 
 from .card_facts import CardFacts, computation
 from .evaluations import Evaluation, bound, plain
-from .publish import PublishMixin, StepClock
+from .publish import Card
 from .started import versions
 
 
-__all__ = ["CardFacts", "Evaluation", "PublishMixin", "StepClock", "bound", "computation", "plain", "versions"]
+__all__ = ["Card", "CardFacts", "Evaluation", "bound", "computation", "plain", "versions"]

@@ -107,7 +107,7 @@ def write(
         seconds_per_step: mean over the run; None where there were no steps.
     """
     args, dataset = trainer.args, dataset_of(trainer, facts, data)
-    found = evaluations.evaluations(trainer, trainer._evaluations)
+    found = evaluations.evaluations(trainer, trainer._card.evaluations)
     task = first(facts.tasks) or data.pipeline_tag or _task_of(trainer.model) or "unknown"
     results = evaluations.results(found, trainer.weights_step, task, dataset)
     folder = base_model_of(trainer, data, facts.finetuned_from)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import shutil
-import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from huggingface_hub import ModelCardData
@@ -19,150 +20,123 @@ from .card_facts import CardFacts
 from .evaluations import Evaluation, record
 
 
+if TYPE_CHECKING:
+    from ..trainer import SAMPaMixin
+
 logger = get_logger(__name__)
 
 
-class StepClock:
-    """Measures how long steps take, from the batch to the update: without evaluation, saving and callbacks.
+class Card:
+    """The model card of a trainer, and what it says that is found nowhere else.
+
+    Args:
+        trainer: whose model it is of.
 
     Attributes:
-        seconds: of all steps of this call of ``train`` together.
-        steps: how many.
+        facts: what a run cannot know; told by the user.
+        evaluations: results, with the weights and the data that they are of.
+        best_step: the step of the best weights, where they were loaded at the end.
     """
 
-    def __init__(self):
-        self.seconds, self.steps, self._began = 0.0, 0, 0.0
+    def __init__(self, trainer: SAMPaMixin):
+        self.trainer, self.facts = trainer, CardFacts()
+        self.evaluations: list[Evaluation] = []
+        self.best_step: int | None = None
+        # What upstream made of facts; part of it by asking the Hub.
+        self._known: tuple[CardFacts, ModelCardData] | None = None
 
-    @property
-    def mean(self) -> float | None:
-        """Seconds per step; None before the first."""
-        return self.seconds / self.steps if self.steps else None
+    def begin(self) -> None:
+        """A run begins: what was measured before is of other weights."""
+        self.evaluations, self.best_step = [], None
 
-    def start(self) -> None:
-        """A step begins, after all callbacks."""
-        self._began = time.perf_counter()
+    def note_best(self) -> None:
+        """The best weights were loaded."""
+        state = self.trainer.state
+        if Path(state.best_model_checkpoint).is_dir():
+            self.best_step = state.best_global_step
 
-    def stop(self, *_) -> None:
-        """The base optimizer's step is over; takes what its hooks are given."""
-        self.seconds += time.perf_counter() - self._began
-        self.steps += 1
-
-
-class PublishMixin:
-    """The part of `SAMPaMixin` that evaluates for, and writes, model cards, and talks to the Hub.
-
-    Attributes:
-        card_facts: what cards are to say that a run cannot know; set its attributes.
-        continued: sentences on parts of the run that were of other settings, or of plain Trainer.
-        weights_step: the step whose weights the model holds: the last, or the best where that was loaded at the end.
-    """
-
-    _card_facts: CardFacts
-    continued: list[str]
-    _clock: StepClock
-    _evaluations: list[Evaluation]
-    _best_step: int | None = None
-    _known: tuple[CardFacts, ModelCardData] | None = None  # what upstream made of facts; part of it by asking the Hub
-
-    @property
-    def card_facts(self) -> CardFacts:
-        return self._card_facts
-
-    @card_facts.setter
-    def card_facts(self, facts: CardFacts | dict[str, str | list[str]]) -> None:
-        self._card_facts = CardFacts(**facts) if isinstance(facts, dict) else facts
-
-    @property
-    def weights_step(self) -> int:
-        return self.state.global_step if self._best_step is None else self._best_step
-
-    def _prepare_for_training(self, *args, **kwargs):
-        self._evaluations, self._best_step, self.continued = [], None, []
-        return super()._prepare_for_training(*args, **kwargs)
-
-    def _load_best_model(self):
-        super()._load_best_model()
-        if Path(self.state.best_model_checkpoint).is_dir():
-            self._best_step = self.state.best_global_step
-
-    def evaluate(self, *args, **kwargs):
-        before = len(self.state.log_history)
-        metrics = super().evaluate(*args, **kwargs)
-        given = inspect.signature(super().evaluate).bind(*args, **kwargs).arguments
+    @contextmanager
+    def evaluating(self, given: dict[str, Any]) -> Iterator[None]:
+        """Around an evaluation, whose results are kept; `given` are the arguments of ``evaluate``."""
+        history = self.trainer.state.log_history
+        before = len(history)
+        yield
         dataset, prefix = given.get("eval_dataset"), given.get("metric_key_prefix", "eval")
-        if found := record(self, self.state.log_history[before:], dataset, prefix):
-            self._evaluations.append(found)
-        return metrics
+        if found := record(self.trainer, self.trainer.state.log_history[before:], dataset, prefix):
+            self.evaluations.append(found)
 
-    def create_model_card(self, *args, **kwargs):
-        """As in Trainer, with a text of our own; what is not said here is taken from `card_facts`.
+    # ---- Writing ----
 
-        A card that somebody wrote or changed is left alone, with a warning.
-        """
-        told = dict(zip(inspect.signature(super().create_model_card).parameters, args, strict=False)) | kwargs
-        facts = replace(self.card_facts, **{name: fact for name, fact in told.items() if fact is not None})
-        if not self.is_world_process_zero():
-            return
-        file = Path(self.args.output_dir) / "README.md"
+    def create(self, told: dict[str, Any]) -> None:
+        """Write it into the output folder; `told` is what ``create_model_card`` was told besides `facts`."""
+        trainer = self.trainer
+        facts = replace(self.facts, **{name: fact for name, fact in told.items() if fact is not None})
+        file = Path(trainer.args.output_dir) / "README.md"
         if model_card.is_somebodys(file):
             logger.warning(
                 f"{file} is left as it is, since somebody wrote or changed it. Remove it to have it written anew."
             )
         elif self._is_published_later(file):
             logger.warning(f"{file} is left as it is, since it is of the run that made this model.")
-            model_card.lead_to(file, self.hub_model_id)
+            model_card.lead_to(file, trainer.hub_model_id)
         else:
-            # Not by way of super(), whose text is not ours, and which takes over tags of the card that is there.
-            self._write_card(file, facts, self.hub_model_id)
+            self._write(file, facts, trainer.hub_model_id)
 
     def _is_published_later(self, file: Path) -> bool:
         """Whether `file` is the card of a run, and this trainer has trained nothing but loaded that run's model."""
-        base = getattr(getattr(self.model, "config", None), "_name_or_path", None)
+        base = getattr(getattr(self.trainer.model, "config", None), "_name_or_path", None)
         own = bool(base) and file.parent.resolve() in (Path(base).resolve(), *Path(base).resolve().parents)
-        return self.sampa is None and own and model_card.is_of_a_run(file)
+        return self.trainer.sampa is None and own and model_card.is_of_a_run(file)
 
-    def _write_card(self, file: Path, facts: CardFacts, repository: str | None = None) -> None:
+    def _write(self, file: Path, facts: CardFacts, repository: str | None = None) -> None:
         if self._known is None or self._known[0] != facts:
             data = ModelCardData()
-            if hasattr(self.model, "config"):
-                data = ModelCardData(**TrainingSummary.from_trainer(self, **facts.for_trainer()).create_metadata())
+            if hasattr(self.trainer.model, "config"):
+                summary = TrainingSummary.from_trainer(self.trainer, **facts.for_trainer())
+                data = ModelCardData(**summary.create_metadata())
             self._known = copy.deepcopy(facts), data
-        model_card.write(file, self, copy.deepcopy(self._known[1]), facts, repository, self._clock.mean)
+        seconds = self.trainer.seconds_per_step
+        model_card.write(file, self.trainer, copy.deepcopy(self._known[1]), facts, repository, seconds)
 
-    def _save(self, output_dir=None, state_dict=None):
-        card = Path(output_dir or self.args.output_dir) / "README.md"
-        # Trainer calls this on all processes, of which one writes.
-        before = card.read_bytes() if self.args.should_save and card.exists() else None
-        super()._save(output_dir, state_dict)
-        if before is not None:
-            card.write_bytes(before)  # peft adds to any card that it finds
-
-    def _begin_checkpoint(self, folder: Path, old: Path | None) -> None:
-        super()._begin_checkpoint(folder, old)
-        if old is not None and model_card.is_somebodys(old / "README.md"):
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(old / "README.md", folder)
-        if self.args.should_save:
-            self._try_to_write_card(folder / "README.md")
-
-    def _try_to_write_card(self, file: Path, repository: str | None = None) -> None:
-        """Write a card during the training, which it does not end if it cannot be written; not over somebody's."""
+    def _try_to_write(self, file: Path, repository: str | None = None) -> None:
+        """Write it during the training, which it does not end if it cannot be written; not over somebody's."""
         try:
             if not model_card.is_somebodys(file):
-                self._write_card(file, self.card_facts, repository)
+                self._write(file, self.facts, repository)
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # of what people told or measured
             logger.warning(f"There is no card in {file.parent}: {type(error).__name__}: {error}")
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if not self.is_world_process_zero():
-            return super()._push_from_checkpoint(checkpoint_folder)
-        running = self.push_in_progress
+    def begin_checkpoint(self, folder: Path, old: Path | None) -> None:
+        """Before a checkpoint is written into `folder`, in the place of one that is in `old` meanwhile."""
+        if old is not None and model_card.is_somebodys(old / "README.md"):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(old / "README.md", folder)
+        if self.trainer.args.should_save:
+            self._try_to_write(folder / "README.md")
+
+    @contextmanager
+    def kept(self, output_dir: str | None) -> Iterator[None]:
+        """Around the writing of a model into `output_dir`: a card that is there stays as it is."""
+        args = self.trainer.args
+        card = Path(output_dir or args.output_dir) / "README.md"
+        # Trainer calls this on all processes, of which one writes.
+        before = card.read_bytes() if args.should_save and card.exists() else None
+        yield
+        if before is not None:
+            card.write_bytes(before)  # peft adds to any card that it finds
+
+    # ---- Pushing ----
+
+    def push(self, push: Callable[[], None]) -> None:
+        """Trainer's `push` of a checkpoint, with a card of the whole run, and with a word if it fails."""
+        trainer = self.trainer
+        running = trainer.push_in_progress
         before = list(running.jobs) if running else []
-        card = Path(self.args.output_dir) / "README.md"
+        card = Path(trainer.args.output_dir) / "README.md"
         if running is None or running.is_done():
-            self._try_to_write_card(card, self.hub_model_id)
-        super()._push_from_checkpoint(checkpoint_folder)
-        for job in self.push_in_progress.jobs if self.push_in_progress else []:
+            self._try_to_write(card, trainer.hub_model_id)
+        push()
+        for job in trainer.push_in_progress.jobs if trainer.push_in_progress else []:
             if job not in before:
                 job.add_done_callback(_report)
 

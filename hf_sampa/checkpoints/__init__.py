@@ -1,9 +1,10 @@
 """What is saved and how a run goes on: which files, in which order, and how whole ones are told from torn ones.
 
-`checkpoint.py` says what is written.
+`checkpoint.py` says what is written; `saving.py` when; `resume.py` how a run goes on.
 """
 
-from .resume import ResumeMixin
+from .resume import Resume, load_missing, load_weights
+from .saving import Saving, check_trained
 
 
-__all__ = ["ResumeMixin"]
+__all__ = ["Resume", "Saving", "check_trained", "load_missing", "load_weights"]

@@ -3,9 +3,18 @@
 Loaders are used as they are given; a sample's randomness belongs to the sample.
 """
 
-from .batches import MicroBatch, UpdateBatch, UpdateStream
+from .batches import MicroBatch, Place, UpdateBatch, UpdateStream
 from .loaders import check_samplers, replica_loader, seeded_loader
 from .seeded_data import INDICES
 
 
-__all__ = ["INDICES", "MicroBatch", "UpdateBatch", "UpdateStream", "check_samplers", "replica_loader", "seeded_loader"]
+__all__ = [
+    "INDICES",
+    "MicroBatch",
+    "Place",
+    "UpdateBatch",
+    "UpdateStream",
+    "check_samplers",
+    "replica_loader",
+    "seeded_loader",
+]

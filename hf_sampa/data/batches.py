@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +50,11 @@ class MicroBatch:
     def size(self) -> int:
         """Number of samples."""
         return count_samples(self.inputs)
+
+    @property
+    def counts(self) -> bool:
+        """Whether a label of it counts, as far as its share says."""
+        return not isinstance(self.share, float) or bool(self.share)
 
     def narrowed(self, chosen: Tensor, piece: int | None = None) -> MicroBatch:
         """Those of its samples that `chosen` ``(n,)`` says, yet without a share; as its `piece`-th piece, if it has more."""
@@ -104,6 +109,14 @@ class UpdateBatch:
     def update(self) -> int:
         """t, its index among the run's update batches."""
         return self.micro_batches[0].update
+
+
+class Place(NamedTuple):
+    """Where the data go on: the next update batch."""
+
+    epoch: int
+    start: int  # micro-batches of the epoch that come before it
+    fingerprint: int | None = None  # this replica's; None where it has not been read yet
 
 
 def count_samples(inputs: Any) -> int:

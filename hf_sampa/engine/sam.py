@@ -30,6 +30,10 @@ class SAM(SharpnessAware):
         self._shards = ShardAscents(self) if self.recipe.samples.sharded else None
         self._teacher: Buckets | None = None  # running mean of the weights, for losses that ask for it
 
+    def close(self) -> None:
+        super().close()
+        self._shards = None  # which knows of this engine: buffers are freed at once
+
     @property
     def reads_next_batch(self) -> bool:
         """Whether g_t is taken on B_{t+1}."""

@@ -149,6 +149,10 @@ class SAMPa(SharpnessAware):
         """Whether this process takes a gradient on B_{t+1}."""
         return Role.LOOKAHEAD in self.roles
 
+    def close(self) -> None:
+        super().close()
+        self.ascents = None  # which knows of this engine: buffers are freed at once
+
     def forget(self) -> None:
         """Drop g_t: the next step computes it at x_t, as the first one does."""
         self.ascent = None

@@ -4,8 +4,8 @@ Measures, and changes nothing: a run with it and one without end with the same b
 """
 
 from .diagnostics import DiagnosticsCallback
-from .metrics import RunningMeans
+from .metrics import RunningMeans, StepClock
 from .progress import show
 
 
-__all__ = ["DiagnosticsCallback", "RunningMeans", "show"]
+__all__ = ["DiagnosticsCallback", "RunningMeans", "StepClock", "show"]

@@ -1,8 +1,9 @@
-"""What the steps since the last log line saw."""
+"""What the steps since the last log line saw, and how long they took."""
 
 from __future__ import annotations
 
 import math
+import time
 
 from ..engine import StepReport
 
@@ -51,3 +52,29 @@ class RunningMeans:
         if not isinstance(self.steps, dict):  # one number for all, in checkpoints from before variants
             self.steps = dict.fromkeys(LOGGED, self.steps)
         self.skipped_steps = state["skipped_steps"]
+
+
+class StepClock:
+    """Measures how long steps take, from the batch to the update: without evaluation, saving and callbacks.
+
+    Attributes:
+        seconds: of all steps of this call of ``train`` together.
+        steps: how many.
+    """
+
+    def __init__(self):
+        self.seconds, self.steps, self._began = 0.0, 0, 0.0
+
+    @property
+    def mean(self) -> float | None:
+        """Seconds per step; None before the first."""
+        return self.seconds / self.steps if self.steps else None
+
+    def start(self) -> None:
+        """A step begins, after all callbacks."""
+        self._began = time.perf_counter()
+
+    def stop(self, *_) -> None:
+        """The base optimizer's step is over; takes what its hooks are given."""
+        self.seconds += time.perf_counter() - self._began
+        self.steps += 1

@@ -112,7 +112,7 @@ class Direct(TrainerCallback):
         engine = self.trainer.sampa
         if engine.ascent is None:
             return
-        (micro_batch,) = self.trainer._batch
+        (micro_batch,) = self.trainer._run.batch
         loss = model(**micro_batch.inputs).loss
         at_x = parameters_to_vector(torch.autograd.grad(loss, engine.params)).double()
         g = parameters_to_vector(engine.ascent_grads.views).double()

@@ -136,7 +136,7 @@ class FailsOnce(SAMPaTrainer):
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        if self._in_pass is not None and self.passes() == self.at:
+        if self._in_pass and self.passes() == self.at:
             raise Interrupted
         return loss
 
