@@ -41,7 +41,7 @@ bench-memory: .venv ## Measure the memory of AdamW, SAM and SAMPa, in fp32 and u
 bench-variants: .venv ## Train a small ViT with every variant: accuracy, time, memory; a table and a picture (under 40 minutes)
 	$(BIN)/python benchmarks/variants.py
 
-test-gpu: .venv ## The tests that need two CUDA devices
+test-gpu: .venv ## The tests that need a CUDA device; some need two
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 docs: .venv ## Build the documentation, and say where its first page is

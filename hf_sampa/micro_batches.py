@@ -55,7 +55,7 @@ class MicroBatches:
         for micro_batch in batch:
             with self.exchange.role_world.lent():
                 num_items = self.trainer._get_num_items_in_batch([micro_batch.inputs], torch.device("cpu"))
-            micro_batch.num_items = None if num_items is None else num_items.to(device)
+            micro_batch.num_items = None if num_items is None else num_items.to(device, non_blocking=True)
             counts.append(micro_batch.count_items() if num_items is None else float(num_items))
         total = self.exchange.sum_within_role(sum(counts))
         for micro_batch, count in zip(batch, counts, strict=True):

@@ -274,7 +274,7 @@ class Gradients:
         for role, found in passes.items():
             numbers[role] = torch.stack([found.loss, found.norm, found.dot, found.model_norm])
             integers[role] = torch.tensor([found.fingerprint, *found.used])
-        row = torch.cat([numbers.view(torch.int64), integers.to(device)], dim=1)
+        row = torch.cat([numbers.view(torch.int64), integers.to(device, non_blocking=True)], dim=1)
         with record_function("SAMPa.exchange"):
             of_all, signatures = self._gather(row.flatten())
             rows = of_all.view(-1, *row.shape)
@@ -294,7 +294,8 @@ class Gradients:
             return self.exchange.gather(row).cpu(), [0]
         with record_function("SAMPa.check"):
             own = [self.digest_of_rest(), self.forward_state.signature(), fingerprint(self.settings())]
-            row = torch.cat([row, torch.tensor(own).to(row.device), fingerprint_of_bits(self.params).view(1)])
+            digests = torch.tensor(own).to(row.device, non_blocking=True)
+            row = torch.cat([row, digests, fingerprint_of_bits(self.params).view(1)])
         rows = self.exchange.gather(row).cpu()
         rest, signatures, settings, weights = rows[:, -4:].T.tolist()
         check_ranks_agree(self.exchange, weights, settings, self.settings())
