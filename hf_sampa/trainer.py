@@ -145,14 +145,14 @@ class SAMPaMixin:
 
         Raises ValueError for a checkpoint that is torn, foreign, of a newer format or of another data stream or model.
         """
-        before, self._run = self._run, Run(self, self._run)
+        before, self._run, state = self._run, Run(self, self._run), self.state
         try:
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
-            if self._run.engine is None and before is not None:
-                self._run = before  # nothing of it is gone yet
+            if self.state is state and before is not None:
+                self._run = before  # it had not begun: what there is is of the run before
             self._run.exchange = None  # what it had begun to send would reach the next run
             raise
         finally:

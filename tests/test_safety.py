@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -133,6 +135,7 @@ def test_everything_outside_a_step_sees_x_t(tmp_path):
 
 WITHOUT_US = """
 import sys
+import weakref
 sys.modules["hf_sampa"] = None  # importing it is an error
 import torch
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -228,3 +231,36 @@ def test_random_states_of_the_user_are_left_alone(tmp_path):
     SAMPaTrainer(model=tiny.bert(0.5), args=args, train_dataset=tiny.sentences(16), callbacks=[State()]).train()
     assert torch.equal(states[0], states[1])
     assert torch.equal(states[1], states[2])
+
+
+SECOND_RUNS = [("sampa", "sam"), ("sam", "sam"), ("sampa", "msam"), ("sam", "msam")]
+
+
+@pytest.mark.parametrize(("method", "variant"), SECOND_RUNS)
+def test_a_second_run_frees_what_the_first_one_held(tmp_path, method, variant):
+    """Before it takes memory of its own, and without waiting for Python's collector."""
+    args = tiny.arguments(tmp_path, method=method, variant=variant, max_steps=2)
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+    trainer.train()
+    held = weakref.ref(trainer.sampa.perturbed_grads)
+    gc.collect()
+    gc.disable()
+    try:
+        trainer._run.make_room()
+        assert held() is None
+    finally:
+        gc.enable()
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_run_that_is_refused_leaves_the_one_before_to_be_saved(tmp_path):
+    trainer = SAMPaTrainer(
+        model=tiny.bert(), args=tiny.arguments(tmp_path, max_steps=2), train_dataset=tiny.sentences(16)
+    )
+    trainer.train()
+    trainer.train_dataset = []
+    with pytest.raises(ValueError, match="Expected a training dataset of at least one sample"):
+        trainer.train()
+    trainer._save_checkpoint(trainer.model, None)
+    assert (tmp_path / "checkpoint-2" / "sampa.safetensors").exists()
