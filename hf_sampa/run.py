@@ -181,7 +181,7 @@ class Run:
             self.batch = self.stream.advance()
         samples = [micro_batch.inputs for micro_batch in self.batch]
         # A group that ends early without the loop's knowing still has to reach its optimizer step. Items are counted by
-        # micro-batch, in `Steps.weigh`.
+        # micro-batch, in `MicroBatches.weigh`.
         return samples + [{}] * (num_batches - len(samples)), None
 
     # ---- Where it is ----

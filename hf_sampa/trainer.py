@@ -63,7 +63,7 @@ class SAMPaMixin:
     # ---- A trainer is made ----
 
     def __init_subclass__(cls, **kwargs):
-        """So that help(), and whoever asks for a signature, is told of the Trainer's below, and of a recipe; or of the class's own."""
+        """The signature is that of the Trainer below with a recipe, or the class's own: help() and TRL read it."""
         super().__init_subclass__(**kwargs)
         cls.__signature__ = None
         if next(kind for kind in cls.__mro__ if "__init__" in vars(kind)) is SAMPaMixin:
@@ -141,7 +141,7 @@ class SAMPaMixin:
     # ---- train() ----
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As in Trainer; ``True`` takes the last whole checkpoint and says which torn ones it passed over.
+        """As in Trainer; ``True`` takes the last whole checkpoint, where upstream takes the last folder, and names torn ones.
 
         Raises ValueError for a checkpoint that is torn, foreign, of a newer format or of another data stream or model.
         """
@@ -158,8 +158,20 @@ class SAMPaMixin:
         finally:
             self._run.leave()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        """Upstream's leaves out weights whose names were saved in another form, with a warning at most."""
+        self._loading_from = resume_from_checkpoint
+        load = partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
+        load_weights(self.model, resume_from_checkpoint, load)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Upstream only warns of tensors that it did not load: here they are loaded."""
+        if isinstance(self.model, PreTrainedModel):
+            super()._issue_warnings_after_load(load_result)
+        load_missing(self.model, self._loading_from, load_result)
+
     def _inner_training_loop(self, *args, **kwargs):
-        """Whoever builds a loader of his own asks how many processes share the data: the replicas of a role do."""
+        """A loader of one's own is built for so many processes as share the data, which are the replicas of a role."""
         build, world = self.get_train_dataloader, self._run.exchange.role_world
 
         def build_for_a_role():
@@ -170,7 +182,7 @@ class SAMPaMixin:
             return super()._inner_training_loop(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Samplers would say less of an empty dataset."""
+        """Upstream's samplers would refuse an empty dataset with less of a message."""
         check_dataset(self.train_dataset)
         return super().get_train_dataloader()
 
@@ -224,35 +236,18 @@ class SAMPaMixin:
             group.update(options)
         return optimizer
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
-        """Upstream's leaves out weights whose names were saved in another form, with a warning at most."""
-        self._loading_from = resume_from_checkpoint
-        load = partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
-        load_weights(self.model, resume_from_checkpoint, load)
-
-    def _issue_warnings_after_load(self, load_result):
-        """What upstream warns of is loaded; its words need a model of transformers."""
-        if isinstance(self.model, PreTrainedModel):
-            super()._issue_warnings_after_load(load_result)
-        load_missing(self.model, self._loading_from, load_result)
-
     # ---- An epoch ----
 
     def _run_epoch(self, train_dataloader, **kwargs):
-        """Upstream's reads its loader batch by batch: a step needs the batch after it, and passes that no step of upstream has."""
+        """Upstream's reads its loader batch by batch, while a step needs the batch after it.
+
+        For the epoch ``training_step`` and ``get_batch_samples`` are replaced by the run's: see `Run.epoch`.
+        """
         if self.state.global_step >= self.state.max_steps:
             # A finished run, resumed: upstream would take a step before it asks.
             self.control.should_training_stop = True
             return
         self._run.epoch(super()._run_epoch, **kwargs)
-
-    def _track_num_input_tokens(self, inputs):
-        """Upstream counts what each process reads: a pair reads one batch."""
-        before = self.state.num_input_tokens_seen
-        if inputs:
-            super()._track_num_input_tokens(inputs)
-        counted = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + counted * self.args.num_replicas // self.args.world_size
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """In a pass a loss is of one micro-batch and, for some variants, of single samples."""
@@ -268,6 +263,14 @@ class SAMPaMixin:
     def floating_point_ops(self, inputs) -> int:
         """Each role is a forward and a backward pass."""
         return super().floating_point_ops(inputs) * len(self.args.mesh.roles)
+
+    def _track_num_input_tokens(self, inputs):
+        """Upstream counts what each process reads: a pair reads one batch."""
+        before = self.state.num_input_tokens_seen
+        if inputs:
+            super()._track_num_input_tokens(inputs)
+        counted = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + counted * self.args.num_replicas // self.args.world_size
 
     def _clip_grad_norm(self, model):
         """Upstream's would clip by the norm of the part that is here, where processes share an optimizer."""
@@ -295,7 +298,7 @@ class SAMPaMixin:
             self._tr_loss.zero_()  # upstream takes it from itself, so that one NaN would stay for good
 
     def log(self, logs, *args, **kwargs):
-        """As in Trainer; the line on the steps has their means, and what a pass logs is said when its step is through."""
+        """As in Trainer; the line on the steps also has their means, and what a pass logs waits until its step is through."""
         if self._in_pass:
             self._run.steps.micro_batches.log(logs, *args, **kwargs)
             return
@@ -306,12 +309,12 @@ class SAMPaMixin:
         self.log_of_a_pass(logs, *args, **kwargs)
 
     def log_of_a_pass(self, *given, **named) -> None:
-        """What a pass has logged, by the Trainer below: overrides above have had their word in the pass."""
+        """Log what a pass has logged, once its step is through; a `log` of a subclass has seen it in the pass already."""
         with self._before_saving():
             super().log(*given, **named)
 
     def _evaluate(self, *args, **kwargs):
-        """A checkpoint that an evaluation asks for is of the step that is through."""
+        """A callback may ask for a checkpoint in the evaluation: it waits for the save that is to come after it."""
         with self._before_saving():
             return super()._evaluate(*args, **kwargs)
 
@@ -324,7 +327,7 @@ class SAMPaMixin:
             yield
 
     def evaluate(self, *args, **kwargs):
-        """As in Trainer; what was found is kept for the model card."""
+        """As in Trainer; the model card needs to know which weights and data the metrics are of."""
         given = inspect.signature(super().evaluate).bind(*args, **kwargs).arguments
         with self._card.evaluating(given):
             return super().evaluate(*args, **kwargs)
@@ -347,7 +350,7 @@ class SAMPaMixin:
             self._run.saving.write(output_dir)
 
     def _save(self, output_dir=None, state_dict=None):
-        """A model of peft writes into a card that is there."""
+        """peft writes its own text into a README.md that is there: the card is put back."""
         with self._card.kept(output_dir):
             super()._save(output_dir, state_dict)
 
@@ -372,7 +375,7 @@ class SAMPaMixin:
     # ---- The end ----
 
     def _finalize_training(self, *args, **kwargs):
-        """The weights of the last step have not been compared yet."""
+        """Processes compare their weights in the step after; there is none after the last."""
         self.sampa.check_alike()
         return super()._finalize_training(*args, **kwargs)
 

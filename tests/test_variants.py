@@ -168,6 +168,20 @@ PARALLEL = {
 }
 
 
+# Of whose step a draw, a schedule or a case of SAMPa is what is new; its part has tests of its own, or lambda has.
+BY_THEIR_PARTS = {
+    *("sampa_0", "optgd", "adasam", "randsam", "rst", "vsam", "arsam", "ausam"),
+    *("ssam_d", "ssam_f", "esam_swp", "slsam"),
+}
+
+
+def test_no_variant_goes_without():
+    """A new one needs its formula in one of these, or a reason."""
+    in_series = {name for name, *_ in BY_STEP.values()}
+    assert RULES.keys() | in_series | BY_THEIR_PARTS == VARIANTS.keys()
+    assert not BY_THEIR_PARTS & (RULES.keys() | in_series)
+
+
 @pytest.mark.parametrize("case", PARALLEL)
 def test_a_variant_of_samples_or_losses_in_parallel(tmp_path, case):
     name, arguments, reference, more = PARALLEL[case]

@@ -1,11 +1,16 @@
 """What SAMPa adds to a Trainer checkpoint: g_t, where the data stream is, the settings, and whether it is whole.
 
-Files written after the model, optimizer and scheduler and before ``trainer_state.json``, each put in place by one rename:
-``sampa.safetensors`` holds g_t and what else moves besides weights, ``sampa_recipe.pt`` the state of the variant and
-``sampa_trainer.pt`` what the trainer's own code collected, if there is any, and ``sampa.json`` the rest and the sizes of all
-files that resuming needs.
+A checkpoint is written in this order, by Trainer unless another is named:
+
+1. ``README.md``, the card (`hf_sampa.cards.publish`);
+2. weights and ``training_args.bin``; ``optimizer.pt``, ``scheduler.pt`` and ``scaler.pt``, whole, by rank 0; ``rng_state*.pth``, by all;
+3. what `write` adds, each put in place by one rename: ``sampa.safetensors`` has g_t and what else moves besides weights,
+   ``sampa_recipe.pt`` the state of the variant and ``sampa_trainer.pt`` what the trainer's own code collected, if there is any,
+   and last ``sampa.json`` the rest, and the sizes of all files that resuming needs;
+4. ``trainer_state.json``.
+
 That order makes every cut visible: without a readable ``trainer_state.json`` a checkpoint is torn; with it, but without
-``sampa.json``, it is one of plain Trainer.
+``sampa.json``, it is one of plain Trainer. `SAMPaMixin._save_rng_state` sees to it that 3 comes then.
 """
 
 from __future__ import annotations

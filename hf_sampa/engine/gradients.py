@@ -185,7 +185,7 @@ class Gradients:
         if listening and any(self._recorder.used):
             self._heard()
         loss, (norm, of_model) = torch.stack(losses).sum().double(), self.norms(sums)
-        dot = torch.stack(sums.dots or [torch.zeros_like(loss)]).double().sum() / (self._displacement + NORM_GUARD)
+        dot = self.placement.total(sums.dots or [torch.zeros_like(loss)]) / (self._displacement + NORM_GUARD)
         used = self._recorder.used
         wanted = used if only is None else [a and b for a, b in zip(used, only, strict=True)]
         return Found(batch.fingerprint, loss, norm, dot, wanted, of_model)

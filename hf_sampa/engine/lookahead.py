@@ -182,7 +182,8 @@ def _adam(weights: list[Tensor], grads: list[Tensor], states: list[dict], group:
 
 
 def _count(state: dict[str, Tensor], device: torch.device) -> Tensor:
-    """A copy of the step count on `device`; a count that is there already stays, since reading it stalls the queue."""
+    """A copy of the step count t on `device`, to which torch adds the one; a count that is there already is not read, which would
+    stall the queue."""
     if not state:
         return torch.zeros((), device=device)
     on_device = state["step"].device == device

@@ -1,6 +1,7 @@
 """Where the numbers of a run live: who updates and holds what, and how what lies elsewhere comes to where it is needed.
 
-The algorithm computes, a placement moves. Neither timing nor recipe knows which one they run on, and every bit is the same.
+The algorithm computes, a placement moves. Neither timing nor recipe knows which one they run on, and every bit is the same;
+a placement asks a recipe one thing, whether half of the gradients is enough for it (`Recipe.by_entries`).
 A placement answers: which numbers are mine, what writing displaced weights means, where a gradient lands and travels, what
 a norm over all is, and how what is spread becomes whole for a checkpoint.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Placement:
-    """Everything whole in every process.
+    """Everything whole in every process. One that is `shared` has `Shared.grad_norm` and `Shared.clip_grad_norm_`, too.
 
     Args:
         engine: whose parameters, buckets, exchange and base optimizer it places.
@@ -113,6 +114,10 @@ class Placement:
         """Euclidean norm ``()`` of a gradient, given the norms ``()`` of its buckets."""
         return torch.linalg.vector_norm(torch.stack(list(norms)).double())
 
+    def total(self, parts: Sequence[Tensor]) -> Tensor:
+        """Sum ``()`` over a gradient, given the parts ``()`` of its buckets."""
+        return torch.stack(list(parts)).double().sum()
+
     def of_all(self, numbers: Sequence[Tensor]) -> Tensor:
         """Numbers of all parameters, ``(parameters, ...)``, given those of the parameters that this process updates."""
         return torch.stack(list(numbers))
@@ -177,10 +182,11 @@ class Shared(Placement):
         for bucket in self.owned:
             lent.ensure(bucket)  # a pass that failed leaves large ones released
         write_lookahead(lent)
-        wants_ascent, looks_ahead = self._halves and ascent_is_read, self._mine == Role.LOOKAHEAD
-        given = (self.ascent_grads if wants_ascent else None) if looks_ahead else lent
-        self._swap(given, self.ascent_grads if looks_ahead or wants_ascent else None)
-        if looks_ahead:
+        g = self.ascent_grads if self._halves and ascent_is_read else None
+        if self._mine == Role.PERTURBED:
+            self._swap(given=lent, taken=g)
+        else:
+            self._swap(given=g, taken=self.ascent_grads)
             self.ascent_grads.swap(lent, self.owned)
 
     def look_ahead(self, write_lookahead: Callable[[Buckets], None]) -> None:

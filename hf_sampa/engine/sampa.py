@@ -1,7 +1,17 @@
 """SAMPa (Algorithm 2) on any base optimizer, on one process or on pairs of them.
 
 A step starts from the weights x_t and ends with them; what it leaves behind is G_t in ``.grad``, ready for clipping and
-the base optimizer's step x_{t+1} = U_{m_t}(x_t, G_t). Symbols: `hf_sampa.functional`.
+the base optimizer's step x_{t+1} = U_{m_t}(x_t, G_t). Symbols: `hf_sampa.functional`. In a pair each process has one role, and
+both take their gradient at the same time; one process takes both in turn. What two buffers hold meanwhile, in a pair:
+
+===============================  ====================  ====================
+moment                           ``ascent_grads``      ``perturbed_grads``
+===============================  ====================  ====================
+the step begins                  g_t                   (nothing)
+PERTURBED, during its pass       x~_t                  g~_t, as it comes
+LOOKAHEAD, during its pass       y_{t+1}               g_{t+1}, as it comes
+after the exchange, and a swap   g_{t+1}               g~_t, then G_t
+===============================  ====================  ====================
 """
 
 from __future__ import annotations
@@ -87,7 +97,7 @@ class SAMPa(SharpnessAware):
         return self._finish(ascent, perturbed, lookahead.loss, used, skipped)
 
     def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, backward: Backward) -> dict[Role, Found]:
-        """g~_t and g_{t+1}, by the processes whose role it is; g_{t+1} takes the place of g_t on all."""
+        """What this process found of g~_t and g_{t+1}, in the roles that it plays; g_{t+1} takes the place of g_t on all."""
         found = {}
         self.ascents.expect(next_batch)
         self._prepare(ascent)
@@ -95,11 +105,12 @@ class SAMPa(SharpnessAware):
             # x~_t = x_t + eps_t, g~_t = grad f(x~_t; B_t)
             found[Role.PERTURBED] = self.ascents.perturbed(ascent, batch, backward)
         if Role.LOOKAHEAD in self.roles:
-            # y_{t+1} = U_{m_t}(x_t, g_t), m_t kept as it was
+            # y_{t+1} = U_{m_t}(x_t, g_t), m_t kept as it was, in the place of g_t
             self.placement.look_ahead(partial(self._write_lookahead, ascent))
             y, g_next = self.ascent_grads, self.lookahead_grads
             # g_{t+1} = grad f(y_{t+1}; B_{t+1})
             found[Role.LOOKAHEAD] = self.ascents.taken(next_batch, backward, g_next, y)
+            # g~_t came to where y_{t+1} was: now g_{t+1} is in `ascent_grads`, and g~_t in `perturbed_grads`, on all.
             self.ascent_grads.swap(g_next, self.placement.landed)
         self.ascents.hand_over()
         return found
@@ -208,7 +219,7 @@ class SAMPa(SharpnessAware):
         if len(self.params) > self.of_model:  # weights that are not the model's are not clipped
             grads = [g if g is None or i >= self.of_model else g * scale for g, i in zip(grads, own, strict=True)]
             scale = 1.0
-        self._lookahead_trials -= look_ahead(
+        tried = look_ahead(
             self.base_optimizer,
             [self.params[i] for i in own],
             grads,
@@ -216,6 +227,7 @@ class SAMPa(SharpnessAware):
             scale=scale,
             on_trial=self._lookahead_trials > 0,
         )
+        self._lookahead_trials -= int(tried)
 
     def _check_pairing(self, ascent: Pass, perturbed: Pass) -> None:
         if ascent.fingerprints != perturbed.fingerprints:

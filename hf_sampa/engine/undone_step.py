@@ -92,7 +92,7 @@ def try_out(optimizer: Optimizer, grads: Grads, places: Places, scale: float) ->
 
 
 class _Alone(TorchDispatchMode):
-    """Within the block `optimizer` may not speak to other processes: they do not look ahead, and it would wait for ever."""
+    """Within the block `optimizer` may not speak to other processes: they may not look ahead at this moment, and it would wait for ever."""
 
     supports_higher_order_operators = True
 

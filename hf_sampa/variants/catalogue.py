@@ -54,7 +54,7 @@ class OneOf:
 
 Positive = Annotated[float, Within(0, open_low=True)]
 NonNegative = Annotated[float, Within(0)]
-Part = Annotated[float, Within(0, 1)]
+Fraction = Annotated[float, Within(0, 1)]
 AboveZero = Annotated[float, Within(0, 1, open_low=True)]
 Real = Annotated[float, Within()]
 Count = Annotated[int, Within(1)]

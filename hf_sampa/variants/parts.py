@@ -62,7 +62,7 @@ class Part:
     state: ClassVar[tuple[str, ...]] = ()
 
     def bind(self, model: nn.Module, names: Sequence[str], params: Sequence[Tensor]) -> None:
-        """Get to know the trainable parameters of a run, and where in `model` they are."""
+        """Get to know the trainable parameters of a run: the model's, in its order and by its names, then those of a loss, if any."""
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes up."""
@@ -124,7 +124,7 @@ class Mask(Part):
     descent: ClassVar[bool] = False
 
     def keeps(self, now: Moment) -> Sequence[bool] | None:
-        """Per parameter, whether it is perturbed; None: all are. The radius is that of the kept ones alone. Asked once a step."""
+        """Per parameter, whether it is perturbed; None: all are. ||g_t|| is then that of the kept ones, so that ||eps_t|| is rho still. Asked once a step."""
         return None
 
     def thin(self, direction: list[Tensor], now: Moment) -> bool:

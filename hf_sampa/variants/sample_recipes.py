@@ -11,9 +11,9 @@ from .catalogue import (
     PAIRED,
     AboveZero,
     Count,
+    Fraction,
     NonNegative,
     OneOf,
-    Part,
     Positive,
     Within,
     variant,
@@ -71,7 +71,7 @@ def esam_swp(beta: AboveZero = 0.5) -> Recipe:
     method="sam",
     why=BY_LOSSES,
 )
-def ausam(alpha: AboveZero = 0.5, low: AboveZero = 0.1, high: AboveZero = 0.5, growth: Part = 0.15) -> Recipe:
+def ausam(alpha: AboveZero = 0.5, low: AboveZero = 0.1, high: AboveZero = 0.5, growth: Fraction = 0.15) -> Recipe:
     """AUSAM: both gradients see samples drawn by how much a perturbation changes their loss."""
     if low > high:
         raise ValueError(f"variant_args: low of 'ausam' is to be at most high, {high:g}, got {low:g}.")
@@ -105,12 +105,12 @@ def bisam(
     method="sam",
     why=NO_ASCENT,
 )
-def saf(lam: NonNegative = 0.3, tau: Positive = 5.0, start: Part = 0.025, epochs: Count = 3) -> Recipe:
+def saf(lam: NonNegative = 0.3, tau: Positive = 5.0, start: Fraction = 0.025, epochs: Count = 3) -> Recipe:
     """SAF: no ascent; the logits are kept near those of some epochs ago."""
     return Recipe(when=schedules.Never(), loss=losses.FromThePast(lam, tau, start, epochs))
 
 
 @variant(source="Du et al. 2022b, arXiv 2205.14083", passes="1 + F", memory="1", rho=0.0, method="sam", why=NO_ASCENT)
-def mesa(lam: NonNegative = 0.8, tau: Positive = 5.0, start: Part = 0.025, decay: Part = 0.9995) -> Recipe:
+def mesa(lam: NonNegative = 0.8, tau: Positive = 5.0, start: Fraction = 0.025, decay: Fraction = 0.9995) -> Recipe:
     """MESA: no ascent; the logits are kept near those of a running mean of the weights."""
     return Recipe(when=schedules.Never(), loss=losses.FromTheMean(lam, tau, start, decay))

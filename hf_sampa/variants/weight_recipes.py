@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Annotated
 
 from . import directions, masks, mixing, psf, schedules
-from .catalogue import NO_ASCENT, ONE_BATCH, SKIPS, AboveZero, Count, NonNegative, OneOf, Part, Real, Within, variant
+from .catalogue import (
+    NO_ASCENT,
+    ONE_BATCH,
+    SKIPS,
+    AboveZero,
+    Count,
+    Fraction,
+    NonNegative,
+    OneOf,
+    Real,
+    Within,
+    variant,
+)
 from .recipe import Recipe
 
 
@@ -56,7 +68,7 @@ def randsam() -> Recipe:
 
 
 @variant(source="Zhao et al. 2022a, arXiv 2202.03599", passes="2", memory="1")
-def gnp(alpha: Part = 0.8) -> Recipe:
+def gnp(alpha: Fraction = 0.8) -> Recipe:
     """Gradient-norm penalty: g_t and g~_t of one batch are mixed."""
     return Recipe(mixing=mixing.Penalty(alpha))
 
@@ -93,7 +105,7 @@ def sam_on() -> Recipe:
 
 @variant(source="Mi et al. 2022, arXiv 2210.05177 (SSAM-D)", passes="2", memory="1/4")
 def ssam_d(
-    sparsity: Annotated[float, Within(0, 1, open_high=True)] = 0.5, every: Count = 100, drop: Part = 0.5
+    sparsity: Annotated[float, Within(0, 1, open_high=True)] = 0.5, every: Count = 100, drop: Fraction = 0.5
 ) -> Recipe:
     """Sparse SAM, dynamic: a part of the entries is perturbed, exchanged from time to time."""
     return Recipe(mask=masks.Dynamic(sparsity, every, drop))
@@ -135,8 +147,8 @@ def aesam(delta: Annotated[float, Within(0, 1, open_high=True)] = 0.9, lam1: Rea
     why=SKIPS,
 )
 def rst(
-    p: Part = 0.5,
-    gamma: Part = 1.0,
+    p: Fraction = 0.5,
+    gamma: Fraction = 1.0,
     schedule: Annotated[str, OneOf(tuple(schedules.PROBABILITIES))] = "constant",
 ) -> Recipe:
     """RST: each step ascends with a probability; G-RST with gamma < 1, G_t = (1 - gamma) g_t + gamma g~_t."""
@@ -152,8 +164,8 @@ def vsam(
     a1: NonNegative = 0.13,
     a2: NonNegative = 0.13,
     tensors: Count = 10,
-    warmup: Part = 0.015,
-    beta: Part = 0.7,
+    warmup: Fraction = 0.015,
+    beta: Fraction = 0.7,
     max_age: Annotated[int, Within(0)] = 6,
 ) -> Recipe:
     """vSAM: as many steps ascend as g~ - g changes; the others reuse it, ever less."""
@@ -173,8 +185,8 @@ def vsam(
 def arsam(
     sampler: Annotated[str, OneOf(("quota", "periodic", "bernoulli"))] = "quota",
     k: Count = 5,
-    p: Part = 0.5,
-    beta: Part = 0.7,
+    p: Fraction = 0.5,
+    beta: Fraction = 0.7,
     max_age: Annotated[int, Within(0)] = 6,
 ) -> Recipe:
     """ARSAM, reconstructed from its abstract: g~ - g is sampled adaptively, reused, and mixed with the fresh gradient.
@@ -198,7 +210,7 @@ def stable_sam(normalized: Annotated[str, OneOf(("no", "yes"))] = "no") -> Recip
 
 
 @variant(source="Zhuang et al. 2022, arXiv 2203.08065", passes="2", memory="1")
-def gsam(alpha: NonNegative = 0.4, low: Part = 1.0) -> Recipe:
+def gsam(alpha: NonNegative = 0.4, low: Fraction = 1.0) -> Recipe:
     """GSAM: descends on the surrogate gap, too; rho may follow the learning rate down to `low` times rho."""
     return Recipe(direction=directions.ScheduledRadius(low), mixing=mixing.SurrogateGap(alpha))
 
