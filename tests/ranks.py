@@ -1,16 +1,19 @@
-"""Run a function on several gloo ranks, as processes of their own, and get what each returned.
+"""Run a function on several gloo ranks, as processes of their own, and get what each returned; or a script, and what it said.
 
-The ranks are forked from a server that has imported torch and transformers but computed nothing: a world of two starts
-in a fraction of a second, and no thread of the test process is ever forked.
+The processes are forked from a server that has imported everything but computed nothing, see `ready`: a world of two
+starts in a fraction of a second, and no thread of the test process is ever forked.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch.distributed import TCPStore
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "accelerate", "hf_sampa"])
+_CONTEXT.set_forkserver_preload(["tests.ready"])
 
 
 class RankFailed(Exception):
@@ -66,6 +69,52 @@ def start_ranks(function: Callable[..., Any], world_size: int, *args: Any, folde
     return processes, results, store
 
 
+@dataclass(frozen=True)
+class Ran:
+    """How a script ended: its exit code, and what it wrote to its two outputs."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_script(
+    *command: object,
+    folder: Path,
+    processes: int = 1,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 240,
+) -> list[Ran]:
+    """How ``python script.py ...`` ends on each of `processes` ranks, without the seconds that an interpreter imports for.
+
+    Args:
+        command: the script and its arguments.
+        folder: where the outputs are kept meanwhile.
+        environment: what it is to differ in. What is read when a module is imported has been read already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    outputs = [[folder / f"{name}{rank}" for name in ("stdout", "stderr")] for rank in range(processes)]
+    started = [
+        _CONTEXT.Process(
+            target=_script,
+            args=([*map(str, command)], _world(rank, processes, store.port) | (environment or {}), outputs[rank]),
+        )
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout)
+    alive = [rank for rank, process in enumerate(started) if process.is_alive()]
+    for process in started:
+        process.kill()
+        process.join()
+    said = [[output.read_text() for output in of_rank] for of_rank in outputs]
+    assert not alive, f"ranks {alive} still ran after {timeout} seconds: {said}"
+    return [Ran(process.exitcode, *of_rank) for process, of_rank in zip(started, said, strict=True)]
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that was free a moment ago."""
     with socket.socket() as probe:
@@ -73,24 +122,34 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _enter(function, rank: int, world_size: int, port: int, result: Path, args: tuple) -> None:
+def _world(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher sets."""
     # Without it accelerate gives the processes of a world more threads than one process has, and other roundings.
-    os.environ["OMP_NUM_THREADS"] = "1"
+    own = {"OMP_NUM_THREADS": "1"}
     if world_size > 1:
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(world_size),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-            TORCHELASTIC_RESTART_COUNT="0",
-            # gloo's choice of an interface is flaky where the host name does not resolve.
-            GLOO_SOCKET_IFNAME="lo",
-        )
+        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        own |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        # gloo's choice of an interface is flaky where the host name does not resolve.
+        own["GLOO_SOCKET_IFNAME"] = "lo"
+    return own
+
+
+def _enter(function, rank: int, world_size: int, port: int, result: Path, args: tuple) -> None:
+    os.environ.update(_world(rank, world_size, port))
     torch.set_num_threads(1)
     try:
         torch.save(function(*args), result)
     except BaseException:
         result.with_suffix(".err").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         raise
+
+
+def _script(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    os.environ.update(environment)
+    for own, output in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), own)
+    torch.set_num_threads(1)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
