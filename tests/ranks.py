@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
@@ -78,32 +79,15 @@ class Ran:
     stderr: str
 
 
-def run_script(
-    *command: object,
-    folder: Path,
-    processes: int = 1,
-    environment: Mapping[str, str] | None = None,
-    timeout: float = 240,
-) -> list[Ran]:
+def nothing() -> None: ...
+
+
+def run_script(*command: object, folder: Path, processes: int = 1, timeout: float = 240, **kwargs) -> list[Ran]:
     """How ``python script.py ...`` ends on each of `processes` ranks, without the seconds that an interpreter imports for.
 
-    Args:
-        command: the script and its arguments.
-        folder: where the outputs are kept meanwhile.
-        environment: what it is to differ in. What is read when a module is imported has been read already.
+    Arguments are those of `start_script`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    outputs = [[folder / f"{name}{rank}" for name in ("stdout", "stderr")] for rank in range(processes)]
-    started = [
-        _CONTEXT.Process(
-            target=_script,
-            args=([*map(str, command)], _world(rank, processes, store.port) | (environment or {}), outputs[rank]),
-        )
-        for rank in range(processes)
-    ]
-    for process in started:
-        process.start()
+    started, outputs, _store = start_script(*command, folder=folder, processes=processes, **kwargs)
     for process in started:
         process.join(timeout)
     alive = [rank for rank, process in enumerate(started) if process.is_alive()]
@@ -113,6 +97,36 @@ def run_script(
     said = [[output.read_text() for output in of_rank] for of_rank in outputs]
     assert not alive, f"ranks {alive} still ran after {timeout} seconds: {said}"
     return [Ran(process.exitcode, *of_rank) for process, of_rank in zip(started, said, strict=True)]
+
+
+def start_script(
+    *command: object,
+    folder: Path,
+    processes: int = 1,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] = nothing,
+):
+    """Start the ranks of `run_script` without waiting.
+
+    Args:
+        command: the script and its arguments.
+        folder: where the outputs go.
+        environment: what it is to differ in. What a module reads when it is imported has been read already, unless
+        prepare: called before the script, does something about it.
+
+    Returns the processes, the files of their two outputs, and what they find one another by.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    outputs = [[folder / f"{name}{rank}" for name in ("stdout", "stderr")] for rank in range(processes)]
+    worlds = [_world(rank, processes, store.port) | (environment or {}) for rank in range(processes)]
+    started = [
+        _CONTEXT.Process(target=_script, args=([*map(str, command)], world, of_rank, prepare))
+        for world, of_rank in zip(worlds, outputs, strict=True)
+    ]
+    for process in started:
+        process.start()
+    return started, outputs, store
 
 
 def free_port() -> int:
@@ -127,7 +141,8 @@ def _world(rank: int, world_size: int, port: int) -> dict[str, str]:
     # Without it accelerate gives the processes of a world more threads than one process has, and other roundings.
     own = {"OMP_NUM_THREADS": "1"}
     if world_size > 1:
-        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         own |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         # gloo's choice of an interface is flaky where the host name does not resolve.
@@ -145,11 +160,61 @@ def _enter(function, rank: int, world_size: int, port: int, result: Path, args: 
         raise
 
 
-def _script(command: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
-    os.environ.update(environment)
+def _script(command: list[str], environment: dict[str, str], outputs: list[Path], prepare: Callable[[], None]) -> None:
     for own, output in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), own)
+    prepare()
+    _run_as_script(command, environment)
+
+
+def _run_as_script(command: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
+
+
+class Forked:
+    """Stands for `subprocess.Popen` of a Python script that talks through pipes, as the benchmarks' workers do."""
+
+    def __init__(self, command: list[str], *, env: Mapping[str, str], stderr, **_):
+        theirs, self.stdin = (os.fdopen(each, mode, 0) for each, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+        self.stdout, said = (os.fdopen(each, mode, 0) for each, mode in zip(os.pipe(), ("rb", "wb"), strict=True))
+        with theirs, said:
+            inherited = [Inherited(each.fileno()) for each in (theirs, said, stderr)]
+            self._process = _CONTEXT.Process(target=_worker, args=(command[1:], dict(env), inherited))
+            self._process.start()
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stdin.close()
+        self.stdout.close()
+        self._process.join()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+class Inherited:
+    """A file descriptor that a process is given when it starts."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __getstate__(self):
+        return reduction.DupFd(self.number)
+
+    def __setstate__(self, given):
+        self.number = given.detach()
+
+
+def _worker(command: list[str], environment: dict[str, str], inherited: list[Inherited]) -> None:
+    os.environ.clear()
+    for own, given in enumerate(inherited):
+        os.dup2(given.number, own)
+        os.close(given.number)
+    sys.stdin = os.fdopen(0)  # that of the server is closed
+    _run_as_script(command, environment)

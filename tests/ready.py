@@ -6,6 +6,11 @@ Nothing here computes or starts a thread, which no fork would survive.
 from __future__ import annotations
 
 import gc
+import os
+
+
+# Ranks ask no network; `hub.point_to` leads those that are to talk to a hub of the tests.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401

@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 
+import bench_processes
 import memory
 import memory_worker
 import pytest
 import torch
 import torch.distributed as dist
+
+from tests.ranks import Forked
 
 
 SMALL = {"layers": 2, "hidden": 128, "steps": 2, "device": "cpu", "bf16": False}
@@ -36,8 +39,9 @@ def test_adamw_holds_weights_gradients_and_two_moments():
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("method", "most"), [("sampa", 5.0), ("sampa_sharded", 4.0)])
-def test_a_pair_holds_no_more_than_it_should(method, most):
+def test_a_pair_holds_no_more_than_it_should(method, most, monkeypatch):
     """Weights, displaced weights, gradient and two moments; or, sharded, no more than AdamW."""
+    monkeypatch.setattr(bench_processes.subprocess, "Popen", Forked)
     deeper = {**SMALL, "layers": 6, "hidden": 384}  # of whose weights the embeddings are half
     answers = memory.run({**deeper, "method": method, "figure": "counted"}, processes=2)
     for units in units_of_d(answers):
