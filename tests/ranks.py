@@ -22,6 +22,7 @@ import torch
 from torch.distributed import TCPStore
 
 
+DEFAULT_START = multiprocessing.get_all_start_methods()[0]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.ready"])
 
@@ -150,9 +151,15 @@ def _world(rank: int, world_size: int, port: int) -> dict[str, str]:
     return own
 
 
-def _enter(function, rank: int, world_size: int, port: int, result: Path, args: tuple) -> None:
-    os.environ.update(_world(rank, world_size, port))
+def _begin(environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
+    # A child of a server would have one of its own for the workers of its loaders, which imports everything once more.
+    multiprocessing.set_start_method(DEFAULT_START, force=True)
+
+
+def _enter(function, rank: int, world_size: int, port: int, result: Path, args: tuple) -> None:
+    _begin(_world(rank, world_size, port))
     try:
         torch.save(function(*args), result)
     except BaseException:
@@ -168,8 +175,7 @@ def _script(command: list[str], environment: dict[str, str], outputs: list[Path]
 
 
 def _run_as_script(command: list[str], environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+    _begin(environment)
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
