@@ -10,10 +10,17 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import time
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from bench_trainer import make_trainer
+from torch.distributed import distributed_c10d
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
@@ -24,16 +31,45 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
 
 
+def released_here(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """`collective`, which returns only once no other thread holds the tensors that it was given."""
+
+    @wraps(collective)
+    def call(*args, **kwargs):
+        given = [each for arg in args for each in (arg if isinstance(arg, list) else [arg])]
+        tensors = [each for each in given if isinstance(each, torch.Tensor)]
+        before = [tensor._use_count() for tensor in tensors]
+        result = collective(*args, **kwargs)
+        while any(tensor._use_count() > own for tensor, own in zip(tensors, before, strict=True)):
+            time.sleep(1e-4)
+        return result
+
+    return call
+
+
 class CountedOnCPU:
-    """Peak of what tensors hold on the CPU: the sum of all allocations and releases, each as it happens."""
+    """Peak of what tensors hold on the CPU: the sum of all allocations and releases, each as it happens.
+
+    Only this thread's are reported. One of gloo's may be the last to let go of what was sent to all, if the machine is
+    busy; that release would be missing from there on.
+    """
 
     def __enter__(self) -> CountedOnCPU:
+        self.patches = [
+            patch.object(module, name, released_here(getattr(module, name)))
+            for name in ("broadcast", "all_gather")
+            for module in (dist, distributed_c10d)  # where the package, and where torch itself, look them up
+        ]
+        for each in self.patches:
+            each.start()
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profiler.start()
         return self
 
     def __exit__(self, *error) -> None:
         self.profiler.stop()
+        for each in self.patches:
+            each.stop()
 
     def peak(self) -> int:
         events = self.profiler.profiler.kineto_results.events()

@@ -1,0 +1,6 @@
+from torch.utils.data import _utils
+
+
+# Seconds for which a loader waits for a worker to end, each in turn, before it ends it: 5 by default. Those of a loader that
+# is collected with its trainer hear nothing of it, since the queues to them are cleared away first.
+_utils.MP_STATUS_CHECK_INTERVAL = 0.2

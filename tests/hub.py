@@ -83,23 +83,8 @@ class Hub:
         }
 
     def patch(self, monkeypatch) -> None:
-        """Point this process and its children here, until pytest's `monkeypatch` is undone.
-
-        huggingface_hub reads its environment once, into its `constants`, where its modules look it up at each call. What
-        copies of it matter are those of two instances of HfApi: its own, and that of transformers.
-        """
-        from huggingface_hub import close_session, constants, hf_api
-        from transformers.utils import hub as transformers_hub
-
-        for name, value in self.environment().items():
-            monkeypatch.setenv(name, value)
-        for name, value in runpy.run_path(constants.__file__).items():
-            if name.isupper():
-                monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
-        monkeypatch.setattr(transformers_hub, "_hf_api", None)
-        # A session keeps the proxies that were set when it was opened.
-        close_session()
+        """Point this process and its children here, until pytest's `monkeypatch` is undone."""
+        point_to(self.environment(), monkeypatch)
 
     def fail(self, method: str, pattern: str, status: int = 500, times: int = 1) -> None:
         """Answer the next `times` requests with an error status, and do nothing of what they ask for.
@@ -197,6 +182,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         """Print nothing: `Hub.requests` has it all."""
+
+
+def point_to(environment: dict[str, str], monkeypatch) -> None:
+    """Point this process to a hub by its `environment`.
+
+    huggingface_hub reads its environment once, into its `constants`, where its modules look it up at each call. What
+    copies of it matter are those of two instances of HfApi: its own, and that of transformers.
+    """
+    from huggingface_hub import close_session, constants, hf_api
+    from transformers.utils import hub as transformers_hub
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, value in runpy.run_path(constants.__file__).items():
+        if name.isupper():
+            monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", environment["HF_ENDPOINT"])
+    monkeypatch.setattr(transformers_hub, "_hf_api", None)
+    # A session keeps the proxies that were set when it was opened.
+    close_session()
 
 
 def without_waiting(monkeypatch) -> list[float]:

@@ -1,8 +1,10 @@
 """The demo as a person starts it, with one epoch per run, and what it measures."""
 
+import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import demo
@@ -14,20 +16,42 @@ import torch
 from matplotlib.image import imread
 from torch import nn
 
+from tests.division import divided
+from tests.ranks import Ran, run_script
+
 
 DEMO = Path(demo.__file__)
 ROW = re.compile(r"(BERT|ViT).*?(AdamW|SAMPa|SAM)\s+([\d.]+)%\s+(-?[\d.]+)\s+([\d.]+)\s+([\d.]+)\s")
 
 
-def run_demo(*arguments: str) -> subprocess.CompletedProcess:
+def started(*arguments: str) -> subprocess.CompletedProcess:
+    """The demo as a person starts it."""
     return subprocess.run([sys.executable, DEMO, *arguments], capture_output=True, text=True, timeout=280)
 
 
+def forked(folder: Path, command: list[str], cwd: Path, env: dict[str, str], stderr) -> Ran:
+    """What its `accelerate launch` starts, without the launcher."""
+    script = command.index(str(demo.RUNS))
+    prepare = partial(os.chdir, cwd)
+    runs = run_script(*command[script:], processes=2, folder=folder, environment=env, prepare=prepare)
+    stderr.writelines(run.stderr for run in runs)
+    return max(runs, key=lambda run: abs(run.returncode))
+
+
 @pytest.mark.distributed
-def test_demo_prints_one_table_and_writes_one_picture(tmp_path):
-    done = run_demo("--quick", "--output_dir", str(tmp_path / "demo"))
-    assert done.returncode == 0, done.stderr
-    rows = ROW.findall(done.stdout)
+@pytest.mark.parametrize("how", divided(["forked", "started"], whole=["started"]))
+def test_demo_prints_one_table_and_writes_one_picture(how, tmp_path, monkeypatch, capsys):
+    arguments = ["--quick", "--output_dir", str(tmp_path / "demo")]
+    if how == "started":
+        done = started(*arguments)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout
+    else:
+        monkeypatch.setattr(demo.subprocess, "run", partial(forked, tmp_path / "ranks"))
+        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+        demo.main()
+        said = capsys.readouterr().out
+    rows = ROW.findall(said)
     assert [row[:2] for row in rows] == [
         (model, name) for model in ("BERT", "ViT") for name in ("AdamW", "SAM", "SAMPa")
     ]
@@ -39,14 +63,17 @@ def test_demo_prints_one_table_and_writes_one_picture(tmp_path):
     picture = imread(tmp_path / "demo" / "demo.png")
     assert picture.shape[0] > 400 and picture.shape[1] > 800
     assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 20
-    assert "demo.png" in done.stdout
+    assert "demo.png" in said
 
 
-def test_demo_leaves_a_folder_alone_that_is_not_its_own(tmp_path):
+def test_demo_leaves_a_folder_alone_that_is_not_its_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
-    done = run_demo("--output_dir", str(tmp_path))
-    assert done.returncode == 2
-    assert f"expected a new folder or that of an earlier demo, but {tmp_path} holds something else" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        demo.main()
+    assert stop.value.code == 2
+    expected = f"expected a new folder or that of an earlier demo, but {tmp_path} holds something else"
+    assert expected in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 

@@ -232,6 +232,7 @@ def test_the_readme_is_short_and_leads_to_the_documentation():
 # The build
 
 
+@pytest.mark.whole
 def test_it_builds_without_a_warning_and_without_a_network(tmp_path):
     build = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-n", "-q"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

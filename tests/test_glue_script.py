@@ -2,12 +2,9 @@
 
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from safetensors.torch import load_file
 from tasks import HUB_DATASET, TASKS
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from .ranks import run_script
 from .test_glue_tasks import FILES, write_tsv
 
 
@@ -199,12 +197,9 @@ def test_the_saved_model_scores_the_same_with_plain_transformers(one_process):
 @pytest.mark.distributed
 def test_two_processes_end_with_the_same_bits(one_process, tiny_bert, tmp_path):
     output_dir = tmp_path / "two"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
-    command = [*launcher, str(ROOT / "glue" / "run_glue.py"), *sample_run(tiny_bert, output_dir)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stdout + run.stderr
+    command = [ROOT / "glue" / "run_glue.py", *sample_run(tiny_bert, output_dir)]
+    first, second = run_script(*command, processes=2, folder=tmp_path / "ranks")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert_same_weights(output_dir, one_process)
     timings = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
     one, two = (
@@ -214,8 +209,8 @@ def test_two_processes_end_with_the_same_bits(one_process, tiny_bert, tmp_path):
     accuracy = [read_json(folder / "eval_results.json")["eval_accuracy"] for folder in (one_process, output_dir)]
     assert accuracy[0] == accuracy[1]
     # The main process speaks for both.
-    assert run.stderr.count("holds no weights") == 1
-    assert run.stdout.count("***** eval metrics *****") == 1
+    assert (first.stderr + second.stderr).count("holds no weights") == 1
+    assert (first.stdout + second.stdout).count("***** eval metrics *****") == 1
 
 
 @pytest.mark.parametrize(

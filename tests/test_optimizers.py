@@ -5,7 +5,6 @@ Or refused, in words, before the first step is through. What plain Trainer canno
 
 from __future__ import annotations
 
-import gc
 import inspect
 import warnings
 
@@ -21,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
+from tests.division import divided
 from tests.ranks import RankFailed, run_ranks
 
 
@@ -150,18 +150,17 @@ REFUSED_BY_TRAINER = {
 }
 IN_BACKWARD = ("lomo", "adalomo")  # is where they step
 TRAINABLE = [name for name in OPTIMIZERS if name not in REFUSED_BY_TRAINER and name not in IN_BACKWARD]
+# Those of the library that are of a kind of their own: they read the weights, set them back or average them, count by
+# themselves, draw numbers, want another order of things, or replace the gradient. All others wait for ``make test-all``.
+KINDS = {
+    *("adamp", "adammini", "bcos", "dadaptadam", "emonavi", "fromage", "galore", "kron", "lion", "lorarite", "muon"),
+    *("prodigy", "ranger21", "scalableshampoo", "schedulefreeadamw", "sgdsai", "soap", "spam", "swats", "vsgd"),
+}
+SWEEP = set(LIBRARY) - KINDS
+every_trainable = pytest.mark.parametrize("name", divided(TRAINABLE, SWEEP & set(TRAINABLE)))
 
 
 # ---- Running them ----
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Trainer collects garbage at the start of every run, which takes longer than a run where much is loaded."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def train(folder, make=None, trainer_class=SAMPaTrainer, **settings):
@@ -195,7 +194,7 @@ def same(left, right):
 # ---- At rho = lmbda = 0 it is plain Trainer ----
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@every_trainable
 def test_without_perturbation_it_goes_where_plain_trainer_goes(name, tmp_path):
     plain = train(tmp_path, OPTIMIZERS[name], Trainer)
     assert same(train(tmp_path, OPTIMIZERS[name], rho=0.0, lmbda=0.0), plain)
@@ -272,28 +271,33 @@ def test_a_gradient_that_the_optimizer_keeps_stays_what_it_was(method, variant, 
 # ---- One process is two processes ----
 
 
-def train_with_each(folder):
+BY_NAME = ("adafactor", "grokadamw")
+
+
+def train_with_each(folder, names):
     """Weights of a run of SAMPa with every optimizer, on however many processes this is."""
-    gc.freeze()
-    found = {}
-    # Options of torch's own lead through the same code here.
-    runs = {
-        name: {"make": OPTIMIZERS[name]}
-        for name in TRAINABLE
-        if not name.startswith("torch ") or len(name.split()) == 2
-    }
-    runs |= {name: by_name(name) for name in ("adafactor", "grokadamw")}
-    for name, settings in runs.items():
-        found[name] = train(folder, rho=0.05, lmbda=0.5, **settings)
-    return found
+    runs = {name: by_name(name[3:]) if name.startswith("by ") else {"make": OPTIMIZERS[name]} for name in names}
+    return {name: train(folder, rho=0.05, lmbda=0.5, **settings) for name, settings in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def with_each(chosen, tmp_path_factory):
+    """Outcomes of `train_with_each` on one process and on the two of a pair."""
+    folder, names = tmp_path_factory.mktemp("each"), chosen("on_two")
+    one, two = (run_ranks(train_with_each, n, folder, names, folder=folder / str(n)) for n in (1, 2))
+    return [*one, *two]
+
+
+# Options of torch's own lead through the same code here.
+ON_TWO = [name for name in TRAINABLE if not name.startswith("torch ") or len(name.split()) == 2]
+ON_TWO += [f"by {name}" for name in BY_NAME]
 
 
 @pytest.mark.distributed
-def test_one_process_is_two_processes_with_each_of_them(tmp_path):
-    [one] = run_ranks(train_with_each, 1, tmp_path, folder=tmp_path / "one")
-    perturbed, lookahead = run_ranks(train_with_each, 2, tmp_path, folder=tmp_path / "two")
-    assert [name for name in one if not same(perturbed[name], lookahead[name])] == []
-    assert [name for name in one if not same(one[name], lookahead[name])] == []
+@pytest.mark.parametrize("on_two", divided(ON_TWO, SWEEP.intersection(ON_TWO)))
+def test_one_process_is_two_processes_with_each_of_them(with_each, on_two):
+    one, perturbed, lookahead = (of_rank[on_two] for of_rank in with_each)
+    assert same(perturbed, lookahead) and same(one, lookahead)
 
 
 # ---- What looking ahead cannot undo, or cannot do alone ----

@@ -1,9 +1,7 @@
 """The step-time benchmark: what it reports, on a tiny model. How fast anything is, is not tested."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import bench_processes
 import pytest
@@ -13,20 +11,25 @@ from step_phases import PHASES, milliseconds_by_phase
 from transformers import TrainerCallback
 
 from hf_sampa import SAMPaTrainer
+from tests.division import divided
+from tests.ranks import Forked
 
 
-SCRIPT = Path(step_time.__file__)
 TINY = "--layers 1 --hidden 32 --batch 2 --seq 8 --rounds 2 --steps 2".split()
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=280)
+def main(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["step_time.py", *arguments])
+    step_time.main()
 
 
 @pytest.mark.distributed
-def test_tiny_model_gives_every_figure(tmp_path):
-    done = run(*TINY, "--ddp", "--json", str(tmp_path / "figures.json"))
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("how", divided(["forked", "started"], whole=["started"]))
+def test_tiny_model_gives_every_figure(how, tmp_path, monkeypatch, capsys):
+    if how == "forked":
+        monkeypatch.setattr(bench_processes.subprocess, "Popen", Forked)
+    main(monkeypatch, *TINY, "--ddp", "--json", str(tmp_path / "figures.json"))
+    said = capsys.readouterr().out
     result = json.loads((tmp_path / "figures.json").read_text())
     sizes = {"layers": 1, "hidden": 32, "batch": 2, "seq": 8, "rounds": 2, "steps": 2}
     assert result["settings"] == {**sizes, "bf16": False}
@@ -48,8 +51,8 @@ def test_tiny_model_gives_every_figure(tmp_path):
     assert sent["sam_replicas"] == [2 * one_gradient] * 2
     ratios = ("sampa_over_adamw", "sam_over_sampa", "sampa_over_adamw_ddp", "sam_replicas_over_sampa")
     names = ("SAMPa / AdamW", "SAM / SAMPa", "SAMPa / AdamW, DDP", "SAM, replicas / SAMPa")
-    assert "    ".join(f"{name} {result[r]:.2f}" for name, r in zip(names, ratios, strict=True)) in done.stdout
-    assert done.stdout.count("not counted") == 2
+    assert "    ".join(f"{name} {result[r]:.2f}" for name, r in zip(names, ratios, strict=True)) in said
+    assert said.count("not counted") == 2
     check_phases(processes)
 
 
@@ -146,9 +149,11 @@ def test_workers_train_what_the_tables_name(method):
     assert len(trainer.train_dataset) == 2 * (3 + 1)
 
 
-def test_help_answers():
-    done = run("--help")
-    assert done.returncode == 0 and "--rounds" in done.stdout and "two independent processes" in done.stdout
+def test_help_answers(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, "--help")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and "--rounds" in said and "two independent processes" in said
 
 
 @pytest.mark.parametrize(
@@ -159,9 +164,10 @@ def test_help_answers():
         (["--seq", "513"], "--seq expects at most 512 tokens, the places that BERT has, got 513"),
     ],
 )
-def test_wrong_settings_are_refused(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2 and message in done.stderr
+def test_wrong_settings_are_refused(arguments, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, *arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_process_that_fails_shows_its_log(tmp_path, monkeypatch):

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +21,8 @@ from transformers import (
 )
 from vit_arguments import DataArguments, ModelArguments, ViTTrainingArguments, make_parser, parse_args
 from vit_model import load_model
+
+from tests.ranks import run_script
 
 
 ROOT = Path(__file__).parents[1]
@@ -301,23 +300,10 @@ def test_an_image_folder_is_trained_on(tmp_path, monkeypatch):
 def test_two_processes_give_the_numbers_of_one(cifar10, tmp_path):
     given = [str(ROOT / "vit_finetune/run_vit.py"), *SHORT, "--data_dir", str(cifar10), "--label_noise", "0.4"]
     given += ["--dataloader_num_workers", "1"]
-    config = str(ROOT / "accelerate_configs/cpu_2_processes.yaml")
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    runs = [
-        subprocess.Popen(
-            [*launcher, *given, "--output_dir", str(out)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for launcher, out in (([sys.executable], tmp_path / "one"), (two, tmp_path / "two"))
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=240)
-        assert run.returncode == 0, errors
+    for name, processes in (("one", 1), ("two", 2)):
+        out = ["--output_dir", tmp_path / name]
+        for run in run_script(*given, *out, processes=processes, folder=tmp_path / f"ranks of {name}"):
+            assert run.returncode == 0, run.stderr
     assert read_json(tmp_path / "two" / "checkpoint-4" / "sampa.json")
     logs = step_logs(tmp_path / "one")
     assert len(logs) == 4 and logs == step_logs(tmp_path / "two")

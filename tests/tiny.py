@@ -24,7 +24,7 @@ from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 BERT = {
     "vocab_size": 60,
     "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "max_position_embeddings": 32,
@@ -32,7 +32,7 @@ BERT = {
 
 
 def bert(dropout: float = 0.0, head=BertForSequenceClassification, num_labels: int = 2, seed: int = 0):
-    """Random BERT of two layers."""
+    """Random BERT of one layer."""
     torch.manual_seed(seed)
     config = BertConfig(
         **BERT, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=num_labels
@@ -48,7 +48,7 @@ def frozen_bert():
 
 
 def bert_of_three_layers():
-    """Random BERT that is one layer deeper."""
+    """Random BERT that is deeper."""
     return BertForSequenceClassification(BertConfig(**{**BERT, "num_hidden_layers": 3}))
 
 
@@ -63,7 +63,7 @@ def regression_bert():
 
 
 def vit(dropout: float = 0.0, seed: int = 0):
-    """Random ViT of two layers for 8 x 8 grey images."""
+    """Random ViT of one layer for 8 x 8 grey images."""
     torch.manual_seed(seed)
     return ViTForImageClassification(
         ViTConfig(
@@ -71,7 +71,7 @@ def vit(dropout: float = 0.0, seed: int = 0):
             patch_size=4,
             num_channels=1,
             hidden_size=16,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=32,
             hidden_dropout_prob=dropout,

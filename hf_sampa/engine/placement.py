@@ -118,9 +118,9 @@ class Placement:
         """Sum ``()`` over a gradient, given the parts ``()`` of its buckets."""
         return torch.stack(list(parts)).double().sum()
 
-    def of_all(self, numbers: Sequence[Tensor]) -> Tensor:
-        """Numbers of all parameters, ``(parameters, ...)``, given those of the parameters that this process updates."""
-        return torch.stack(list(numbers))
+    def of_all(self, numbers: Sequence[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
+        """Numbers of all parameters, ``(parameters, *shape)`` in double precision, given those of the parameters that this process updates."""
+        return torch.stack(list(numbers)).double()
 
     # ---- Checkpoints: whole, whoever writes them ----
 
@@ -216,10 +216,11 @@ class Shared(Placement):
             self.params[i].grad = None
         grads.release(bucket)
 
-    def of_all(self, numbers: Sequence[Tensor]) -> Tensor:
+    def of_all(self, numbers: Sequence[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
         """As in `Placement`. A collective."""
-        own = torch.zeros(len(self.params), *numbers[0].shape, dtype=numbers[0].dtype, device=numbers[0].device)
-        own[self.updated] = torch.stack(list(numbers))
+        own = torch.zeros(len(self.params), *shape, dtype=torch.float64, device=self.params[0].device)
+        if numbers:  # of few parameters some processes update none
+            own[self.updated] = torch.stack(list(numbers)).double()
         rows = self.exchange.gather(own.flatten()).view(-1, *own.shape)
         ranks = torch.tensor([self._rank_of(self._owners[bucket]) for bucket in self.ascent_grads.bucket_of])
         return rows[ranks, torch.arange(len(self.params))]

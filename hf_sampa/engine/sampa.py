@@ -187,7 +187,7 @@ class SAMPa(SharpnessAware):
             param.grad = None
         pairs = [(self.ascent_grads.views[i], at_x.views[i]) for i in self.placement.updated]
         squares = [torch.stack([each.double().square().sum() for each in (g, exact, g - exact)]) for g, exact in pairs]
-        of_g, of_exact, of_difference = sum(self.placement.of_all(squares)).tolist()
+        of_g, of_exact, of_difference = sum(self.placement.of_all(squares, shape=(3,))).tolist()
         # By the law of cosines, which near 1 is exact where a product of the two is not.
         cosine = (of_g + of_exact - of_difference) / (2 * (of_g * of_exact) ** 0.5 + NORM_GUARD)
         return cosine, of_difference**0.5

@@ -237,7 +237,7 @@ class SharpnessAware(Gradients):
 
     def _dot(self, left: Buckets, right: Buckets) -> float:
         """Inner product over all parameters, wherever they are, added up in double precision."""
-        own = [torch.sum(left.views[i] * right.views[i]).double() for i in self.placement.updated]
+        own = [torch.sum(left.views[i] * right.views[i]) for i in self.placement.updated]
         return self.placement.of_all(own).sum().item()
 
     def recipe_state(self) -> dict[str, Any]:

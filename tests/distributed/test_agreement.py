@@ -59,7 +59,7 @@ Noisy.__name__ = "BertForSequenceClassification"
 @pytest.mark.parametrize(
     "model, message",
     [
-        (tiny.bert_of_three_layers, "model.config.num_hidden_layers: 2 on rank 0, 3 on rank 1"),
+        (tiny.bert_of_three_layers, "model.config.num_hidden_layers: 1 on rank 0, 3 on rank 1"),
         (dropping_bert, "model.config.hidden_dropout_prob: 0.0 on rank 0, 0.1 on rank 1"),
         (Noisy, "fingerprint of print.model.: [0-9]+ on rank 0, [0-9]+ on rank 1"),
         (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from functools import partial
 
@@ -11,6 +10,7 @@ from transformers import TrainerCallback
 
 from hf_sampa import SAMPaTrainer
 from tests import models, tiny
+from tests.division import divided
 from tests.ranks import run_ranks
 
 
@@ -20,7 +20,8 @@ BERT = {"model": partial(tiny.bert, 0.1), "dataset": tiny.sentences(14)}
 ACCUMULATION = {"gradient_accumulation_steps": 2}
 SCENARIOS = {
     # Batches of one shape: a ragged one would be compiled once more.
-    "compiled": {"model": models.compiled_bert, "dataset": tiny.sentences(16), **models.COMPILED},
+    "compiled": {"model": models.Perceptron, "dataset": tiny.images(16), **models.COMPILED},
+    "compiled BERT": {"model": models.compiled_bert, "dataset": tiny.sentences(16), **models.COMPILED},
     "compiled by inductor": {
         "model": models.Perceptron,
         "dataset": tiny.images(16),
@@ -58,17 +59,28 @@ SCENARIOS = {
 }
 if not shutil.which("g++"):
     del SCENARIOS["compiled by inductor"]
+# Others have these in them, or as much.
+WHOLE = {
+    *{"compiled by inductor"}.intersection(SCENARIOS),
+    "compiled BERT",
+    "checkpointed layers, accumulation",
+    "adapters",
+    "tied weights",
+    "shared layers",
+    "batch norm, accumulation",
+    "branches",
+}
+on_every_scenario = pytest.mark.parametrize("name", divided(SCENARIOS, WHOLE))
 STEPS, SAVE_STEPS = 5, 2  # epochs are of 4, 3 or 2 steps
 # By (processes that wrote the checkpoint, processes that go on): the step at which.
 RESUMED_AT = {(1, 1): 4, (2, 2): 2, (1, 2): 2, (2, 1): 4}
 
 
-def runs(folder, n, to_write, to_resume) -> dict:
+def runs(folder, names, n, to_write, to_resume) -> dict:
     """Outcomes on `n` processes, by scenario and by how many processes wrote the checkpoint, 0 without one."""
-    gc.freeze()  # Trainer collects garbage when a run begins, which takes longer than the run
     outcomes = {}
-    for name, scenario in SCENARIOS.items():
-        own = {**scenario, "max_steps": STEPS}
+    for name in names:
+        own = {**SCENARIOS[name], "max_steps": STEPS}
         if to_write:
             output_dir = folder / f"{n}" / name
             outcomes[name, 0] = tiny.run(output_dir, **own, save_strategy="steps", save_steps=SAVE_STEPS)
@@ -79,31 +91,31 @@ def runs(folder, n, to_write, to_resume) -> dict:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(chosen, tmp_path_factory):
     """What `runs` returned, by number of processes and rank."""
-    folder = tmp_path_factory.mktemp("around")
-    (one,) = run_ranks(runs, 1, folder, 1, True, [1], folder=folder / "first")
-    two = run_ranks(runs, 2, folder, 2, True, [1, 2], folder=folder / "second")
-    (one_later,) = run_ranks(runs, 1, folder, 1, False, [2], folder=folder / "third")
+    folder, names = tmp_path_factory.mktemp("around"), chosen("name")
+    (one,) = run_ranks(runs, 1, folder, names, 1, True, [1], folder=folder / "first")
+    two = run_ranks(runs, 2, folder, names, 2, True, [1, 2], folder=folder / "second")
+    (one_later,) = run_ranks(runs, 1, folder, names, 1, False, [2], folder=folder / "third")
     shutil.rmtree(folder)
     return {1: [one | one_later], 2: two}
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@on_every_scenario
 def test_two_processes_are_one(outcomes, name):
     one, two = outcomes[1][0][name, 0], outcomes[2][0][name, 0]
     assert one["steps"] == STEPS
     assert tiny.differing(one, two) == []
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@on_every_scenario
 def test_both_ranks_hold_the_same_bits(outcomes, name):
     """Running statistics included."""
     assert tiny.differing(*(of_rank[name, 0] for of_rank in outcomes[2])) == []
 
 
 @pytest.mark.parametrize(("wrote", "n"), RESUMED_AT)
-@pytest.mark.parametrize("name", SCENARIOS)
+@on_every_scenario
 def test_resumed_is_never_stopped(outcomes, name, wrote, n):
     expected = tiny.comparable(outcomes[wrote][0][name, 0])
     for of_rank in outcomes[n]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests import tiny
-from tests.ranks import free_port
+from tests.ranks import Ran, free_port, run_script, start_script
 
 
 pytestmark = pytest.mark.distributed
@@ -50,42 +50,67 @@ def finished(process: subprocess.Popen) -> str:
     return output
 
 
-def test_every_way_of_starting_gives_the_same_weights(tmp_path):
-    starts = {
-        "alone": (alone, 1),
-        "torchrun": (torchrun, 2),
-        "accelerate": (lambda *arguments: accelerate("cpu_2_processes.yaml", *arguments), 2),
-    }
-    found = {}
-    for name, (start, world_size) in starts.items():
-        finished(start(tmp_path / name))
-        # each rank saw the whole world: two processes that train alone would get the same weights too
-        assert {(tmp_path / name / f"world{rank}").read_text() for rank in range(world_size)} == {str(world_size)}
-        for rank in range(world_size):
-            found[name, rank] = load_file(tmp_path / name / f"weights{rank}.safetensors")
-    for weights in found.values():
-        assert tiny.differing(weights, found["alone", 0]) == []
+def weights_of(folder: Path, world_size: int) -> list[dict]:
+    """By rank."""
+    # Each rank saw the whole world: two processes that train alone would get the same weights, too.
+    assert {(folder / f"world{rank}").read_text() for rank in range(world_size)} == {str(world_size)}
+    return [load_file(folder / f"weights{rank}.safetensors") for rank in range(world_size)]
+
+
+@pytest.mark.parametrize(
+    ("start", "world_size"),
+    [
+        pytest.param(alone, 1, marks=pytest.mark.whole),
+        pytest.param(torchrun, 2, marks=pytest.mark.whole),
+        (partial(accelerate, "cpu_2_processes.yaml"), 2),
+    ],
+    ids=["python", "torchrun", "accelerate"],
+)
+def test_every_way_of_starting_gives_the_same_weights(tmp_path, start, world_size):
+    (run,) = run_script(SCRIPT, tmp_path / "forked", folder=tmp_path / "ranks")
+    assert run.returncode == 0, run.stderr
+    finished(start(tmp_path / "started"))
+    (expected,) = weights_of(tmp_path / "forked", 1)
+    for weights in weights_of(tmp_path / "started", world_size):
+        assert tiny.differing(weights, expected) == []
+
+
+def run_on_two(folder: Path, *arguments) -> list[Ran]:
+    return run_script(SCRIPT, folder, *arguments, processes=2, folder=folder.parent / "ranks")
 
 
 def test_killed_between_two_saves_and_continued(tmp_path):
     """By SIGKILL, without warning; on two processes, continued on two."""
-    finished(accelerate("cpu_2_processes.yaml", tmp_path / "whole", "--save_steps", 3))
-    killed = accelerate("cpu_2_processes.yaml", tmp_path / "killed", "--save_steps", 3, "--slowly")
+    whole = run_on_two(tmp_path / "whole", "--save_steps", 3)
+    arguments = (tmp_path / "killed", "--save_steps", 3, "--slowly")
+    killed, _, _store = start_script(SCRIPT, *arguments, processes=2, folder=tmp_path / "ranks of killed")
     state = tmp_path / "killed" / "checkpoint-6" / "trainer_state.json"
     deadline = time.time() + 120
     while not state.exists():
-        assert time.time() < deadline and killed.poll() is None
+        assert time.time() < deadline and all(process.is_alive() for process in killed)
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    for process in killed:
+        process.kill()
+    for process in killed:
+        process.join()
     assert not list((tmp_path / "killed").glob("weights*"))
-    finished(accelerate("cpu_2_processes.yaml", tmp_path / "killed", "--save_steps", 3, "--resume"))
-    left_alone, continued = (load_file(tmp_path / name / "weights0.safetensors") for name in ("whole", "killed"))
-    assert tiny.differing(left_alone, continued) == []
+    continued = run_on_two(tmp_path / "killed", "--save_steps", 3, "--resume")
+    assert [run.returncode for run in (*whole, *continued)] == [0] * 4, (whole, continued)
+    left_alone, weights = (load_file(tmp_path / name / "weights0.safetensors") for name in ("whole", "killed"))
+    assert tiny.differing(left_alone, weights) == []
 
 
-def test_an_exception_in_one_process_ends_the_launch(tmp_path):
+MESSAGE = "No valid checkpoint found in output directory"
+
+
+def test_an_exception_ends_every_process(tmp_path):
+    for run in run_on_two(tmp_path / "out", "--resume"):
+        assert run.returncode == 1 and MESSAGE in run.stderr
+
+
+@pytest.mark.whole
+def test_an_exception_ends_the_launch(tmp_path):
     process = accelerate("cpu_2_processes.yaml", tmp_path, "--resume")
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "No valid checkpoint found in output directory" in output
+    assert MESSAGE in output

@@ -15,6 +15,7 @@ from transformers import Trainer
 from hf_sampa import SAMPaMixin
 from hf_sampa.engine.precision import SharedGradScaler
 from tests import tiny
+from tests.division import divided_tuples
 from tests.ranks import run_ranks
 
 
@@ -115,22 +116,40 @@ def test_norms_are_those_without_a_scale(outcomes, tmp_path):
             assert half_line[name] != line[name]
 
 
-def resumed(folder, written) -> dict:
+def resumed(folder, written, cases) -> dict:
     return {
         (name, step): run(folder / "out", name, resume=str(written / name / f"checkpoint-{step}"))
-        for name in SCENARIOS
-        for step in (1, 5, 7)
+        for name, step in cases
     }
 
 
+@pytest.fixture(scope="module")
+def continued(outcomes, chosen, tmp_path_factory):
+    """Runs resumed on `n` processes from what `wrote` processes wrote, by (wrote, n)."""
+    folder, cases = tmp_path_factory.mktemp("continued"), chosen("name", "step")
+    return {
+        (wrote, n): run_ranks(resumed, n, folder, outcomes[1] / str(wrote), cases, folder=folder / f"{wrote}to{n}")
+        for wrote, n in chosen("wrote", "n")
+    }
+
+
+CASES = [(name, step) for name in SCENARIOS for step in (1, 5, 7)]
+# Among overflows, and after them, each with some of the scenarios.
+AT_ONCE = {
+    ("overflows at first", 1),
+    ("accumulation, dropout", 5),
+    ("fused adamw, no clipping", 1),
+    ("sharded", 5),
+    ("grows until it overflows", 7),
+}
+
+
+@pytest.mark.parametrize(("name", "step"), divided_tuples(CASES, {*CASES} - AT_ONCE))
 @pytest.mark.parametrize(("wrote", "n"), [(1, 1), (2, 2), (1, 2), (2, 1)])
-def test_resumed_is_never_stopped(outcomes, tmp_path, wrote, n):
-    found, folder = outcomes
-    ranks = run_ranks(resumed, n, tmp_path / "out", folder / str(wrote), folder=tmp_path)
-    for (name, step), again in ranks[0].items():
-        whole = found[wrote][0][name]
-        assert tiny.differing(comparable(whole), comparable(again)) == [], (name, step)
-        assert whole["scales"][step:] == again["scales"]
+def test_resumed_is_never_stopped(outcomes, continued, wrote, n, name, step):
+    whole, again = outcomes[0][wrote][0][name], continued[wrote, n][0][name, step]
+    assert tiny.differing(comparable(whole), comparable(again)) == []
+    assert whole["scales"][step:] == again["scales"]
 
 
 def test_the_scaler_is_a_grad_scaler():

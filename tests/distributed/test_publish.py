@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_sampa import SAMPaTrainer
 from tests import tiny
-from tests.hub import Hub, without_waiting
+from tests.hub import Hub, point_to, without_waiting
+from tests.ranks import run_script
 
 
 ROOT = Path(__file__).parents[2]
@@ -112,19 +111,21 @@ def test_a_card_of_ones_own_is_pushed_as_it_is(hub, tmp_path):
     assert hub.files("user/tiny")["README.md"] == b"# Mine\n"
 
 
+def find_hub(environment: dict[str, str]) -> None:
+    point_to(environment, pytest.MonkeyPatch())
+
+
 def test_glue_on_two_processes_is_pushed_by_one_and_scores_the_same(hub, tmp_path):
     bert = tmp_path / "tiny-bert"
     make_tiny_bert(bert, hidden_size=16, num_layers=1, dropout=0.1)
-    config = ROOT / "accelerate_configs" / "cpu_2_processes.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += [str(ROOT / "glue" / "run_glue.py"), "--task_name", "sst2", "--data_dir", str(SAMPLE)]
-    command += ["--model_name_or_path", str(bert), "--output_dir", str(tmp_path / "out"), "--max_eval_samples", "50"]
+    command = [ROOT / "glue" / "run_glue.py", "--task_name", "sst2", "--data_dir", SAMPLE]
+    command += ["--model_name_or_path", bert, "--output_dir", tmp_path / "out", "--max_eval_samples", "50"]
     command += ["--batch_size", "16", "--max_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-2"]
     command += ["--eval_strategy", "steps", "--eval_steps", "2", "--variant", "vasso", "--diagnostics_steps", "2"]
     command += ["--push_to_hub", "--hub_model_id", "user/sst2", "--hub_token", hub.token, "--save_strategy", "no"]
-    environment = {**os.environ, **hub.environment(), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stdout + run.stderr
+    prepare = partial(find_hub, hub.environment())
+    for run in run_script(*command, processes=2, folder=tmp_path / "ranks", prepare=prepare):
+        assert run.returncode == 0, run.stdout + run.stderr
 
     assert len(hub.seen("POST", "/api/repos/create")) == 1
     assert hub.commits("user/sst2") == ["initial commit", "Model save", "End of training"]

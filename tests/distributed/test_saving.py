@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+import hf_sampa
 from hf_sampa import SAMPaTrainer
 from hf_sampa.checkpoints import checkpoint
 from tests import tiny
 from tests.distributed.test_failures import rank
+from tests.division import divided
 from tests.ranks import run_ranks, start_ranks
 from tests.test_saving import Does, bytes_of, interrupt, outcome, save, steps_saved, trainer_of
 
@@ -37,22 +39,28 @@ def whole(tmp_path_factory):
     return run_ranks(alone, 1, folder, folder=folder / "ranks")[0]
 
 
-def saved_everywhere(folder) -> dict:
-    """What a run ends with that is saved at several events, and those that go on from its checkpoints."""
+EVENTS = ("on_train_begin", "on_step_begin", "on_optimizer_step", "on_epoch_begin")
+
+
+def saved_everywhere(folder, first) -> dict:
+    """What a run ends with that is saved at several events, and those that go on from its checkpoints.
+
+    Every other run shares its optimizer, the first one if `first` says so.
+    """
     found = {}
-    for event, step in (("on_train_begin", 0), ("on_step_begin", 1), ("on_optimizer_step", 2), ("on_epoch_begin", 3)):
-        for shared in (False, True):
-            trainer = trainer_of(folder / f"{event}{shared}", shard_optimizer=shared)
-            trainer.add_callback(Does(event, step, lambda trainer=trainer: save(trainer)))
-            found[event, shared, "never stopped"] = outcome(trainer)
-            assert len(steps_saved(folder / f"{event}{shared}")) == 1
-            again = trainer_of(folder / f"{event}{shared}", shard_optimizer=shared)
-            found[event, shared, "resumed"] = outcome(again, True)
+    for step, event in enumerate(EVENTS):
+        shared = (step % 2 == 0) is first
+        trainer = trainer_of(folder / event, shard_optimizer=shared)
+        trainer.add_callback(Does(event, step, lambda trainer=trainer: save(trainer)))
+        found[event, "never stopped"] = outcome(trainer)
+        assert len(steps_saved(folder / event)) == 1
+        found[event, "resumed"] = outcome(trainer_of(folder / event, shard_optimizer=shared), True)
     return found
 
 
-def test_saved_in_callbacks_by_two_processes(tmp_path, whole):
-    for of_rank in run_ranks(saved_everywhere, 2, tmp_path, folder=tmp_path / "ranks"):
+@pytest.mark.parametrize("first", divided([False, True], whole=[True]))
+def test_saved_in_callbacks_by_two_processes(tmp_path, whole, first):
+    for of_rank in run_ranks(saved_everywhere, 2, tmp_path, first, folder=tmp_path / "ranks"):
         for name, found in of_rank.items():
             assert tiny.differing(whole["weights"], found["weights"]) == [], name
             assert tiny.differing(losses(whole), losses(found)) == [], name
@@ -175,8 +183,10 @@ def test_killed_while_a_checkpoint_is_written_anew(tmp_path, whole, world_size):
 # ---- How processes end ----
 
 ENDS = """
-import os, sys
-sys.path.insert(0, {tree!r})
+import os, sys, types
+# The package without what it exports, which would import transformers: seconds, for each of the processes.
+sys.modules["hf_sampa"] = types.ModuleType("hf_sampa")
+sys.modules["hf_sampa"].__path__ = [{package!r}]
 import torch
 import torch.distributed as dist
 from datetime import timedelta
@@ -201,11 +211,11 @@ HOW = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", divided(HOW, whole=["closed"]))  # which is what is done where it was forgotten
 def test_groups_are_closed_at_the_end(tmp_path, how):
     """In time, and with the exit code that the script has."""
     end, code = HOW[how]
-    script = ENDS.format(tree=str(Path(__file__).parents[2]), store=f"file://{tmp_path / 'store'}", end=end)
+    script = ENDS.format(package=str(Path(hf_sampa.__file__).parent), store=f"file://{tmp_path / 'store'}", end=end)
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script],

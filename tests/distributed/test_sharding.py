@@ -43,7 +43,7 @@ SHARDED = {"shard_optimizer": True}
 
 def all_scenarios(folder, changes) -> dict:
     return {
-        name: tiny.run(folder / name, **scenario, **changes, save_strategy="steps", save_steps=1)
+        name: tiny.run(folder / name, **scenario, **changes, save_strategy="steps", save_steps=3)
         for name, scenario in SCENARIOS.items()
     }
 
@@ -108,7 +108,14 @@ def resumed(folder, written, changes) -> dict:
 
 @pytest.mark.parametrize(
     ("wrote", "n", "changes"),
-    [("sharded", 2, SHARDED), ("sharded", 1, {}), ("sharded", 2, {}), ("one", 2, SHARDED), ("two", 2, SHARDED)],
+    [
+        ("sharded", 2, SHARDED),
+        ("sharded", 1, {}),
+        ("one", 2, SHARDED),
+        # Two processes write, and read, what one does.
+        pytest.param("sharded", 2, {}, marks=pytest.mark.whole),
+        pytest.param("two", 2, SHARDED, marks=pytest.mark.whole),
+    ],
 )
 def test_resumed_is_never_stopped(outcomes, tmp_path, wrote, n, changes):
     found, folder = outcomes

@@ -12,7 +12,7 @@ from hf_sampa.variants import VARIANTS, Direction, Mixing, Recipe
 from hf_sampa.variants.directions import Smoothed
 from hf_sampa.variants.mixing import Orthogonal, Penalty
 from tests import tiny
-from tests.distributed.test_variants import CASES, PAIRED, STEPS, differences, settings
+from tests.distributed.test_variants import CASES, PAIRED, STEPS, Small, differences, settings
 from tests.ranks import run_ranks
 
 
@@ -27,9 +27,7 @@ def train(folder, cases, changes, resume=None) -> dict:
     for case in cases:
         again = resume and str(resume / "-".join(case) / "checkpoint-5")
         chosen = {**settings(*case), "save_steps": 5, **changes}
-        outcome = tiny.run(
-            folder / "-".join(case), partial(tiny.bert, 0.1), tiny.sentences(19), resume=again, **chosen
-        )
+        outcome = tiny.run(folder / "-".join(case), Small, tiny.images(19), resume=again, **chosen)
         if changes:
             outcome["state"] = outcome.pop("optimizer")["state"]
         found[case] = outcome
@@ -65,7 +63,7 @@ def test_a_pair_with_one_optimizer_is_one_process(one, tmp_path):
     assert_parts_of(run_ranks(train, 2, tmp_path / "out", PAIRED, SHARED, folder=tmp_path), copied(expected))
 
 
-@pytest.mark.parametrize(("processes", "changes"), [(2, SHARED), (1, {})])
+@pytest.mark.parametrize(("processes", "changes"), [(2, SHARED), pytest.param(1, {}, marks=pytest.mark.whole)])
 def test_resumed_is_never_stopped(one, tmp_path, processes, changes):
     """Written by a pair that shares its optimizer, continued by one and by one process."""
     expected, _ = one
@@ -98,11 +96,11 @@ def train_evenly(folder, replicas_of) -> dict:
         size = 8 // replicas_of[case[1]]
         changes = {"optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": size, "save_strategy": "no"}
         chosen = {**settings(*case), **changes, "max_steps": 5}
-        found[case] = tiny.run(folder / "-".join(case), tiny.bert, tiny.sentences(32), **chosen)
+        found[case] = tiny.run(folder / "-".join(case), partial(Small, 0.0), tiny.images(32), **chosen)
     return found
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.whole), 4])
 def test_replicas_are_one_process_to_rounding(tmp_path, processes):
     one = run_ranks(train_evenly, 1, tmp_path, {"sampa": 1, "sam": 1}, folder=tmp_path / "one")[0]
     replicas = {"sampa": processes // 2, "sam": processes}
@@ -173,8 +171,8 @@ def train_recipes(folder, changes, resume=None) -> dict:
         chosen = {**settings("sam", "sampa"), "save_steps": 5, **changes}
         outcome = tiny.run(
             folder / name,
-            partial(tiny.bert, 0.1),
-            tiny.sentences(19),
+            Small,
+            tiny.images(19),
             trainer_kwargs={"recipe": recipe()},
             resume=again,
             **chosen,

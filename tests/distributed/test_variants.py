@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.variants import VARIANTS
@@ -35,7 +35,22 @@ ARGUMENTS = {
     "bisam own": {"mix": "own"},
     "ssam_f": {"every": 3, "fisher_samples": 2},
 }
+RESUMED_AT = 5
 STEPS = 8  # of two micro-batches of 4, in epochs of 19 samples: the last of an epoch is one of 3 samples
+
+
+class Small(nn.Module):
+    """As little as has what variants ask for: matrices, a normalization, dropout."""
+
+    def __init__(self, dropout: float = 0.1):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Linear(64, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3)
+        self.body = nn.Sequential(nn.Flatten(), *layers)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.body(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def settings(name, method) -> dict:
@@ -46,7 +61,7 @@ def settings(name, method) -> dict:
         "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
         "save_strategy": "steps",
-        "save_steps": 1,
+        "save_steps": RESUMED_AT,
     }
 
 
@@ -54,9 +69,9 @@ def train(folder, cases, resume=None) -> dict:
     return {
         case: tiny.run(
             folder / "-".join(case),
-            partial(tiny.bert, 0.1),
-            tiny.sentences(19),
-            resume=resume and str(resume / "-".join(case) / "checkpoint-5"),
+            Small,
+            tiny.images(19),
+            resume=resume and str(resume / "-".join(case) / f"checkpoint-{RESUMED_AT}"),
             **settings(*case),
         )
         for case in cases
@@ -112,7 +127,7 @@ class Following(Direction):
 
 def train_following(folder) -> dict:
     recipe = {"recipe": Recipe(direction=Following())}
-    return tiny.run(folder, partial(tiny.bert, 0.1), tiny.sentences(19), trainer_kwargs=recipe, max_steps=STEPS)
+    return tiny.run(folder, Small, tiny.images(19), trainer_kwargs=recipe, max_steps=STEPS)
 
 
 def test_a_direction_of_ones_own_observes_where_it_was_called(tmp_path):
@@ -147,13 +162,13 @@ def test_the_model_holds_x_t_after_an_exception(tmp_path, case):
     for at in (2, 7):
         recorder = tiny.Recorder()
         trainer = FailsOnce(
-            model=tiny.bert(),
+            model=Small(),
             args=tiny.arguments(tmp_path, **{**settings(*case), "save_strategy": "no"}),
-            train_dataset=tiny.sentences(19),
+            train_dataset=tiny.images(19),
             callbacks=[recorder],
         )
         trainer.at = at
         with pytest.raises(Interrupted):
             trainer.train()
-        expected = recorder.weights[-1] if recorder.weights else list(tiny.bert().parameters())
+        expected = recorder.weights[-1] if recorder.weights else list(Small().parameters())
         assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), expected, strict=True))

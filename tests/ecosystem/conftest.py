@@ -15,13 +15,14 @@ from tests.ranks import RankFailed, run_ranks
 def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         column = next((name for name, test in PROPERTIES.items() if test is metafunc.function), None)
-        params = [pytest.param(each, id=each.name, marks=limit(each, column)) for each in metafunc.module.CASES]
+        params = [pytest.param(each, id=each.name, marks=marks(each, column)) for each in metafunc.module.CASES]
         metafunc.parametrize("case", params, scope="module")
 
 
-def limit(case, column):
-    """Marks of a test that is known to fail, so that a limit which is one no longer does not stay in the table."""
-    return [pytest.mark.xfail(reason=case.limits[column], strict=True)] if column in case.limits else []
+def marks(case, column):
+    """Of a test that is known to fail, so that a limit which is one no longer does not stay in the table; and of `whole`."""
+    limit = [pytest.mark.xfail(reason=case.limits[column], strict=True)] if column in case.limits else []
+    return limit + [pytest.mark.whole] * case.whole
 
 
 @pytest.fixture(scope="session")

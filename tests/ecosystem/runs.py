@@ -68,6 +68,7 @@ class Case:
         evaluates_alike: whether the loss on the evaluation data is the same on one process and on two, to rounding.
         positional: names of the arguments that are passed by position.
         limits: what is known not to hold, by the names in `properties.PROPERTIES`, and why.
+        whole: whether it is for ``make test-all`` alone, as other cases of the trainer show as much.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Case:
     evaluates_alike: bool = True
     positional: tuple[str, ...] = ()
     limits: dict[str, str] = field(default_factory=dict)
+    whole: bool = False
 
     @property
     def name(self) -> str:

@@ -180,6 +180,7 @@ CASES = [
         title="MultipleNegativesRankingLoss, gather_across_devices",
         inputs=partial(ranking, gather_across_devices=True),
         evaluates_alike=False,
+        whole=True,
     ),
     replace(
         SENTENCE,
@@ -187,7 +188,7 @@ CASES = [
         inputs=partial(ranking, cls=CachedMultipleNegativesRankingLoss, mini_batch_size=2),
     ),
     replace(SENTENCE, title="SoftmaxLoss", inputs=classes),
-    replace(SENTENCE, title="GISTEmbedLoss", inputs=guided),
+    replace(SENTENCE, title="GISTEmbedLoss", inputs=guided, whole=True),
     replace(
         SENTENCE,
         title="MatryoshkaLoss, n_dims_per_step",
@@ -200,9 +201,9 @@ CASES = [
         title="two datasets, two losses",
         inputs=two_datasets,
     ),
-    replace(SENTENCE, title="no_duplicates", inputs=repeated, settings={"batch_sampler": "no_duplicates"}),
+    replace(SENTENCE, title="no_duplicates", inputs=repeated, settings={"batch_sampler": "no_duplicates"}, whole=True),
     CROSS,
-    replace(CROSS, title="MultipleNegativesRankingLoss", inputs=partial(ranking, cls=CrossRankingLoss)),
+    replace(CROSS, title="MultipleNegativesRankingLoss", inputs=partial(ranking, cls=CrossRankingLoss), whole=True),
     Case(
         "SpladeLoss",
         SAMPaSparseEncoderTrainer,

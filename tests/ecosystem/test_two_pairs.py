@@ -28,12 +28,13 @@ CASES = [
         inputs=partial(trl_cases.documents, words=(5, 8, 3)),
         settings={**trl_cases.FP32, "max_length": 32},
     ),
-    trl_cases.DPO,
+    replace(trl_cases.DPO, whole=True),
     replace(SENTENCE, title="negatives of other processes", inputs=GATHERING),
     replace(
         SENTENCE,
         title="negatives of other processes, cached",
         inputs=partial(GATHERING, cls=CachedMultipleNegativesRankingLoss, mini_batch_size=1),
+        whole=True,
     ),
 ]
 

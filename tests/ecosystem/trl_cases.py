@@ -176,12 +176,13 @@ CASES = [
         settings={**FP32, "max_length": 12, "packing": True},
         evaluates_alike=False,  # rows are not spread evenly over two processes
     ),
-    replace(SFT, title="completions only", inputs=completions, settings={**FP32, "max_length": 32}),
+    replace(SFT, title="completions only", inputs=completions, settings={**FP32, "max_length": 32}, whole=True),
     replace(
         SFT,
         title="assistant only",
         inputs=conversations,
         settings={**FP32, "max_length": 32, "assistant_only_loss": True},
+        whole=True,
     ),
     replace(
         SFT,
@@ -202,7 +203,7 @@ CASES = [
         logits,
         settings=FP32,
     ),
-    DPO,
+    replace(DPO, whole=True),
     replace(
         DPO,
         title="ref_model and the rest by position",

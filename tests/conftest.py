@@ -1,0 +1,31 @@
+"""What holds for all tests."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def pytest_collection_finish(session):
+    """Every run of a Trainer begins with a collection: half a second where it looks at all that the tests have imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def chosen(request) -> Callable[..., list[Any]]:
+    """Of parameters of a module's tests, the values that are to run, so that what tests share is made for these alone."""
+
+    def values(*names: str) -> list[Any]:
+        of_module = [
+            item.callspec.params
+            for item in request.session.items
+            if item.module is request.module and hasattr(item, "callspec")
+        ]
+        found = [tuple(params[name] for name in names) for params in of_module if params.keys() >= set(names)]
+        return [each if len(names) > 1 else each[0] for each in dict.fromkeys(found)]
+
+    return values
