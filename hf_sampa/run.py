@@ -48,6 +48,7 @@ class Run:
         in_epoch: whether the loop is in an epoch.
         left_epoch: whether a callback ended the epoch before its data were over.
         place: where the data go on, while there is no stream.
+        ready: whether all that steps need is there, and nothing was refused.
         active: whether ``train()`` is still at it.
         broken: the stage in which the run was interrupted.
     """
@@ -63,7 +64,7 @@ class Run:
         self.steps: Steps | None = None
         self.means, self.clock = RunningMeans(), StepClock()
         self.saving, self.resume = Saving(self), Resume(self)
-        self.stage, self.active = "between", True
+        self.stage, self.ready, self.active = "between", False, True
         self.in_epoch = self.left_epoch = False
         self.place, self.broken = Place(0, 0), None
 
@@ -107,6 +108,7 @@ class Run:
 
     def make_room(self) -> None:
         """Let go of an engine of this trainer, of the run before or of another batch size: its buffers are freed before new ones are made."""
+        self.ready = False
         for run in (self._before, self):
             if run is not None and run.steps is not None:
                 run.steps.close()

@@ -119,6 +119,8 @@ class Steps:
             self._rehearse(model)
         report = self._run_engine(model)
         run.stage = "in update"
+        if engine.placement.shared:
+            engine.placement.note_gradients()
         show(trainer, report)
         self._say_what_is_skipped(report)
         run.means.add(report, engine.skipped_steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from torch.utils.data import DataLoader
@@ -151,12 +151,17 @@ class SAMPaMixin:
                 resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
-            if self.state is state and before is not None:
-                self._run = before  # it had not begun: what there is is of the run before
-            self._run.exchange = None  # what it had begun to send would reach the next run
+            if not self._run.ready and self.state is state:
+                self._run = before  # upstream has not begun either: what there is is of the run before
+            elif not self._run.ready:
+                self._run.make_room()
+                self._run = None  # what there is is of no run, and not to be saved
+            if self._run is not None:
+                self._run.exchange = None  # what it had begun to send would reach the next run
             raise
         finally:
-            self._run.leave()
+            if self._run is not None:
+                self._run.leave()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
         """Upstream's leaves out weights whose names were saved in another form, with a warning at most."""
@@ -172,6 +177,7 @@ class SAMPaMixin:
 
     def _inner_training_loop(self, *args, **kwargs):
         """A loader of one's own is built for so many processes as share the data, which are the replicas of a role."""
+        self.args.check_settings()  # they may have changed since they were made
         build, world = self.get_train_dataloader, self._run.exchange.role_world
 
         def build_for_a_role():
@@ -206,7 +212,6 @@ class SAMPaMixin:
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Model and optimizer are there afterwards: the engine is built on them, and takes up its part of the checkpoint."""
         run, args = self._run, self.args
-        args.check_settings()
         check_model(self.model)
         run.make_room()
         self._card.begin()
@@ -221,6 +226,7 @@ class SAMPaMixin:
         run.begin(max_steps)
         self.callback_handler.train_dataloader = run.loader
         run.resume.take_up(resume_from_checkpoint)
+        run.ready = True
         return model, run.loader
 
     def create_optimizer(self, *args, **kwargs):
@@ -427,13 +433,13 @@ class SAMPaMixin:
         return self._run.means.means() if self._run else {}
 
     def lookahead_error(self) -> tuple[float, float] | None:
-        """As in `SAMPa.lookahead_error`, of the batch that is about to be trained on; None for sequential methods."""
-        return self._run.steps.lookahead_error()
+        """As in `SAMPa.lookahead_error`, of the batch that is about to be trained on; None for sequential methods, or without one."""
+        return None if self.sampa is None or self._run.batch is None else self._run.steps.lookahead_error()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Around code of a callback that computes a loss: its world is a pass's, and it leaves nothing on the trainer."""
-        with self._run.steps.micro_batches.aside():
+        """Around code of a callback that computes a loss: its world is a pass's, and it leaves nothing on the trainer. Within a run."""
+        with nullcontext() if self.sampa is None else self._run.steps.micro_batches.aside():
             yield
 
 

@@ -187,6 +187,11 @@ class SAMPaArgumentsMixin:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {steps!r}.")
         self._check_variant(find(self.variant))
+        if self.shard_optimizer and self.save_on_each_node:
+            raise ValueError(
+                "shard_optimizer: expected save_on_each_node=False, because the whole optimizer is brought together on rank 0 alone. "
+                "Leave one of them out."
+            )
         if "lomo" in self.optim or self.optim.endswith("_layerwise"):
             raise ValueError(
                 f"optim: expected an optimizer whose step comes after backward, got {str(self.optim.value)!r}, which updates "

@@ -264,3 +264,11 @@ def test_a_run_that_is_refused_leaves_the_one_before_to_be_saved(tmp_path):
         trainer.train()
     trainer._save_checkpoint(trainer.model, None)
     assert (tmp_path / "checkpoint-2" / "sampa.safetensors").exists()
+
+
+def test_what_may_be_asked_before_a_run(tmp_path):
+    trainer = SAMPaTrainer(model=tiny.bert(), args=tiny.arguments(tmp_path), train_dataset=tiny.sentences(8))
+    assert trainer.sampa is trainer.lookahead_error() is trainer.seconds_per_step is None
+    assert (trainer.weights_step, trainer.unlogged_means()) == (0, {})
+    with trainer.aside():
+        pass

@@ -453,3 +453,13 @@ def test_a_variant_that_is_set_later_brings_its_own_defaults(tmp_path):
     assert (args.rho, args.lmbda, args.variant_args) == (0.3, 0.1, {"eta": 0.01})
     with pytest.raises(ValueError, match="'vasso' has no argument 'eta'"):
         after("vasso", variant="asam", variant_args={"eta": 0.1})
+
+
+@pytest.mark.parametrize(("first", "second"), [("gsam", "asam"), ("asam", "vasso"), ("gsam", "sam")])
+def test_another_variant_in_the_next_run_of_a_trainer_has_its_own_defaults(tmp_path, first, second):
+    args = tiny.arguments(tmp_path, variant=first, max_steps=2)
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(8))
+    trainer.train()
+    args.variant = second
+    trainer.train()
+    assert args.variant_args == VARIANTS[second].defaults and trainer.sampa.rho == VARIANTS[second].rho

@@ -194,6 +194,6 @@ def check_trained(engine: SAMPa | SAM | None) -> None:
     """Raise RuntimeError where there is no run to be saved."""
     if engine is None:
         raise RuntimeError(
-            "Expected a run whose checkpoint could be saved, but nothing was trained yet. Call train() first; save_model() "
-            "saves the weights alone."
+            "Expected a run whose checkpoint could be saved, but nothing was trained yet, or the last call of train() was refused. "
+            "Call train() first; save_model() saves the weights alone."
         )

@@ -163,10 +163,15 @@ class Shared(Placement):
         self._place(owned, owned if self._halves else range(len(self.members)))
         self.foreign = [bucket for bucket, owner in enumerate(self._owners) if owner != self._mine]
         self.keep_landed(self.perturbed_grads)
-        self._step_hook = self.optimizer.register_step_post_hook(lambda *_: self._share_weights())
+        shares = self.optimizer.register_step_post_hook(lambda *_: self._share_weights())
+        # Before the hooks that are there already: they are to see x_{t+1}.
+        self.optimizer._optimizer_step_post_hooks.move_to_end(shares.id, last=False)
+        self._hooks = [shares, self.optimizer.register_step_pre_hook(lambda *_: self._check_untouched())]
+        self._left: list[tuple[Tensor, int]] | None = None  # parts of G_t as they were left, with their versions
 
     def close(self) -> None:
-        self._step_hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def _rank_of(self, owner: int) -> int:
         """The first rank that updates what `owner` does."""
@@ -243,7 +248,24 @@ class Shared(Placement):
         norm = self.grad_norm(reached)
         own = [self.params[i] for i in self.updated if i < self.of_model]
         torch.nn.utils.clip_grads_with_norm_(own, max_norm, norm)
+        self.note_gradients()
         return norm
+
+    def note_gradients(self) -> None:
+        """Take note of what is in ``.grad``: nobody else is to change it before the base optimizer's step."""
+        grads = [self.params[i].grad for i in self.updated]
+        self._left = [(grad, grad._version) for grad in grads if grad is not None]
+
+    def _check_untouched(self) -> None:
+        grads = [self.params[i].grad for i in self.updated]
+        now = [(grad, grad._version) for grad in grads if grad is not None]
+        before, self._left = self._left, None
+        if before is not None and [(id(g), v) for g, v in now] != [(id(g), v) for g, v in before]:
+            raise ValueError(
+                "shard_optimizer: expected gradients that are left alone before the optimizer's step, but a callback or a hook "
+                "changed them: each process has a part of G_t only, by whose norm it would clip or scale. Set max_grad_norm, by which "
+                "the whole is clipped, or leave shard_optimizer out."
+            )
 
     # ---- The update ----
 

@@ -93,8 +93,8 @@ class SharpnessAware(Gradients):
         if not self.exchange.gather(torch.tensor([whole]).long().to(self.params[0].device)).all():
             raise ValueError(
                 "Expected every process to hold the optimizer state of the parameters that it updates, but some of it is "
-                "in another process, where a run with shard_optimizer=True left it. Resume from a checkpoint of that run, "
-                "or give this one a new trainer."
+                "in another process, where a run with shard_optimizer=True left it. Resume from a checkpoint of that run, or begin with a "
+                "new optimizer: trainer.optimizer = trainer.lr_scheduler = None. (Layers frozen or unfrozen since move the parts, too.)"
             )
         self.placement.drop_foreign_state()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.engine.placement import owners
@@ -194,3 +195,71 @@ def test_one_process_has_nothing_to_share(tmp_path):
         tiny.run(tmp_path, tiny.bert, tiny.sentences(16), **changes, max_steps=3) for changes in ({}, SHARDED)
     )
     assert tiny.differing(plain, alone) == []
+
+
+def clipping_by_hand(folder, method):
+    class Clips(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+    args = tiny.arguments(folder, max_steps=3, method=method, max_grad_norm=0.0, **SHARDED)
+    SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16), callbacks=[Clips()]).train()
+
+
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+def test_a_callback_that_clips_its_part_is_refused(tmp_path, method):
+    with pytest.raises(
+        RankFailed, match="expected gradients that are left alone.*Set max_grad_norm, by which the whole"
+    ):
+        run_ranks(clipping_by_hand, 2, tmp_path, method, folder=tmp_path)
+
+
+def averaging(folder, changes) -> dict:
+    """Keeps a mean of the weights, by a hook of its own that was there before the run."""
+
+    class Averages(SAMPaTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            self.optimizer.register_step_post_hook(self.average)
+            return optimizer
+
+        def average(self, *_):
+            now = [param.detach().clone() for param in self.model.parameters()]
+            self.mean = [0.5 * (a + b) for a, b in zip(self.mean, now, strict=True)] if hasattr(self, "mean") else now
+
+    args = tiny.arguments(folder, max_steps=4, **changes)
+    trainer = Averages(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+    trainer.train()
+    return trainer.mean
+
+
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+def test_hooks_of_ones_own_see_the_whole_update(tmp_path, method):
+    plain = run_ranks(averaging, 2, tmp_path, {"method": method}, folder=tmp_path / "plain")
+    for found in run_ranks(averaging, 2, tmp_path, {"method": method, **SHARDED}, folder=tmp_path / "shared"):
+        assert tiny.differing(found, plain[0]) == []
+
+
+def saved_after_a_refusal(folder):
+    trainer = SAMPaTrainer(
+        model=tiny.bert(), args=tiny.arguments(folder, max_steps=2, **SHARDED), train_dataset=tiny.sentences(16)
+    )
+    trainer.train()
+    trainer.args.shard_optimizer = False
+    with pytest.raises(ValueError, match="where a run with shard_optimizer=True left it"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="the last call of train\\(\\) was refused"):
+        trainer._save_checkpoint(trainer.model, None)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    return trainer.state.global_step
+
+
+def test_a_run_that_was_refused_is_not_saved(tmp_path):
+    assert run_ranks(saved_after_a_refusal, 2, tmp_path / "out", folder=tmp_path) == [2, 2]
+    assert list((tmp_path / "out").glob("checkpoint-*")) == []
+
+
+def test_the_whole_optimizer_is_on_rank_0_alone(tmp_path):
+    with pytest.raises(ValueError, match="shard_optimizer: expected save_on_each_node=False"):
+        tiny.arguments(tmp_path, save_on_each_node=True, **SHARDED)
