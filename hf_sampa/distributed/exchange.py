@@ -49,7 +49,12 @@ def close_groups() -> None:
 
 @atexit.register
 def _close_forgotten_groups() -> None:
-    if _open and not hasattr(sys, "last_value"):  # no exception is on its way
+    if not _open:
+        return
+    if not hasattr(sys, "last_value"):
+        close_groups()
+    # An exception is on its way: what is under way may wait for a process that is gone.
+    elif dist.is_initialized() and dist.get_backend() == "gloo" and not any(each.busy for each in _open):
         close_groups()
 
 
@@ -102,6 +107,11 @@ class Exchange:
         self._groups = list({id(each): each for each in (self._world_group, self._role_group, lent) if each}.values())
         if self._groups:
             _open.append(self)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything was started that is not finished."""
+        return bool(self._means or self._transfers)
 
     def close(self) -> None:
         """Give its process groups back; it cannot be used afterwards."""
