@@ -11,7 +11,7 @@ import pytest
 from tests.mutation import noticing
 from tests.mutation.changes import Change, changes_of, sample, sources
 from tests.mutation.copies import HANG, Copy
-from tests.mutation.noticing import ROOMS, measure, notice, split, work
+from tests.mutation.noticing import ROOMS, measure, notice, quick_and_slow, split, work
 from tests.mutation.reach import instrumented, reached
 
 
@@ -98,17 +98,20 @@ def test_the_package_has_enough_to_change():
         compile(change.applied((package / change.path).read_text()), change.path, "exec")
 
 
-def test_tests_that_run_the_line_are_tried_first_a_quick_one_of_each_file():
+def test_quick_tests_that_run_much_of_the_module_are_tried_first():
     change = Change("engine/one.py", (3, 3), (2, 5), 0, 0, "", "", "")
-    lines = {"engine/one.py": [2, 3]}
+
+    def test(seconds, *lines):
+        return {"seconds": seconds, "lines": {"engine/one.py": list(lines)}}
+
     tests = {
-        "a.py::slow": {"seconds": 60.0, "lines": lines},
-        "a.py::quick[1]": {"seconds": 1.0, "lines": lines},
-        "a.py::quick[2]": {"seconds": 2.0, "lines": lines},
-        "b.py::test": {"seconds": 3.0, "lines": lines},
-        "c.py::elsewhere": {"seconds": 0.1, "lines": {"engine/one.py": [2, 4]}},
+        "a.py::slow": test(60.0, 2, 3, 4, 5),
+        "a.py::quick[1]": test(1.0, 2, 3),
+        "a.py::quick[2]": test(2.0, 2, 3),
+        "b.py::much": test(3.0, 2, 3, 4, 5, 6, 7, 8),
+        "c.py::elsewhere": test(0.1, 2, 4),
     }
-    assert split(change, tests) == (["a.py::quick[1]", "b.py::test"], ["a.py::slow", "a.py::quick[2]"])
+    assert split(change, tests) == (["b.py::much", "a.py::quick[1]"], ["a.py::slow", "a.py::quick[2]"])
 
 
 MODULE = """
@@ -148,7 +151,11 @@ def try_all(project: Path, place: Path) -> tuple[dict[str, str], dict[str, list[
         noticing.TO_BEGIN = 4 if hangs else 100
         jobs = [
             notice(
-                change, MODULE, tests, "package", lambda noticed, _, what=change.what: found.update({what: noticed})
+                change,
+                MODULE,
+                quick_and_slow(change, tests)[0],
+                "package",
+                lambda noticed, _, what=change.what: found.update({what: noticed}),
             )
             for change in changes_of(path, MODULE)
             if hangs == (change.what in HANGS)

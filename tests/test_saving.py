@@ -522,6 +522,7 @@ def test_weights_alone_are_told_from_plain_trainers(tmp_path, caplog):
     trainer_of(tmp_path, save_only_model=True, save_strategy="steps", save_steps=4).train()
     kept = {file.name for file in (tmp_path / "checkpoint-4").iterdir()}
     assert "sampa.json" in kept and not kept & {"optimizer.pt", "sampa_trainer.pt"}
+    assert checkpoint.read_tensors(tmp_path / "checkpoint-4") == {}
     resumed = trainer_of(tmp_path, variant="vasso")
     with tiny.transformers_log(caplog):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -581,6 +582,21 @@ def test_every_other_tensor_is_accounted_for(tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="Expected every tensor of the model in .*'missing_keys': .'scale'"):
         trainer_of(tmp_path, model=left_out_bert()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_other_buffers_under_the_same_names(tmp_path):
+    trainer_of(tmp_path, model=left_out_bert(), save_strategy="steps", save_steps=4).train()
+    file = tmp_path / "checkpoint-4" / "model.safetensors"
+    weights = load_file(file)
+    weights["scale"] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="Expected the model to hold the weights that were saved in"):
+        trainer_of(tmp_path, model=left_out_bert()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_tensors_of_a_model_of_ones_own_that_are_missing(tmp_path):
+    with pytest.raises(ValueError, match="but got .*the model is no PreTrainedModel, and its keys differ"):
+        load_every_tensor(nn.Linear(2, 2), str(tmp_path))
 
 
 class Swallows(Trainer):

@@ -8,12 +8,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 from .changes import Change, changes_of, sample, sources
 from .copies import Copy, import_what_is_slow
-from .noticing import MEASURED, ROOMS, measure, notice, work
+from .noticing import MEASURED, ROOMS, measure, notice, quick_and_slow, work
 from .reach import Reached, digest, instrumented, reached
 from .reasons import REASONS
 
@@ -71,19 +72,19 @@ class Results:
         self.file = file
         self.found: dict[str, dict] = json.loads(file.read_text()) if file.exists() else {}
 
-    def add(self, change: Change, module: str, noticed: str, seconds: float) -> None:
-        """Of a change of a module with this digest: which test noticed it, if any."""
+    def known(self, change: Change, text: str) -> dict:
+        """What is known of a change of a module that reads `text`: which test has noticed it, and whether all were tried."""
+        found = self.found.get(change.key, {})
+        return found if found.get("module") == digest(text) else {"noticed": "", "slow": -1}
+
+    def add(self, change: Change, text: str, slow: bool, noticed: str, seconds: float) -> None:
+        """Which test noticed a change, if any, of the quick or the slow ones."""
         line = f"{PACKAGE}/{change.path}:{change.lines[0]}"
-        self.found[change.key] = {
-            "where": line,
-            "what": change.what,
-            "module": module,
-            "noticed": noticed,
-            "seconds": round(seconds, 1),
-        }
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.found, indent=1))
-        partial.replace(self.file)
+        known = {"noticed": noticed, "slow": int(slow), "seconds": round(seconds, 1)}
+        self.found[change.key] = {"where": line, "what": change.what, "module": digest(text), **known}
+        new = self.file.with_suffix(".new")
+        new.write_text(json.dumps(self.found, indent=1))
+        new.replace(self.file)
         print(f"{line}: {change.what}: {noticed[:150] or 'NOT NOTICED'} ({seconds:.0f} s)", flush=True)
 
 
@@ -100,18 +101,18 @@ def _measure(copies: list[Copy], out: Path, anew: bool) -> Reached:
 
 
 def _try(copies: list[Copy], chosen: list[Change], tests: Reached, results: Results, retry: bool) -> None:
+    """Quick tests on all changes that have not been tried, then all tests on those that are left, but for what has a reason."""
     texts = sources(PROJECT / PACKAGE, ROOMS)
-    jobs = []
-    for change in chosen:
-        module, found = digest(texts[change.path]), results.found.get(change.key)
-        if found and found["module"] == module and (found["noticed"] or not retry):
-            continue
-
-        def add(noticed: str, seconds: float, change: Change = change, module: str = module) -> None:
-            results.add(change, module, noticed, seconds)
-
-        jobs.append(notice(change, texts[change.path], tests, PACKAGE, add))
-    work(copies, jobs)
+    for slow in (False, True):
+        jobs = []
+        for change in chosen:
+            known = results.known(change, texts[change.path])
+            if known["noticed"] or (known["slow"] >= slow and not retry) or (slow and change.key in REASONS):
+                continue
+            stages = quick_and_slow(change, tests)[slow]
+            add = partial(results.add, change, texts[change.path], slow)
+            jobs.append(notice(change, texts[change.path], stages, PACKAGE, add))
+        work(copies, jobs)
 
 
 def report(chosen: list[Change], results: Results) -> None:

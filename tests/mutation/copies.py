@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -115,6 +116,8 @@ def _enter(copy: Copy, log: Path, arguments: list[str], plugins: list[object]) -
         here = {name for name in os.listdir(copy.project) if (copy.project / name).is_dir()}
         for name in [name for name in sys.modules if name.partition(".")[0] in here]:
             del sys.modules[name]
+        # multiprocessing would import it in every process that a test starts.
+        sys.modules["__main__"] = ModuleType("__main__")
         temporary = copy.place.with_suffix(".tmp")
         arguments = [
             "-p",

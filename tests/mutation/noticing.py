@@ -33,11 +33,12 @@ WITH_PROCESSES = {
     "checkpoints": "distributed/resume distributed/saving distributed/failures distributed/sharding distributed/publish",
 }
 ASKED_FOR = "not slow and not gpu"
-FIRST_SECONDS = 25  # of tests that are tried before all others
+FIRST_SECONDS = 15  # of tests that are tried before all others
 SLOWER = 6  # how much longer than measured a run may take, on a machine that does other work, too
 TO_BEGIN = 120  # seconds that a run may take besides its tests
 OF_A_FILE = 150  # seconds that are expected of a file whose tests start processes
 
+Stage = tuple[list[str], float, str]  # tests, their seconds, and which of them are meant, by their marks
 Job = Callable[[Copy], Generator[Run, int, None]]
 
 
@@ -56,22 +57,20 @@ def measure(file: str, folder: Path) -> Job:
 
 
 def split(change: Change, tests: Reached) -> tuple[list[str], list[str]]:
-    """Those of `tests` that run the lines of a change: a few that are quick and differ much, and the others, quickest first."""
+    """Those of `tests` that run the lines of a change: a few of which most is to be expected, and the others.
+
+    Much is to be expected of a test that runs many lines of the module, and is quick; less of one like another before it.
+    """
     found = _reaching(change, tests)
-    seconds = {test: tests[test]["seconds"] for test in found}
-    found.sort(key=seconds.__getitem__)
-    # One of each file, then one of each function, then all.
-    ranks = {}
-    files, functions = set(), set()
+    found.sort(key=lambda test: -len(tests[test]["lines"].get(change.path, ())) / (1 + tests[test]["seconds"]))
+    functions, again = set(), {}
     for test in found:
-        file, function = test.partition("::")[0], test.partition("[")[0]
-        ranks[test] = 0 if file not in files else 1 if function not in functions else 2
-        files.add(file)
-        functions.add(function)
-    found.sort(key=lambda test: (ranks[test], seconds[test]))
+        again[test] = test.partition("[")[0] in functions
+        functions.add(test.partition("[")[0])
+    found.sort(key=again.__getitem__)
     total, first = 0.0, []
     for test in found:
-        total += seconds[test]
+        total += tests[test]["seconds"]
         if total < FIRST_SECONDS or not first:
             first.append(test)
     chosen = set(first)
@@ -91,10 +90,12 @@ def _reaching(change: Change, tests: Reached) -> list[str]:
     return found
 
 
-def notice(change: Change, source: str, tests: Reached, package: str, report: Callable[[str, float], None]) -> Job:
+def notice(
+    change: Change, source: str, stages: Sequence[Stage], package: str, report: Callable[[str, float], None]
+) -> Job:
     """A job that tries a change, and reports which test noticed it, "" for none, and after how many seconds.
 
-    A hang is noticed, as is a test that cannot be collected.
+    A hang is noticed, as is a module that cannot be imported.
     """
 
     def job(copy: Copy) -> Generator[Run, int, None]:
@@ -102,9 +103,9 @@ def notice(change: Change, source: str, tests: Reached, package: str, report: Ca
         copy.write(path, change.applied(source))
         noticed = ""
         try:
-            for chosen, seconds, marks in _stages(change, tests):
+            for tests, seconds, marks in stages:
                 options = ("-x", "-o", "timeout=200", "-m", f"{marks} and {ASKED_FOR}")
-                run = start(copy, chosen, SLOWER * seconds + TO_BEGIN, (), *options)
+                run = start(copy, tests, SLOWER * seconds + TO_BEGIN, (), *options)
                 status = yield run
                 if status not in (0, 5):
                     noticed = run.failed() or f"status {status}"
@@ -116,18 +117,18 @@ def notice(change: Change, source: str, tests: Reached, package: str, report: Ca
     return job
 
 
-def _stages(change: Change, tests: Reached) -> list[tuple[list[str], float, str]]:
-    """Tests, their seconds, and which of them are meant, by their marks: one stage after the other."""
+def quick_and_slow(change: Change, tests: Reached) -> tuple[list[Stage], list[Stage]]:
+    """What is tried at once, and what is tried on a change that this does not notice."""
     first, others = split(change, tests)
     names = next((names for path, names in WITH_PROCESSES.items() if change.path.startswith(path)), "").split()
     files = [Path("tests", name).with_name(f"test_{Path(name).name}.py").as_posix() for name in names]
-    stages = [
-        (first, sum(tests[test]["seconds"] for test in first), "not distributed"),
-        (files[:1], OF_A_FILE, "distributed"),
-        (others, sum(tests[test]["seconds"] for test in others), "not distributed"),
-        (files[1:], OF_A_FILE * len(files[1:]), "distributed"),
+    of_one = [
+        (each, sum(tests[test]["seconds"] for test in each), "not distributed") for each in (first, others) if each
     ]
-    return [stage for stage in stages if stage[0]]
+    of_several = [(each, OF_A_FILE * len(each), "distributed") for each in (files[:1], files[1:]) if each]
+    # What no process runs alone is noticed by several, if at all.
+    at_once = of_one[:1] or of_several[:1]
+    return at_once, [stage for stage in (*of_several[:1], *of_one, *of_several[1:]) if stage not in at_once]
 
 
 def work(copies: Sequence[Copy], jobs: Iterable[Job]) -> None:
