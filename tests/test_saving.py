@@ -20,6 +20,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 from hf_sampa import SAMPaMixin, SAMPaTrainer
 from hf_sampa.checkpoints import checkpoint, replaced
 from hf_sampa.checkpoints.saved_weights import load_every_tensor
+from hf_sampa.checkpoints.whole import is_complete
 from tests import tiny
 
 
@@ -459,7 +460,12 @@ def other_metadata(last):
     save_file(weights, last / "model.safetensors", metadata={"format": "pt", "note": "saved again"})
 
 
-@pytest.mark.parametrize("change", [in_parts, other_metadata])
+def in_another_format(last):
+    torch.save(load_file(last / "model.safetensors"), last / "pytorch_model.bin")
+    (last / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("change", [in_parts, other_metadata, in_another_format])
 def test_weights_that_were_saved_again(folder, whole, change):
     last = folder / "checkpoint-4"
     change(last)
@@ -477,6 +483,12 @@ def test_a_part_that_is_missing_or_cut(folder):
         ):
             trainer_of(folder).train(resume_from_checkpoint=str(last))
         part.unlink(missing_ok=True)
+
+
+def test_a_header_of_more_bytes_than_any_file_has(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\xff" * 8 + b"{}")
+    assert not is_complete(file)
 
 
 def test_other_weights_under_the_same_names(folder):

@@ -106,6 +106,7 @@ def _enter(copy: Copy, log: Path, arguments: list[str], plugins: list[object]) -
     status = 3
     try:
         os.setpgid(0, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
