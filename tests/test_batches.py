@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from hf_sampa.data.batches import MicroBatch, UpdateStream, fingerprint
-from hf_sampa.data.loaders import seeded_loader
+from hf_sampa.data.loaders import parts_of, seeded_loader
 from hf_sampa.state.randomness import GlobalState, OwnGenerators, derive_seed, seeded
 from tests import tiny
 
@@ -95,6 +95,15 @@ def test_what_a_transform_draws_belongs_to_the_row_not_to_its_batch():
     assert torch.equal(rows(2), rows(5))
 
 
+def test_workers_live_on_where_they_can_be_resumed():
+    def lives_on(dataset, **options):
+        loader = DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True, **options)
+        return seeded_loader(loader, 3).persistent_workers
+
+    assert lives_on(tiny.NoisyImages(4))
+    assert not lives_on(tiny.Stream(4)) and not lives_on(tiny.NoisyImages(4), generator=torch.Generator())
+
+
 def test_epochs_differ_and_every_sample_comes_once():
     epochs = [[], []]
     for batch in read(stream(table(False)), 4):
@@ -108,6 +117,31 @@ def test_the_next_batch_is_visible_ahead():
     ahead = a_stream.peek()
     assert a_stream.advance() is ahead
     assert a_stream.peek() is not ahead
+
+
+class Counted(tiny.NoisyImages):
+    """Knows which samples were read."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_what_is_left_out_is_not_read():
+    whole, late = Counted(24), Counted(24)
+    expected = contents(read(stream(whole, accumulation=1), 7))[6]
+    assert tiny.differing(contents(read(stream(late, accumulation=1, start=6), 1))[0], expected) == []
+    assert late.read == whole.read[18:24]  # the batch, and the one that is visible ahead
+
+
+def test_a_sampler_in_two_places_is_one_part():
+    loader = DataLoader(tiny.images(4), batch_size=2)
+    parts = list(parts_of(loader))
+    assert [part for part in parts if part is loader.sampler] == [loader.sampler] and len(parts) == 4
 
 
 def test_leaving_an_epoch():
