@@ -11,6 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.data import MicroBatch, UpdateBatch
+from hf_sampa.distributed.exchange import Exchange
+from hf_sampa.distributed.roles import Mesh
+from hf_sampa.engine import SampleView
 from hf_sampa.engine.buckets import Buckets, GradientRecorder
 from hf_sampa.state import stood_in
 from tests import tiny
@@ -164,6 +168,15 @@ def test_displaced_weights_are_other_memory(tmp_path):
     trainer.train()
     assert trainer.model.classifier.weight.data_ptr() == own == seen[0]  # g_0 is taken at x_0
     assert own not in seen[1:] and len(seen) == 7
+
+
+def test_a_process_that_has_none_of_the_chosen_samples_keeps_one_batch_of_none():
+    weighed = []
+    view = SampleView(Exchange(Mesh(1, 0, paired=False)), None, weighed.append, None)
+    batch = UpdateBatch([MicroBatch({"x": torch.zeros(2, 1)}, 0, i) for i in range(2)], 0, 0)
+    for chosen, sizes in (([False] * 4, [0]), ([False, False, True, False], [1]), ([True, False, True, True], [1, 2])):
+        part = view.narrowed(batch, torch.tensor(chosen))
+        assert [each.size for each in part] == sizes and weighed[-1] is part
 
 
 # ---- The recorder of gradients, by itself ----
