@@ -136,6 +136,23 @@ def test_running_statistics_count_every_look_ahead_batch_once(tmp_path, accumula
     assert statistics(model)["body.1.num_batches_tracked"] == counted
 
 
+@pytest.mark.parametrize(("method", "counted"), [("sampa", 8), ("sam", 6)])
+def test_running_statistics_count_every_shard_once(tmp_path, method, counted):
+    """Two shards of each batch: of the start's and three more, or of three."""
+    model = tiny.BatchNormNet()
+    shards = {"variant": "msam", "variant_args": {"count": 2}}
+    tiny.run(tmp_path, model, tiny.images(16), max_steps=3, method=method, **shards)
+    assert statistics(model)["body.1.num_batches_tracked"] == counted
+
+
+@pytest.mark.parametrize("variant", ["esam", "ksam", "mesa", "ausam"])
+def test_running_statistics_count_no_look_at_single_samples(tmp_path, variant):
+    model = tiny.BatchNormNet()
+    chosen = {"variant_args": {"k": 2}} if variant == "ksam" else {}
+    tiny.run(tmp_path, model, tiny.images(16), max_steps=5, method="sam", variant=variant, **chosen)
+    assert statistics(model)["body.1.num_batches_tracked"] == 5
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_running_statistics_are_those_of_the_look_ahead_weights(tmp_path, accumulation):
     """B_0 at x_0 and B_1 at y_1, as computed here by hand; the perturbation, however large, leaves no trace."""

@@ -255,6 +255,12 @@ def test_no_whole_checkpoint(folder, tmp_path):
         trainer(folder).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
+def test_a_folder_without_a_step_is_no_checkpoint(folder):
+    for name in ("checkpoint-best", "checkpoint-"):
+        (folder / name).mkdir()
+    assert checkpoint.last_whole(folder) == (folder / "checkpoint-3", [])
+
+
 def edit(manifest, **changes):
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
 

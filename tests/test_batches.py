@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from hf_sampa.data.batches import UpdateStream, fingerprint
-from hf_sampa.data.loaders import seeded_loader
+from hf_sampa.data.batches import MicroBatch, UpdateStream, fingerprint
+from hf_sampa.data.loaders import parts_of, seeded_loader
 from hf_sampa.state.randomness import GlobalState, OwnGenerators, derive_seed, seeded
 from tests import tiny
 
@@ -87,6 +88,22 @@ def test_workers_change_nothing(name, persistent):
     assert tiny.differing(contents(found), contents(expected)) == []
 
 
+def test_what_a_transform_draws_belongs_to_the_row_not_to_its_batch():
+    def rows(size):
+        return torch.cat([batch["x"] for batch in seeded_loader(DataLoader(table(True), batch_size=size), 3)])
+
+    assert torch.equal(rows(2), rows(5))
+
+
+def test_workers_live_on_where_they_can_be_resumed():
+    def lives_on(dataset, **options):
+        loader = DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True, **options)
+        return seeded_loader(loader, 3).persistent_workers
+
+    assert lives_on(tiny.NoisyImages(4))
+    assert not lives_on(tiny.Stream(4)) and not lives_on(tiny.NoisyImages(4), generator=torch.Generator())
+
+
 def test_epochs_differ_and_every_sample_comes_once():
     epochs = [[], []]
     for batch in read(stream(table(False)), 4):
@@ -100,6 +117,31 @@ def test_the_next_batch_is_visible_ahead():
     ahead = a_stream.peek()
     assert a_stream.advance() is ahead
     assert a_stream.peek() is not ahead
+
+
+class Counted(tiny.NoisyImages):
+    """Knows which samples were read."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def test_what_is_left_out_is_not_read():
+    whole, late = Counted(24), Counted(24)
+    expected = contents(read(stream(whole, accumulation=1), 7))[6]
+    assert tiny.differing(contents(read(stream(late, accumulation=1, start=6), 1))[0], expected) == []
+    assert late.read == whole.read[18:24]  # the batch, and the one that is visible ahead
+
+
+def test_a_sampler_in_two_places_is_one_part():
+    loader = DataLoader(tiny.images(4), batch_size=2)
+    parts = list(parts_of(loader))
+    assert [part for part in parts if part is loader.sampler] == [loader.sampler] and len(parts) == 4
 
 
 def test_leaving_an_epoch():
@@ -149,6 +191,44 @@ def test_fingerprints_tell_batches_apart():
     assert len(prints) == 7
     assert all(0 <= value < 2**63 for value in prints)
     assert fingerprint([torch.ones(3, dtype=torch.bfloat16), torch.zeros(0), torch.tensor(True)]) >= 0
+
+
+def test_a_part_of_a_batch_has_its_rows_and_entries():
+    inputs = {"x": torch.arange(6).view(3, 2), "texts": ["a", "b", "c"], "names": ["p", "q"], "temperature": 2.0}
+    whole = MicroBatch(inputs, 4, 1, 2, share=0.5, indices=torch.tensor([7, 8, 9]), logits=torch.arange(3.0)[:, None])
+    part = whole.narrowed(torch.tensor([True, False, True]))
+    assert part.inputs.pop("x").tolist() == [[0, 1], [4, 5]]
+    assert part.inputs == {"texts": ["a", "c"], "names": ["p", "q"], "temperature": 2.0}
+    assert (part.indices.tolist(), part.logits.tolist()) == ([7, 9], [[0.0], [2.0]])
+    assert (part.update, part.position, part.epoch, part.share, part.size) == (4, 1, 2, None, 2)
+
+
+def test_items_are_labels_or_samples():
+    x = torch.zeros(3, 2)
+    assert MicroBatch({"x": x, "labels": torch.tensor([[1, -100], [2, 3], [-100, -100]])}, 0, 0).count_items() == 3
+    assert MicroBatch({"x": x}, 0, 0).count_items() == 3
+    assert MicroBatch([], 0, 0).count_items() == 1
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: list
+
+
+def test_own_inputs_are_copies_of_their_kinds():
+    inputs = {"pair": Pair(torch.zeros(2), [1, {"deep": torch.ones(1)}]), "rows": (torch.zeros(1),), "text": "a"}
+    own = MicroBatch(inputs, 0, 0).own_inputs(torch.device("cpu"))
+    assert type(own["pair"]) is Pair and type(own["rows"]) is tuple
+    own["pair"].left.add_(1)
+    own["pair"].right[1]["deep"].add_(1)
+    own["rows"][0].add_(1)
+    assert (
+        tiny.differing(
+            inputs,
+            {"pair": Pair(torch.zeros(2), [1, {"deep": torch.ones(1)}]), "rows": (torch.zeros(1),), "text": "a"},
+        )
+        == []
+    )
 
 
 def test_seeds_derive_from_their_parts_alone():

@@ -11,6 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.data import MicroBatch, UpdateBatch
+from hf_sampa.distributed.exchange import Exchange
+from hf_sampa.distributed.roles import Mesh
+from hf_sampa.engine import SampleView
+from hf_sampa.engine.buckets import Buckets, GradientRecorder
 from hf_sampa.state import stood_in
 from tests import tiny
 from tests.ranks import RankFailed, run_ranks
@@ -163,3 +168,76 @@ def test_displaced_weights_are_other_memory(tmp_path):
     trainer.train()
     assert trainer.model.classifier.weight.data_ptr() == own == seen[0]  # g_0 is taken at x_0
     assert own not in seen[1:] and len(seen) == 7
+
+
+def test_a_process_that_has_none_of_the_chosen_samples_keeps_one_batch_of_none():
+    weighed = []
+    view = SampleView(Exchange(Mesh(1, 0, paired=False)), None, weighed.append, None)
+    batch = UpdateBatch([MicroBatch({"x": torch.zeros(2, 1)}, 0, i) for i in range(2)], 0, 0)
+    for chosen, sizes in (([False] * 4, [0]), ([False, False, True, False], [1]), ([True, False, True, True], [1, 2])):
+        part = view.narrowed(batch, torch.tensor(chosen))
+        assert [each.size for each in part] == sizes and weighed[-1] is part
+
+
+# ---- The recorder of gradients, by itself ----
+
+
+@pytest.fixture
+def recording():
+    """Two parameters, their recorder and a place for their gradients."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    recorder = GradientRecorder(params)
+    into = Buckets(params, bucket_bytes=1)
+    recorder.start(into)
+    yield params, recorder, into
+    recorder.close()
+
+
+def test_a_parameter_without_a_gradient_has_none_of_the_step_before(recording):
+    (a, b), recorder, into = recording
+    for loss, used in (((2 * a + 3 * b).sum(), [True, True]), ((5 * a).sum(), [True, False])):
+        recorder.start(into)
+        with recorder.record(into, on_full=lambda bucket: None):
+            loss.backward()
+        assert recorder.used == used
+    assert into.views[0].tolist() == [5.0] * 3 and into.views[1].tolist() == [0.0] * 3
+
+
+def test_a_bucket_is_reported_while_backward_runs(recording):
+    (a, b), recorder, into = recording
+    full, before = [], []
+    b.register_post_accumulate_grad_hook(lambda _: before.append(list(full)))
+    with recorder.record(into, on_full=full.append):
+        (a.exp() * b.exp()).sum().backward()
+        assert full == [0, 1]
+    assert full == [0, 1] and before == [[0]]
+
+
+def test_few_weights_are_in_several_buckets():
+    """So that two processes can share them evenly."""
+    params = [nn.Parameter(torch.ones(8)) for _ in range(32)]
+    assert [len(members) for members in Buckets(params).members] == [2] * 16
+
+
+def test_outside_of_its_block_it_leaves_gradients_alone(recording):
+    (a, _), recorder, into = recording
+    with recorder.record(into, on_full=lambda bucket: None):
+        a.sum().backward()
+    a.grad = None
+    (7 * a).sum().backward()
+    assert a.grad.tolist() == [7.0] * 3 and into.views[0].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("change", ["none", "second backward", "after backward"])
+def test_it_hears_of_gradients_that_come_in_pieces_or_change(recording, change):
+    (a, b), recorder, into = recording
+    recorder.overlap, recorder.listening = False, True
+    with recorder.record(into, on_full=lambda bucket: None):
+        (a + b).sum().backward()
+        if change == "second backward":
+            a.sum().backward()
+        if change == "after backward":
+            b.grad.mul_(2)
+    assert recorder.pieces == (change != "none")
+    assert into.views[0].tolist() == [2.0 if change == "second backward" else 1.0] * 3
+    assert into.views[1].tolist() == [2.0 if change == "after backward" else 1.0] * 3

@@ -146,6 +146,13 @@ def test_figure_1(method, kwargs, smaller, larger):
     assert sorted(norms[-2:]) == pytest.approx([smaller, larger], abs=6e-5)
 
 
+@pytest.mark.parametrize(("method", "kwargs"), [(SAM, {}), (SAMPa, {"lmbda": 0.2})])
+def test_a_closed_engine_leaves_no_hooks_behind(method, kwargs):
+    x = nn.Parameter(torch.tensor([1.0, -2.0]))
+    toy_run(method, x, steps=2, **kwargs)
+    assert not x._post_accumulate_grad_hooks
+
+
 def test_sam_agrees_with_an_independent_package():
     x, peer_x = (nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
     toy_run(SAM, x, steps=20)

@@ -12,6 +12,7 @@ import torch
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, ViTForImageClassification
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.checkpoints import checkpoint
 from tests import tiny
 
 
@@ -174,6 +175,31 @@ def test_a_checkpoint_of_plain_trainer_can_be_continued(tmp_path, caplog):
     assert trainer.state.global_step == 4
     assert "holds no state of SAMPa, as plain Trainer leaves it: g_t is computed at its weights" in caplog.text
     assert {int(s["step"]) for s in trainer.optimizer.state_dict()["state"].values()} == {4}
+
+
+def test_saved_where_a_run_of_plain_trainer_is_continued(tmp_path):
+    """Before the stream is open the place is Trainer's: two steps of two micro-batches."""
+    args = tiny.arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
+    Trainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(20)).train()
+
+    class Saves(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer._save_checkpoint(trainer.model, trial=None)
+
+    trainer = SAMPaTrainer(tiny.bert(), args, train_dataset=tiny.sentences(20), callbacks=[Saves()])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    position = checkpoint.inspect(tmp_path / "checkpoint-2")["position"]
+    assert (position["epoch"], position["start"]) == (0, 4)
+
+
+@pytest.mark.parametrize("wrote", [Trainer, SAMPaTrainer])
+def test_the_state_of_another_optimizer_is_refused(tmp_path, wrote):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    wrote(tiny.bert(), tiny.arguments(tmp_path, **settings), train_dataset=tiny.sentences(18)).train()
+    args = tiny.arguments(tmp_path, optim="sgd", optim_args="momentum=0.9", **settings)
+    whose = "another optimizer" if wrote is Trainer else "AdamW"
+    with pytest.raises(ValueError, match=f"Expected the state of SGD in .*, but it is that of {whose}. Resume with"):
+        SAMPaTrainer(tiny.bert(), args, train_dataset=tiny.sentences(18)).train(str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("model", [tiny.bert, tiny.vit], ids=["bert", "vit"])

@@ -20,6 +20,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 from hf_sampa import SAMPaMixin, SAMPaTrainer
 from hf_sampa.checkpoints import checkpoint, replaced
 from hf_sampa.checkpoints.saved_weights import load_every_tensor
+from hf_sampa.checkpoints.whole import is_complete
 from tests import tiny
 
 
@@ -459,7 +460,12 @@ def other_metadata(last):
     save_file(weights, last / "model.safetensors", metadata={"format": "pt", "note": "saved again"})
 
 
-@pytest.mark.parametrize("change", [in_parts, other_metadata])
+def in_another_format(last):
+    torch.save(load_file(last / "model.safetensors"), last / "pytorch_model.bin")
+    (last / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("change", [in_parts, other_metadata, in_another_format])
 def test_weights_that_were_saved_again(folder, whole, change):
     last = folder / "checkpoint-4"
     change(last)
@@ -477,6 +483,12 @@ def test_a_part_that_is_missing_or_cut(folder):
         ):
             trainer_of(folder).train(resume_from_checkpoint=str(last))
         part.unlink(missing_ok=True)
+
+
+def test_a_header_of_more_bytes_than_any_file_has(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\xff" * 8 + b"{}")
+    assert not is_complete(file)
 
 
 def test_other_weights_under_the_same_names(folder):
@@ -522,6 +534,7 @@ def test_weights_alone_are_told_from_plain_trainers(tmp_path, caplog):
     trainer_of(tmp_path, save_only_model=True, save_strategy="steps", save_steps=4).train()
     kept = {file.name for file in (tmp_path / "checkpoint-4").iterdir()}
     assert "sampa.json" in kept and not kept & {"optimizer.pt", "sampa_trainer.pt"}
+    assert checkpoint.read_tensors(tmp_path / "checkpoint-4") == {}
     resumed = trainer_of(tmp_path, variant="vasso")
     with tiny.transformers_log(caplog):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
@@ -581,6 +594,21 @@ def test_every_other_tensor_is_accounted_for(tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="Expected every tensor of the model in .*'missing_keys': .'scale'"):
         trainer_of(tmp_path, model=left_out_bert()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_other_buffers_under_the_same_names(tmp_path):
+    trainer_of(tmp_path, model=left_out_bert(), save_strategy="steps", save_steps=4).train()
+    file = tmp_path / "checkpoint-4" / "model.safetensors"
+    weights = load_file(file)
+    weights["scale"] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="Expected the model to hold the weights that were saved in"):
+        trainer_of(tmp_path, model=left_out_bert()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_tensors_of_a_model_of_ones_own_that_are_missing(tmp_path):
+    with pytest.raises(ValueError, match="but got .*the model is no PreTrainedModel, and its keys differ"):
+        load_every_tensor(nn.Linear(2, 2), str(tmp_path))
 
 
 class Swallows(Trainer):

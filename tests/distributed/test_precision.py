@@ -168,5 +168,6 @@ def test_the_scaler_is_a_grad_scaler():
         assert (weight.item(), shared.get_scale()) == (1.0 - steps, scale)
     plain.load_state_dict(shared.state_dict())
     assert plain.get_scale() == 8.0
+    shared.overflow = True  # of the step in progress, which says nothing of a scale that is given
     shared.update(5.0)
     assert shared.get_scale() == 5.0

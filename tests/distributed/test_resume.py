@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from hf_sampa import SAMPaTrainer
 from tests import tiny
 from tests.division import divided_tuples
 from tests.ranks import run_ranks
@@ -112,3 +113,30 @@ def test_two_pairs_resume(tmp_path):
     for whole, again in run_ranks(two_pairs, 4, tmp_path, folder=tmp_path / "ranks"):
         assert whole["steps"] == 4
         assert tiny.differing(tiny.comparable(whole), tiny.comparable(again)) == []
+
+
+class Counting(SAMPaTrainer):
+    """Keeps the sum of what it has read."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.read = 0
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.read += int(inputs["input_ids"].sum())
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def counted(folder) -> list[int]:
+    found = []
+    for resume in (None, str(folder / "checkpoint-2")):
+        args = tiny.arguments(folder, method="sam", max_steps=4, save_strategy="steps", save_steps=2)
+        trainer = Counting(tiny.bert(), args, train_dataset=tiny.sentences(32))
+        trainer.train(resume_from_checkpoint=resume)
+        found.append(trainer.read)
+    return found
+
+
+def test_every_replica_goes_on_with_what_it_has_collected(tmp_path):
+    (one, resumed_one), (other, resumed_other) = run_ranks(counted, 2, tmp_path / "out", folder=tmp_path / "ranks")
+    assert (resumed_one, resumed_other) == (one, other) and one != other

@@ -1,0 +1,3 @@
+"""Why no test can, or need, notice a change."""
+
+REASONS: dict[str, str] = {}
