@@ -19,6 +19,10 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 SHARED = {"shard_optimizer": True}
+# One of each kind of part; four processes on all variants are for make test-all.
+KINDS = {"sam", "asam", "ssam_d", "msam", "bisam own", "looksam", "gsam"}
+SOME = [case for case in CASES if case[0] in KINDS]
+FEW_OR_ALL = [pytest.param(SOME, id="some"), pytest.param(CASES, id="all", marks=pytest.mark.whole)]
 
 
 def train(folder, cases, changes, resume=None) -> dict:
@@ -79,18 +83,19 @@ def test_resumed_is_never_stopped(one, tmp_path, processes, changes):
         assert differences(found, without) == []
 
 
-def test_four_processes_that_share_an_optimizer_are_four_that_do_not(tmp_path):
+@pytest.mark.parametrize("cases", FEW_OR_ALL)
+def test_four_processes_that_share_an_optimizer_are_four_that_do_not(tmp_path, cases):
     """Two pairs in SAMPa's timing, four replicas in SAM's."""
-    whole = run_ranks(train, 4, tmp_path / "whole", CASES, {}, folder=tmp_path / "first")
+    whole = run_ranks(train, 4, tmp_path / "whole", cases, {}, folder=tmp_path / "first")
     for rank in whole[1:]:
         assert differences(rank, whole[0]) == []
-    assert_parts_of(run_ranks(train, 4, tmp_path / "shared", CASES, SHARED, folder=tmp_path / "second"), whole)
+    assert_parts_of(run_ranks(train, 4, tmp_path / "shared", cases, SHARED, folder=tmp_path / "second"), whole)
 
 
-def train_evenly(folder, replicas_of) -> dict:
+def train_evenly(folder, replicas_of, cases) -> dict:
     """Without what a replica draws, or pads, for its own part; the update batch has 16 samples, whoever reads them."""
     found = {}
-    for case in CASES:
+    for case in cases:
         if case[0] == "adasam":  # which has no SGD, and SAM's recipe
             continue
         size = 8 // replicas_of[case[1]]
@@ -100,11 +105,12 @@ def train_evenly(folder, replicas_of) -> dict:
     return found
 
 
+@pytest.mark.parametrize("cases", FEW_OR_ALL)
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.whole), 4])
-def test_replicas_are_one_process_to_rounding(tmp_path, processes):
-    one = run_ranks(train_evenly, 1, tmp_path, {"sampa": 1, "sam": 1}, folder=tmp_path / "one")[0]
+def test_replicas_are_one_process_to_rounding(tmp_path, processes, cases):
+    one = run_ranks(train_evenly, 1, tmp_path, {"sampa": 1, "sam": 1}, cases, folder=tmp_path / "one")[0]
     replicas = {"sampa": processes // 2, "sam": processes}
-    for found in run_ranks(train_evenly, processes, tmp_path, replicas, folder=tmp_path / "several"):
+    for found in run_ranks(train_evenly, processes, tmp_path, replicas, cases, folder=tmp_path / "several"):
         differing = {
             case: max(
                 (value - one[case]["weights"][name]).abs().max().item()
