@@ -13,6 +13,7 @@ from tests.mutation.changes import Change, changes_of, sample, sources
 from tests.mutation.copies import HANG, Copy
 from tests.mutation.noticing import ROOMS, measure, notice, quick_and_slow, split, work
 from tests.mutation.reach import instrumented, reached
+from tests.mutation.reasons import REASONS
 
 
 SOURCE = '''"""About 1 thing."""
@@ -96,6 +97,12 @@ def test_the_package_has_enough_to_change():
     assert len(chosen) >= 150
     for change in chosen:
         compile(change.applied((package / change.path).read_text()), change.path, "exec")
+
+
+def test_reasons_are_of_changes_that_there_are():
+    package = Path(__file__).parents[1] / "hf_sampa"
+    keys = {change.key for path, text in sources(package, ROOMS).items() for change in changes_of(path, text)}
+    assert REASONS.keys() <= keys and all(REASONS.values())
 
 
 def test_quick_tests_that_run_much_of_the_module_are_tried_first():
