@@ -113,12 +113,16 @@ def test_quick_tests_that_run_much_of_the_module_are_tried_first():
 
     tests = {
         "a.py::slow": test(60.0, 2, 3, 4, 5),
-        "a.py::quick[1]": test(1.0, 2, 3),
+        "a.py::quick[0]": test(0.1, 2, 3),
+        "a.py::quick[1]": test(0.2, 2, 3),
         "a.py::quick[2]": test(2.0, 2, 3),
         "b.py::much": test(3.0, 2, 3, 4, 5, 6, 7, 8),
         "c.py::elsewhere": test(0.1, 2, 4),
     }
-    assert split(change, tests) == (["b.py::much", "a.py::quick[1]"], ["a.py::slow", "a.py::quick[2]"])
+    assert split(change, tests) == (
+        ["a.py::quick[0]", "a.py::quick[1]", "b.py::much"],
+        ["a.py::slow", "a.py::quick[2]"],
+    )
 
 
 MODULE = """

@@ -62,13 +62,14 @@ def measure(file: str, folder: Path) -> Job:
 def split(change: Change, tests: Reached) -> tuple[list[str], list[str]]:
     """Those of `tests` that run the lines of a change: a few of which most is to be expected, and the others.
 
-    Much is to be expected of a test that runs many lines of the module, and is quick; less of one like another before it.
+    Much is to be expected of a test that runs many lines of the module, and is quick; less of one like another before it,
+    unless it costs nothing.
     """
     found = _reaching(change, tests)
-    found.sort(key=lambda test: -len(tests[test]["lines"].get(change.path, ())) / (1 + tests[test]["seconds"]))
+    found.sort(key=lambda test: -len(tests[test]["lines"].get(change.path, ())) / (0.2 + tests[test]["seconds"]))
     functions, again = set(), {}
     for test in found:
-        again[test] = test.partition("[")[0] in functions
+        again[test] = test.partition("[")[0] in functions and tests[test]["seconds"] > 0.2
         functions.add(test.partition("[")[0])
     found.sort(key=again.__getitem__)
     total, first = 0.0, []
