@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import default_collate
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
@@ -271,3 +272,27 @@ def test_autocast_computes_in_half_and_keeps_in_full_precision(tmp_path):
         *(moments["exp_avg"] for moments in half["optimizer"]["state"].values()),
     ]
     assert {tensor.dtype for tensor in kept if tensor.is_floating_point()} == {torch.float32}
+
+
+class OneWeight(nn.Module):
+    """A model of one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(64, 3, bias=False)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.head(pixel_values.flatten(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+def test_a_model_of_one_parameter(tmp_path, method):
+    outcome = tiny.run(
+        tmp_path, OneWeight, tiny.images(16), max_steps=3, method=method, save_strategy="steps", save_steps=2
+    )
+    resumed = tiny.run(
+        tmp_path, OneWeight, tiny.images(16), max_steps=3, method=method, resume=str(tmp_path / "checkpoint-2")
+    )
+    assert tiny.differing(tiny.comparable(outcome), tiny.comparable(resumed)) == []

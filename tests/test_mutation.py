@@ -13,6 +13,7 @@ from tests.mutation.changes import Change, changes_of, sample, sources
 from tests.mutation.copies import HANG, Copy
 from tests.mutation.noticing import ROOMS, measure, notice, quick_and_slow, split, work
 from tests.mutation.reach import instrumented, reached
+from tests.mutation.reasons import REASONS
 
 
 SOURCE = '''"""About 1 thing."""
@@ -98,6 +99,12 @@ def test_the_package_has_enough_to_change():
         compile(change.applied((package / change.path).read_text()), change.path, "exec")
 
 
+def test_reasons_are_of_changes_that_there_are():
+    package = Path(__file__).parents[1] / "hf_sampa"
+    keys = {change.key for path, text in sources(package, ROOMS).items() for change in changes_of(path, text)}
+    assert REASONS.keys() <= keys and all(REASONS.values())
+
+
 def test_quick_tests_that_run_much_of_the_module_are_tried_first():
     change = Change("engine/one.py", (3, 3), (2, 5), 0, 0, "", "", "")
 
@@ -106,12 +113,16 @@ def test_quick_tests_that_run_much_of_the_module_are_tried_first():
 
     tests = {
         "a.py::slow": test(60.0, 2, 3, 4, 5),
-        "a.py::quick[1]": test(1.0, 2, 3),
+        "a.py::quick[0]": test(0.1, 2, 3),
+        "a.py::quick[1]": test(0.2, 2, 3),
         "a.py::quick[2]": test(2.0, 2, 3),
         "b.py::much": test(3.0, 2, 3, 4, 5, 6, 7, 8),
         "c.py::elsewhere": test(0.1, 2, 4),
     }
-    assert split(change, tests) == (["b.py::much", "a.py::quick[1]"], ["a.py::slow", "a.py::quick[2]"])
+    assert split(change, tests) == (
+        ["a.py::quick[0]", "a.py::quick[1]", "b.py::much"],
+        ["a.py::slow", "a.py::quick[2]"],
+    )
 
 
 MODULE = """

@@ -604,6 +604,19 @@ def test_a_model_that_cannot_be_elsewhere(tmp_path, trainer_class):
     assert train(tmp_path, trainer_class, Domain)["steps"] == 5
 
 
+def test_where_it_cannot_be_elsewhere_the_pass_in_between_is_at_its_weights(tmp_path):
+    scales = tiny.Passes()
+
+    class Watched(SAMPaTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            if self.sampa.rehearsing:
+                scales(model.scale.item())
+            return super().compute_loss(model, *args, **kwargs)
+
+    train(tmp_path, Watched, Domain)
+    assert scales.seen == [1.0, 0.5, 1.0, 1.0]
+
+
 # ---- Attributes of odd kinds ----
 
 

@@ -19,7 +19,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from hf_sampa import SAMPaMixin, SAMPaTrainer
 from hf_sampa.checkpoints import checkpoint, replaced
-from hf_sampa.checkpoints.saved_weights import load_every_tensor
+from hf_sampa.checkpoints.saved_weights import holds, load_every_tensor, record
 from hf_sampa.checkpoints.whole import is_complete
 from tests import tiny
 
@@ -500,6 +500,15 @@ def test_other_weights_under_the_same_names(folder):
         ValueError, match="Expected the model to hold the weights that were saved in .* but after loading it"
     ):
         trainer_of(folder).train(resume_from_checkpoint=str(last))
+
+
+def test_a_model_of_nothing_but_trained_weights_is_told_from_others():
+    model = nn.Linear(2, 2)
+    recorded = record(model, ["weight", "bias"])
+    assert holds(model, recorded)
+    with torch.no_grad():
+        model.bias += 1
+    assert not holds(model, recorded)
 
 
 def test_refusals_begin_as_plain_trainers_do(tmp_path):

@@ -117,6 +117,16 @@ def test_names_are_the_same_in_every_run():
     assert trained.of_model == 2 and trained.params[-1] is extra
 
 
+def test_frozen_weights_in_the_optimizer_are_not_trained():
+    model, loss = nn.Linear(2, 2), nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    loss.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    trained = Trained(optimizer, model, {"loss": loss})
+    assert trained.names == ["weight", "loss.bias"] and trained.of_model == 1
+    assert [id(param) for param in trained.params] == [id(model.weight), id(loss.bias)]
+
+
 def test_a_parameter_that_the_optimizer_does_not_hold_is_refused(tmp_path):
     model = tiny.frozen_bert()
     trainer = SAMPaTrainer(model, tiny.arguments(tmp_path, max_steps=2), train_dataset=tiny.sentences(16))

@@ -50,7 +50,7 @@ class Change:
         lines: first and last line of what is executed with it.
         function: first and last line of the function that it is in; None outside of functions.
         start, end: where the text to be replaced is, in bytes.
-        text: of the line where it begins.
+        text: of the line where it begins, without a comment.
         before: the statement or expression that is replaced, without its layout, and
         after: what takes its place.
         again: how many changes before it in the module read the same.
@@ -74,7 +74,8 @@ class Change:
     @property
     def key(self) -> str:
         """The same in every run, and after changes elsewhere in the module."""
-        return f"{self.path}: {self.text}: {self.what}" + (f" ({self.again + 1})" if self.again else "")
+        where = self.path if self.text == self.before else f"{self.path}: {self.text}"
+        return f"{where}: {self.what}" + (f" ({self.again + 1})" if self.again else "")
 
     def applied(self, source: str) -> str:
         """`source`, of the module, with the change."""
@@ -241,7 +242,7 @@ class _Finder(ast.NodeVisitor):
                 self._functions[-1] if self._functions else None,
                 self._starts[node.lineno - 1] + node.col_offset,
                 self._starts[node.end_lineno - 1] + node.end_col_offset,
-                self._texts[node.lineno - 1].strip(),
+                self._texts[node.lineno - 1].partition("  # ")[0].strip(),
                 _shown(node),
                 after,
             )

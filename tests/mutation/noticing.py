@@ -21,19 +21,22 @@ MEASURED = """
 MEASURED = tuple(f"tests/test_{name}.py" for name in MEASURED.split())
 # Whose tests start processes, which run the lines of a module or room: as files, the sharpest first.
 WITH_PROCESSES = {
-    "engine/placement": "distributed/sharding distributed/two_processes distributed/precision",
+    "engine/placement": """
+        distributed/sharding distributed/three_axes distributed/diagnostics distributed/variants distributed/precision
+    """,
     "engine/precision": "distributed/precision",
     "engine/trained": "trained distributed/two_processes",
     "engine/undone_step": "optimizers distributed/two_processes",
     "engine": """
-        distributed/two_processes engine distributed/sharding distributed/variants distributed/precision optimizers own_steps
-        rehearsal distributed/diagnostics distributed/batch_shapes distributed/three_axes
+        distributed/two_processes distributed/failures distributed/agreement distributed/variants engine distributed/sharding
+        distributed/diagnostics optimizers distributed/precision own_steps rehearsal distributed/batch_shapes
+        distributed/three_axes
     """,
     "data": "distributed/two_processes own_loaders distributed/batch_shapes distributed/around_models distributed/role_world",
     "checkpoints": "distributed/resume distributed/saving distributed/failures distributed/sharding distributed/publish",
 }
 ASKED_FOR = "not slow and not gpu"
-FIRST_SECONDS = 15  # of tests that are tried before all others
+FIRST_SECONDS = 25  # of tests that are tried before all others
 SLOWER = 6  # how much longer than measured a run may take, on a machine that does other work, too
 TO_BEGIN = 120  # seconds that a run may take besides its tests
 OF_A_FILE = 150  # seconds that are expected of a file whose tests start processes
@@ -59,13 +62,14 @@ def measure(file: str, folder: Path) -> Job:
 def split(change: Change, tests: Reached) -> tuple[list[str], list[str]]:
     """Those of `tests` that run the lines of a change: a few of which most is to be expected, and the others.
 
-    Much is to be expected of a test that runs many lines of the module, and is quick; less of one like another before it.
+    Much is to be expected of a test that runs many lines of the module, and is quick; less of one like another before it,
+    unless it costs nothing.
     """
     found = _reaching(change, tests)
-    found.sort(key=lambda test: -len(tests[test]["lines"].get(change.path, ())) / (1 + tests[test]["seconds"]))
+    found.sort(key=lambda test: -len(tests[test]["lines"].get(change.path, ())) / (0.2 + tests[test]["seconds"]))
     functions, again = set(), {}
     for test in found:
-        again[test] = test.partition("[")[0] in functions
+        again[test] = test.partition("[")[0] in functions and tests[test]["seconds"] > 0.2
         functions.add(test.partition("[")[0])
     found.sort(key=again.__getitem__)
     total, first = 0.0, []

