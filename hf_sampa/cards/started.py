@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -84,10 +85,13 @@ def _words(given: list[str], resumed: bool) -> list[str]:
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries that a run rests on, those that are installed."""
-    found = {"Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in PACKAGES}
+    return {"Python": platform.python_version()} | {package: each for package, each in found.items() if each}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -22,8 +22,6 @@ REASONS = {
     "engine/lookahead.py: CPU_PIECE, DEVICE_PIECE = 2**18, 2**23: 23 -> 24": (
         "how much a GPU steps at once is a matter of speed; that pieces of any size are right is tested on the CPU"
     ),
-    "engine/placement.py: own = torch.zeros(len(self.params), *numbers[0].shape, dtype=numbers[0].dtype, "
-    "device=numbers[0].device): 0 -> 1 (2)": "all have one shape, precision and device; one number alone is none to share",
     "engine/placement.py: if len(params) == 1 and params[0].stride() == views[0].stride():: "
     "len(params) == 1 and params[0].stride() == views[0].stride() -> False": (
         "a large weight is then copied before it is sent: the same bits, more memory"
