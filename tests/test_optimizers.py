@@ -156,7 +156,9 @@ KINDS = {
     *("adamp", "adammini", "bcos", "dadaptadam", "emonavi", "fromage", "galore", "kron", "lion", "lorarite", "muon"),
     *("prodigy", "ranger21", "scalableshampoo", "schedulefreeadamw", "sgdsai", "soap", "spam", "swats", "vsgd"),
 }
-SWEEP = set(LIBRARY) - KINDS
+# Of torch's options those of three stand for all.
+OPTIONS = {name for name in OPTIMIZERS if name.startswith("torch ") and len(name.split()) > 2}
+SWEEP = set(LIBRARY) - KINDS | {name for name in OPTIONS if name.split()[1] not in ("Adam", "SGD", "RMSprop")}
 every_trainable = pytest.mark.parametrize("name", divided(TRAINABLE, SWEEP & set(TRAINABLE)))
 
 
@@ -288,8 +290,7 @@ def with_each(chosen, tmp_path_factory):
     return [*one, *two]
 
 
-# Options of torch's own lead through the same code here.
-ON_TWO = [name for name in TRAINABLE if not name.startswith("torch ") or len(name.split()) == 2]
+ON_TWO = [name for name in TRAINABLE if name not in OPTIONS]  # which lead through the same code here
 ON_TWO += [f"by {name}" for name in BY_NAME]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import default_collate
 from transformers import Trainer
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.variants import VARIANTS
@@ -32,6 +34,19 @@ RULES = {
 }
 
 
+class Net(nn.Module):
+    """As little as has what variants ask for, so that whole copies of it cost little: matrices and a normalization."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.LayerNorm, self.second = nn.Linear(64, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.second(nn.functional.gelu(self.LayerNorm(self.first(pixel_values.flatten(1)))))
+        return SequenceClassifierOutput(nn.functional.cross_entropy(logits, labels), logits)
+
+
 def loss(model, batch):
     return model(**batch).loss
 
@@ -51,14 +66,14 @@ def trained(folder, variant, method, **changes):
         "train_sampling_strategy": "sequential",
     }
     args = tiny.arguments(folder, variant=variant, method=method, **{**settings, **changes})
-    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(18))
+    trainer = SAMPaTrainer(model=Net(), args=args, train_dataset=tiny.images(18))
     trainer.train()
     return trainer
 
 
 def in_series(trainer, rule_class):
     """What the serial transcription makes of the same model, data and settings; and which steps ascended."""
-    args, model = trainer.args, tiny.bert()
+    args, model = trainer.args, Net()
     plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
     plain.create_optimizer_and_scheduler(STEPS)
     rule = rule_class(args.rho, model, STEPS)
@@ -70,9 +85,7 @@ def in_series(trainer, rule_class):
 
 
 def assert_equal(model, expected, rtol=2e-4, atol=2e-6):
-    moved = max(
-        (a - b).abs().max().item() for a, b in zip(expected.parameters(), tiny.bert().parameters(), strict=True)
-    )
+    moved = max((a - b).abs().max().item() for a, b in zip(expected.parameters(), Net().parameters(), strict=True))
     assert moved > 1e-2
     torch.testing.assert_close(dict(model.named_parameters()), dict(expected.named_parameters()), rtol=rtol, atol=atol)
 
@@ -125,7 +138,7 @@ def test_limits(tmp_path, limit, method):
     if expected == "sam":
         assert_equal(ours.model, trained(tmp_path, "sam", method, rho=0.05).model, rtol=1e-5, atol=1e-7)
     else:
-        plain = Trainer(model=tiny.bert(), args=ours.args, train_dataset=ours.train_dataset)
+        plain = Trainer(model=Net(), args=ours.args, train_dataset=ours.train_dataset)
         plain.train()
         assert_equal(ours.model, plain.model, rtol=1e-5, atol=1e-7)
 
@@ -150,7 +163,7 @@ BY_STEP = {
 def test_a_variant_of_samples_or_losses_is_its_serial_transcription(tmp_path, case):
     name, arguments, make = BY_STEP[case]
     trainer = trained(tmp_path, name, "sam", variant_args=arguments)
-    model = tiny.bert()
+    model = Net()
     plain = Trainer(model=model, args=trainer.args, train_dataset=trainer.train_dataset)
     plain.create_optimizer_and_scheduler(STEPS)
     batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
@@ -186,7 +199,7 @@ def test_no_variant_goes_without():
 def test_a_variant_of_samples_or_losses_in_parallel(tmp_path, case):
     name, arguments, reference, more = PARALLEL[case]
     trainer = trained(tmp_path, name, "sampa", variant_args=arguments)
-    model, args = tiny.bert(), trainer.args
+    model, args = Net(), trainer.args
     plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
     plain.create_optimizer_and_scheduler(STEPS)
     batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
@@ -198,7 +211,7 @@ def test_a_variant_of_samples_or_losses_in_parallel(tmp_path, case):
 def test_adasam_is_sam_around_torch_amsgrad(tmp_path, method):
     settings = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-2, "adam_beta2": 0.5}
     trainer = trained(tmp_path, "adasam", method, **settings)
-    model, args = tiny.bert(), trainer.args
+    model, args = Net(), trainer.args
     plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
     plain.create_optimizer_and_scheduler(STEPS)
     for group in plain.optimizer.param_groups:
@@ -223,7 +236,7 @@ def test_adasam_needs_an_optimizer_with_amsgrad(tmp_path):
 def passes(folder, name, arguments, method="sam"):
     """Samples of each forward pass of a run, with a backward and without, and the steps that ascended."""
     args = tiny.arguments(folder, variant=name, variant_args=arguments, method=method, max_steps=STEPS)
-    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+    trainer = SAMPaTrainer(model=Net(), args=args, train_dataset=tiny.images(16))
     seen: dict[bool, list[int]] = {True: [], False: []}
     trainer.model.register_forward_pre_hook(
         lambda model, _, kwargs: seen[torch.is_grad_enabled()].append(len(kwargs["labels"])), with_kwargs=True
@@ -293,8 +306,8 @@ def test_a_backward_that_leaves_nothing_out_has_the_same_bits(tmp_path, name):
     outcomes = [
         tiny.run(
             tmp_path,
-            tiny.bert,
-            tiny.sentences(18),
+            Net,
+            tiny.images(18),
             trainer_class=trainer_class,
             variant=name,
             method="sam",
@@ -309,7 +322,7 @@ def test_sl_sam_leaves_the_same_tensors_out_of_all_of_a_step(tmp_path):
     """Momentum and weight decay of a tensor rest with it; how its probabilities follow the norms is a test of the part."""
     arguments = {"s": 0.7, "a": 3.0}
     trainer = trained(tmp_path, "slsam", "sam", rho=0.05, variant_args=arguments, weight_decay=0.1)
-    model = tiny.bert()
+    model = Net()
     plain = Trainer(model=model, args=trainer.args, train_dataset=trainer.train_dataset)
     plain.create_optimizer_and_scheduler(STEPS)
     params, mask, sets = list(model.parameters()), ImportantTensors(**arguments), []
@@ -327,4 +340,4 @@ def test_sl_sam_leaves_the_same_tensors_out_of_all_of_a_step(tmp_path):
     assert_equal(trainer.model, model)
     probabilities = trainer.sampa.recipe.mask.p
     torch.testing.assert_close(probabilities, mask.p, rtol=1e-3, atol=1e-6)
-    assert probabilities.min() < 0.6 and probabilities.max() > 0.8 and len(set(map(tuple, sets))) == STEPS
+    assert probabilities.min() < 0.6 and probabilities.max() > 0.8 and len(set(map(tuple, sets))) > STEPS / 2

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-from functools import partial
-from pathlib import Path
 
 import pytest
 import variants
 from matplotlib.image import imread
 
 from hf_sampa.variants import VARIANTS
-from tests.division import divided
-from tests.ranks import run_script
 
 
 QUICK = ["--only", "vasso", "ksam", "--epochs", "1", "--seeds", "1", "--rhos", "1"]
 
 
-def forked(folder: Path, command: list[str], check: bool) -> None:
-    """What its launcher starts, without the launcher."""
-    script = next(place for place, word in enumerate(command) if word.endswith(".py"))
-    for run in run_script(*command[script:], processes=2, folder=folder):
-        assert run.returncode == 0, run.stderr
-
-
+@pytest.mark.whole
 @pytest.mark.distributed
-@pytest.mark.parametrize("how", divided(["forked", "started"], whole=["started"]))
-def test_a_quick_comparison_is_finished_and_not_run_again(how, tmp_path, capsys, monkeypatch):
-    if how == "forked":
-        monkeypatch.setattr(variants.subprocess, "run", partial(forked, tmp_path / "ranks"))
+def test_a_quick_comparison_is_finished_and_not_run_again(tmp_path, capsys, monkeypatch):
     command = [*QUICK, "--output_dir", str(tmp_path)]
     rows = variants.main(command)
     by_case = {(row["variant"], row["method"]): row for row in rows}
