@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 
-def pytest_collection_finish(session):
-    """Every run of a Trainer begins with a collection: half a second where it looks at all that the tests have imported."""
+@pytest.fixture(autouse=True, scope="module")
+def nothing_older_is_collected():
+    """Every run of a Trainer begins with a collection: half a second where it looks at all that has been imported."""
     gc.collect()
     gc.freeze()
 
