@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tests.mutation import noticing
 from tests.mutation.changes import Change, changes_of, sample, sources
 from tests.mutation.copies import HANG, Copy
-from tests.mutation.noticing import ROOMS, measure, notice, quick_and_slow, split, work
+from tests.mutation.noticing import ROOMS, check_unchanged, measure, notice, quick_and_slow, split, work
 from tests.mutation.reach import instrumented, reached
 from tests.mutation.reasons import REASONS
 
@@ -149,8 +150,8 @@ def test_forever():
 """
 
 
-def try_all(project: Path, place: Path) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """What the tests of `project` notice of each change, and which lines of its module each of them runs."""
+def try_all(project: Path, place: Path) -> tuple[dict[str, str], dict[str, list[int]], str]:
+    """What the tests of `project` notice of each change; the lines of its module that each of them runs; a refusal."""
     noticing.WITH_PROCESSES = {}
     copies = [Copy(project, place / str(i)) for i in range(2)]
     path, file, found = "engine/one.py", "test_one.py", {}
@@ -172,7 +173,10 @@ def try_all(project: Path, place: Path) -> tuple[dict[str, str], dict[str, list[
             if hangs == (change.what in HANGS)
         ]
         work(copies, jobs)
-    return found, {test: of["lines"][path] for test, of in tests.items()}
+    copies[0].write(file, TESTS + "    assert False")
+    with pytest.raises(RuntimeError) as refused:
+        work(copies[:1], [check_unchanged(([file], 1, "not distributed"))])
+    return found, {test: of["lines"][path] for test, of in tests.items()}, str(refused.value)
 
 
 @pytest.fixture(scope="module")
@@ -181,16 +185,16 @@ def tried(tmp_path_factory):
     (project / "package/engine").mkdir(parents=True)
     (project / "package/engine/one.py").write_text(MODULE)
     (project / "test_one.py").write_text(TESTS)
-    (project / "pytest.ini").write_text("[pytest]\nmarkers = distributed\n    slow\n    gpu\n")
+    ours = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    (project / "pytest.ini").write_text("\n    ".join(["[pytest]\nmarkers =", *ours["markers"]]))
     before = {file: file.read_bytes() for file in project.rglob("*") if file.is_file()}
     # In a process of its own, which has no threads when it forks.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        found, lines = pool.submit(try_all, project, tmp_path_factory.mktemp("copies")).result()
-    return project, before, found, lines
+        return project, before, *pool.submit(try_all, project, tmp_path_factory.mktemp("copies")).result()
 
 
 def test_a_change_is_noticed_by_the_test_that_fails_with_it(tried):
-    _, _, found, lines = tried
+    found, lines = tried[2:4]
     assert lines == {"test_one.py::test_larger": [3], "test_one.py::test_forever": [7, 8]}
     for what in ("a > b -> True", "a > b -> (a <= b)", "return a if a > b else b -> return None"):
         assert "test_larger" in found[what]
@@ -206,6 +210,11 @@ def test_a_hang_is_noticed(tried):
     assert [found[what] for what in HANGS] == [f"status {HANG}"] * 2
 
 
+def test_tests_that_fail_as_it_is_notice_nothing(tried):
+    assert "expected tests that pass without a change, but pytest said" in tried[4]
+    assert "FAILED test_one.py::test_forever" in tried[4]
+
+
 def test_the_project_itself_is_left_alone(tried):
-    project, before, _, _ = tried
+    project, before = tried[:2]
     assert {file: file.read_bytes() for file in project.rglob("*") if file.is_file()} == before

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .changes import Change, changes_of, sample, sources
 from .copies import Copy, import_what_is_slow
-from .noticing import MEASURED, ROOMS, measure, notice, quick_and_slow, work
+from .noticing import MEASURED, ROOMS, check_unchanged, measure, notice, quick_and_slow, work
 from .reach import Reached, digest, instrumented, reached
 from .reasons import REASONS
 
@@ -110,6 +110,8 @@ def _try(copies: list[Copy], chosen: list[Change], tests: Reached, results: Resu
             if known["noticed"] or (known["slow"] >= slow and not retry) or (slow and change.key in REASONS):
                 continue
             stages = quick_and_slow(change, tests)[slow]
+            if not jobs and stages:
+                jobs.append(check_unchanged(stages[0]))
             add = partial(results.add, change, texts[change.path], slow)
             jobs.append(notice(change, texts[change.path], stages, PACKAGE, add))
         work(copies, jobs)

@@ -35,7 +35,7 @@ WITH_PROCESSES = {
     "data": "distributed/two_processes own_loaders distributed/batch_shapes distributed/around_models distributed/role_world",
     "checkpoints": "distributed/resume distributed/saving distributed/failures distributed/sharding distributed/publish",
 }
-ASKED_FOR = "not slow and not gpu"
+ASKED_FOR = "not whole and not gpu"
 FIRST_SECONDS = 25  # of tests that are tried before all others
 SLOWER = 6  # how much longer than measured a run may take, on a machine that does other work, too
 TO_BEGIN = 120  # seconds that a run may take besides its tests
@@ -50,11 +50,27 @@ def measure(file: str, folder: Path) -> Job:
 
     def job(copy: Copy) -> Generator[Run, int, None]:
         began = time.monotonic()
-        status = yield start(copy, [file], 3600, [Reach(file, folder)], "-m", f"not distributed and {ASKED_FOR}")
+        run = start(copy, [file], 3600, [Reach(file, folder)], "-m", f"not distributed and {ASKED_FOR}")
+        status = yield run
+        if status not in (0, 1, 5):  # 1: of what fails as it is, nothing is expected; 5: nothing was asked for
+            raise RuntimeError(f"expected tests that can be run in {file}, but pytest said:\n{run.log.read_text()}")
         print(
-            f"measured {file} in {time.monotonic() - began:.0f} s" + (f": status {status}" if status else ""),
+            f"measured {file} in {time.monotonic() - began:.0f} s" + (f": {run.failed()}" if status == 1 else ""),
             flush=True,
         )
+
+    return job
+
+
+def check_unchanged(stage: Stage) -> Job:
+    """A job that raises where a stage does not pass as the package is: it would then seem to notice every change."""
+
+    def job(copy: Copy) -> Generator[Run, int, None]:
+        tests, seconds, marks = stage
+        run = start(copy, tests, SLOWER * seconds + TO_BEGIN, (), "-x", "-m", f"{marks} and {ASKED_FOR}")
+        status = yield run
+        if status not in (0, 5):
+            raise RuntimeError(f"expected tests that pass without a change, but pytest said:\n{run.log.read_text()}")
 
     return job
 
