@@ -157,8 +157,9 @@ def try_all(project: Path, place: Path) -> tuple[dict[str, str], dict[str, list[
     path, file, found = "engine/one.py", "test_one.py", {}
     for text in (instrumented(path, MODULE), MODULE):
         copies[0].write(f"package/{path}", text)
-        work(copies[:1], [measure(file, place)] if text != MODULE else [])
-    tests = reached(file, place, TESTS)
+        work(copies[:1], [measure(file, place, "now")] if text != MODULE else [])
+    tests = reached(file, place, "now")
+    assert reached(file, place, "later") is None
     for hangs in (False, True):
         noticing.TO_BEGIN = 4 if hangs else 100
         jobs = [

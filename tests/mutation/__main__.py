@@ -89,15 +89,15 @@ class Results:
 
 
 def _measure(copies: list[Copy], out: Path, anew: bool) -> Reached:
-    """What the tests reach; measured where that has not been done, or a file has changed since."""
-    texts = {file: (PROJECT / file).read_text() for file in MEASURED}
-    files = [file for file, text in texts.items() if anew or reached(file, out, text) is None]
-    modules = sources(PROJECT / PACKAGE, ROOMS) if files else {}
+    """What the tests reach; measured where that has not been done, or they or the package have changed since."""
+    modules = sources(PROJECT / PACKAGE, ROOMS)
+    states = {file: digest((PROJECT / file).read_text(), *modules.values()) for file in MEASURED}
+    files = [file for file, state in states.items() if anew or reached(file, out, state) is None]
     for instrument in (instrumented, lambda path, text: text):
-        for copy, (path, text) in product(copies, modules.items()):
+        for copy, (path, text) in product(copies, modules.items() if files else ()):
             copy.write(f"{PACKAGE}/{path}", instrument(path, text))
-        work(copies, [measure(file, out) for file in files if instrument is instrumented])
-    return {test: of for file, text in texts.items() for test, of in (reached(file, out, text) or {}).items()}
+        work(copies, [measure(file, out, states[file]) for file in files if instrument is instrumented])
+    return {test: of for file, state in states.items() for test, of in (reached(file, out, state) or {}).items()}
 
 
 def _try(copies: list[Copy], chosen: list[Change], tests: Reached, results: Results, retry: bool) -> None:

@@ -45,12 +45,12 @@ Stage = tuple[list[str], float, str]  # tests, their seconds, and which of them 
 Job = Callable[[Copy], Generator[Run, int, None]]
 
 
-def measure(file: str, folder: Path) -> Job:
-    """A job that writes down, in `folder`, what the tests of `file` reach; in a copy that is `instrumented`."""
+def measure(file: str, folder: Path, state: str) -> Job:
+    """A job that writes down, in `folder`, what the tests of `file` reach in this `state`; in a copy that is `instrumented`."""
 
     def job(copy: Copy) -> Generator[Run, int, None]:
         began = time.monotonic()
-        run = start(copy, [file], 3600, [Reach(file, folder)], "-m", f"not distributed and {ASKED_FOR}")
+        run = start(copy, [file], 3600, [Reach(file, folder, state)], "-m", f"not distributed and {ASKED_FOR}")
         status = yield run
         if status not in (0, 1, 5):  # 1: of what fails as it is, nothing is expected; 5: nothing was asked for
             raise RuntimeError(f"expected tests that can be run in {file}, but pytest said:\n{run.log.read_text()}")

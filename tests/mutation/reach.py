@@ -25,10 +25,11 @@ class Reach:
     Args:
         file: of the tests.
         folder: where it writes.
+        state: digest of what the lines depend on, tests and package.
     """
 
-    def __init__(self, file: str, folder: Path):
-        self.file, self.folder, self.tests = file, folder, {}
+    def __init__(self, file: str, folder: Path, state: str):
+        self.file, self.folder, self.state, self.tests = file, folder, state, {}
         self._passed: set[str] = set()
 
     @pytest.hookimpl(wrapper=True)
@@ -51,7 +52,7 @@ class Reach:
             self._passed.discard(report.nodeid)
 
     def pytest_sessionfinish(self) -> None:
-        found = {"digest": digest(Path(self.file).read_text()), "tests": self.tests}
+        found = {"digest": self.state, "tests": self.tests}
         _measured(self.file, self.folder).write_text(json.dumps(found))
 
 
@@ -91,17 +92,17 @@ class _Instrument(ast.NodeTransformer):
         return ast.parse(f"{SEEN}.add(({self.path!r}, {statement.lineno}))").body
 
 
-def reached(file: str, folder: Path, text: str) -> Reached | None:
-    """What was written of the tests of `file`, whose text is `text` now; None where that was another one."""
+def reached(file: str, folder: Path, state: str) -> Reached | None:
+    """What was written of the tests of `file`; None where tests and package were in another state than `state`."""
     measured = _measured(file, folder)
     found = json.loads(measured.read_text()) if measured.exists() else {}
-    return found["tests"] if found.get("digest") == digest(text) else None
+    return found["tests"] if found.get("digest") == state else None
 
 
 def _measured(file: str, folder: Path) -> Path:
     return folder / f"{Path(file).stem}.json"
 
 
-def digest(text: str) -> str:
-    """Stands for `text`."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def digest(*texts: str) -> str:
+    """Stands for `texts`."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
