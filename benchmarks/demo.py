@@ -5,7 +5,7 @@
 
 BERT, after some training on other film remarks, is fine-tuned on those that ship with the project (glue/sample); the ViT
 learns scikit-learn's handwritten digits from 40 % wrong labels. Nothing is fetched. Prints one table and writes one
-picture, demo/demo.png.
+picture, out/demo/demo.png.
 """
 
 from __future__ import annotations

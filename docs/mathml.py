@@ -21,6 +21,8 @@ def mathml(formula: str, as_block: bool) -> str:
     root = ElementTree.fromstring(re.sub(r"\s*\n\s*", "", text))
     for element in root.iter(f"{{{NAMESPACE}}}munderover"):
         subscript_beside(element)
+    for element in root.iter(f"{{{NAMESPACE}}}mtable") if as_block else ():
+        element.set("displaystyle", "true")  # a table sets fractions small
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -132,7 +132,7 @@ class SAMPaMixin:
         accelerator.prepare_data_loader = prepare_and_remember
 
     def add_callback(self, callback):
-        """Diagnostics log at the end of the training, when trackers further up would have closed their run."""
+        """Diagnostics go first: at the end of the training they log, and trackers before them would have closed their run."""
         super().add_callback(callback)
         if isinstance(callback, DiagnosticsCallback):
             callbacks = self.callback_handler.callbacks
@@ -151,13 +151,17 @@ class SAMPaMixin:
                 resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
-            if not self._run.ready and self.state is state:
-                self._run = before  # upstream has not begun either: what there is is of the run before
-            elif not self._run.ready:
+            if (
+                not self._run.ready and self.state is state
+            ):  # refused before upstream began: the last run's result stands
+                self._run = before
+            elif (
+                not self._run.ready
+            ):  # upstream had begun, and the run not yet: model and optimizer are of none, not to be saved
                 self._run.make_room()
-                self._run = None  # what there is is of no run, and not to be saved
-            if self._run is not None:
-                self._run.exchange = None  # what it had begun to send would reach the next run
+                self._run = None
+            if self._run is not None:  # interrupted in the loop: what it had begun to send would reach the next run
+                self._run.exchange = None
             raise
         finally:
             if self._run is not None:
@@ -171,12 +175,12 @@ class SAMPaMixin:
 
     def _issue_warnings_after_load(self, load_result):
         """Upstream only warns of tensors that it did not load: here they are loaded."""
-        if isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel):  # upstream's reads an attribute that others do not have
             super()._issue_warnings_after_load(load_result)
         load_missing(self.model, self._loading_from, load_result)
 
     def _inner_training_loop(self, *args, **kwargs):
-        """A loader of one's own is built for so many processes as share the data, which are the replicas of a role."""
+        """Upstream builds a loader for all processes. Those that share the data are the replicas of a role."""
         self.args.check_settings()  # they may have changed since they were made
         build, world = self.get_train_dataloader, self._run.exchange.role_world
 
@@ -203,14 +207,14 @@ class SAMPaMixin:
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
-        """Upstream counts epochs by their nominal number of steps."""
+        """Upstream counts epochs by their nominal number of steps, which iterable datasets do not have."""
         place = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         return self._run.resume.begin_at(place, resume_from_checkpoint)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """Model and optimizer are there afterwards: the engine is built on them, and takes up its part of the checkpoint."""
+        """Upstream makes model and optimizer ready, and loads their states: the engine is built on them, and loads its own."""
         run, args = self._run, self.args
         check_model(self.model)
         run.make_room()
@@ -230,7 +234,7 @@ class SAMPaMixin:
         return model, run.loader
 
     def create_optimizer(self, *args, **kwargs):
-        """A variant may ask for an option of the base optimizer."""
+        """Upstream knows no options that a variant asks for, as AdaSAM for amsgrad."""
         optimizer = super().create_optimizer(*args, **kwargs)
         options = {} if self._recipe else find(self.args.variant).optimizer
         for group in self.optimizer.param_groups:
@@ -256,7 +260,7 @@ class SAMPaMixin:
         self._run.epoch(super()._run_epoch, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """In a pass a loss is of one micro-batch and, for some variants, of single samples."""
+        """Upstream's loss is the one that is asked for; a pass also notes it, and takes a variant's own or that of single samples."""
         if not self._in_pass:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return self._run.steps.micro_batches.compute_loss(super().compute_loss, model, inputs, *args, **kwargs)
@@ -267,13 +271,13 @@ class SAMPaMixin:
         return steps is not None and steps.micro_batches.in_pass is not None
 
     def floating_point_ops(self, inputs) -> int:
-        """Each role is a forward and a backward pass."""
+        """Upstream counts one forward and backward pass; each role that this process plays is one."""
         return super().floating_point_ops(inputs) * len(self.args.mesh.roles)
 
     def _track_num_input_tokens(self, inputs):
         """Upstream counts what each process reads: a pair reads one batch."""
         before = self.state.num_input_tokens_seen
-        if inputs:
+        if inputs:  # a group that ends early is filled up with {}, see `Run._next_batch`
             super()._track_num_input_tokens(inputs)
         counted = self.state.num_input_tokens_seen - before
         self.state.num_input_tokens_seen = before + counted * self.args.num_replicas // self.args.world_size
@@ -301,7 +305,7 @@ class SAMPaMixin:
         self._run.saving.after_a_step(upstream, model, trial)
         self._means_wanted = False
         if self._globalstep_last_logged != before:
-            self._tr_loss.zero_()  # upstream takes it from itself, so that one NaN would stay for good
+            self._tr_loss.zero_()  # upstream subtracts it from itself, so that one NaN would stay for good
 
     def log(self, logs, *args, **kwargs):
         """As in Trainer; the line on the steps also has their means, and what a pass logs waits until its step is through."""
@@ -352,7 +356,9 @@ class SAMPaMixin:
         if self._run is not None:
             self._run.saving.check_displaced()
         super().save_model(output_dir, _internal_call)
-        if _internal_call and self.args.save_only_model:
+        if (
+            _internal_call and self.args.save_only_model
+        ):  # upstream then calls no `_save_rng_state`, which writes otherwise
             self._run.saving.write(output_dir)
 
     def _save(self, output_dir=None, state_dict=None):

@@ -122,7 +122,7 @@ class Card:
         # Trainer calls this on all processes, of which one writes.
         before = card.read_bytes() if args.should_save and card.exists() else None
         yield
-        if before is not None:
+        if before is not None and (not card.exists() or card.read_bytes() != before):
             card.write_bytes(before)  # peft adds to any card that it finds
 
     # ---- Pushing ----

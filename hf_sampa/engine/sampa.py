@@ -110,7 +110,7 @@ class SAMPa(SharpnessAware):
             y, g_next = self.ascent_grads, self.lookahead_grads
             # g_{t+1} = grad f(y_{t+1}; B_{t+1})
             found[Role.LOOKAHEAD] = self.ascents.taken(next_batch, backward, g_next, y)
-            # g~_t came to where y_{t+1} was: now g_{t+1} is in `ascent_grads`, and g~_t in `perturbed_grads`, on all.
+            # The other process sent g~_t to where y_{t+1} was. As the table says, g_{t+1} and g~_t change places.
             self.ascent_grads.swap(g_next, self.placement.landed)
         self.ascents.hand_over()
         return found
