@@ -144,6 +144,17 @@ def test_a_sampler_in_two_places_is_one_part():
     assert [part for part in parts if part is loader.sampler] == [loader.sampler] and len(parts) == 4
 
 
+def test_a_seeded_loader_has_the_options_of_the_one_that_it_stands_for():
+    options = {"num_workers": 1, "prefetch_factor": 3, "persistent_workers": True, "timeout": 7, "worker_init_fn": print}
+    loader = seeded_loader(DataLoader(tiny.images(4), batch_size=2, **options), seed=0)
+    assert {name: getattr(loader, name) for name in options} == options
+    generator = torch.Generator()
+    loader = seeded_loader(DataLoader(tiny.images(4), batch_size=2, **options, generator=generator), seed=0)
+    assert loader.generator is generator
+    # which lives on with workers that do, and could not be resumed
+    assert {name: getattr(loader, name) for name in options} == {**options, "persistent_workers": False}
+
+
 def test_leaving_an_epoch():
     a_stream, expected = stream(table(False)), read(stream(table(False)), 3)[2]
     a_stream.advance()

@@ -55,11 +55,10 @@ class Saving:
         """Around what the loop does after a step: what was put off is saved with it."""
         trainer = self.trainer
         self._agree_on_ending()
-        trainer.control.should_save = trainer.control.should_save or self._put_off
         self.run.stage, self._saves_next = "between", True
         try:
             log_save_evaluate()
-            if self._put_off:  # with save_strategy="best" an evaluation decides anew
+            if self._put_off:  # the other process asked for it, or, with save_strategy="best", an evaluation decided anew
                 trainer._save_checkpoint(model, trial)
                 trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
         finally:
