@@ -145,7 +145,13 @@ def test_a_sampler_in_two_places_is_one_part():
 
 
 def test_a_seeded_loader_has_the_options_of_the_one_that_it_stands_for():
-    options = {"num_workers": 1, "prefetch_factor": 3, "persistent_workers": True, "timeout": 7, "worker_init_fn": print}
+    options = {
+        "num_workers": 1,
+        "prefetch_factor": 3,
+        "persistent_workers": True,
+        "timeout": 7,
+        "worker_init_fn": print,
+    }
     loader = seeded_loader(DataLoader(tiny.images(4), batch_size=2, **options), seed=0)
     assert {name: getattr(loader, name) for name in options} == options
     generator = torch.Generator()
