@@ -299,8 +299,8 @@ class Gradients:
         rows = self.exchange.gather(row).cpu()
         rest, signatures, settings, weights = rows[:, -4:].T.tolist()
         check_ranks_agree(self.exchange, weights, settings, self.settings())
-        pairs = self.exchange.mesh.num_replicas if self.exchange.mesh.paired else 0
-        self.rest_differs = rest[:pairs] != rest[pairs : 2 * pairs]
+        pairs = self.exchange.mesh.num_replicas
+        self.rest_differs = self.exchange.mesh.paired and rest[:pairs] != rest[pairs:]
         return rows[:, :-4], signatures
 
     def settings(self) -> dict[str, float]:

@@ -19,6 +19,9 @@ REASONS = {
     "engine/gradients.py: if self.exchange.mesh.world_size == 1:: self.exchange.mesh.world_size == 1 -> False": (
         "one process that compares itself with itself does more work and finds the same"
     ),
+    "engine/gradients.py: return self.exchange.gather(row).cpu(), [0]: 0 -> 1": (
+        "signatures are compared with one another, and there is one"
+    ),
     "engine/lookahead.py: CPU_PIECE, DEVICE_PIECE = 2**18, 2**23: 23 -> 24": (
         "how much a GPU steps at once is a matter of speed; that pieces of any size are right is tested on the CPU"
     ),
