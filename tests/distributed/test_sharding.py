@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.engine.placement import owners
+from hf_sampa.variants import Mixing, Recipe
 from tests import tiny
 from tests.distributed.test_resume import SCENARIOS as RESUMED
 from tests.ranks import RankFailed, run_ranks
@@ -128,20 +129,26 @@ def test_resumed_is_never_stopped(outcomes, tmp_path, wrote, n, changes):
             assert tiny.differing(whole, again) == []
 
 
-def counted(folder) -> tuple[int, int]:
-    trainer = SAMPaTrainer(
-        model=tiny.bert(), args=tiny.arguments(folder, max_steps=4, **SHARDED), train_dataset=tiny.sentences(16)
-    )
+class ReadsAll(Mixing):
+    """Does not say that it mixes by entries, as one that reads all of them at once must not."""
+
+    def __call__(self, g_tilde, g, norms, now): ...
+
+
+def counted(folder, recipe) -> tuple[int, int]:
+    args = tiny.arguments(folder, max_steps=4, **SHARDED)
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16), recipe=recipe)
     sent = []
     trainer.add_callback(tiny.Each(lambda: sent.append(trainer.sampa.exchange.bytes_sent)))
     trainer.train()
     return sent[-1] - sent[-2], sum(param.nbytes for param in trainer.model.parameters())
 
 
-def test_at_most_two_gradients_are_sent(tmp_path):
-    """Half of the displaced weights, of the gradient and of the updated weights."""
-    (first, size), (second, _) = run_ranks(counted, 2, tmp_path, folder=tmp_path)
-    assert first + second == 3 * size
+@pytest.mark.parametrize(("recipe", "gradients"), [(None, 3), (Recipe(mixing=ReadsAll()), 3.5)])
+def test_at_most_two_gradients_are_sent(tmp_path, recipe, gradients):
+    """Half of y_{t+1}, g_t, the new gradients and the updated weights; or whole gradients, and then no g_t once more."""
+    (first, size), (second, _) = run_ranks(counted, 2, tmp_path, recipe, folder=tmp_path)
+    assert first + second == pytest.approx(gradients * size, rel=1e-3)  # halves of whole parameters
     assert max(first, second) < 2 * size
 
 
