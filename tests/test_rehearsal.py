@@ -617,6 +617,27 @@ def test_where_it_cannot_be_elsewhere_the_pass_in_between_is_at_its_weights(tmp_
     assert scales.seen == [1.0, 0.5, 1.0, 1.0]
 
 
+class Clamped(nn.Module):
+    """Keeps its weights within bounds that they are far from."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = tiny.bert()
+
+    def forward(self, input_ids, labels, attention_mask=None):
+        with torch.no_grad():
+            self.student.classifier.weight.clamp_(-100, 100)
+        return self.student(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def test_a_model_that_writes_what_its_weights_hold_already_is_told_so_and_no_other(tmp_path, caplog):
+    train(tmp_path / "plain")
+    assert [record.message for record in caplog.records if record.name.startswith("hf_sampa")] == []
+    train(tmp_path / "clamped", model=Clamped)
+    (record,) = (record for record in caplog.records if record.name.startswith("hf_sampa"))
+    assert "A pass writes to trained weights, if only what they hold already." in record.message
+
+
 # ---- Attributes of odd kinds ----
 
 

@@ -203,9 +203,8 @@ class SharpnessAware(Gradients):
     def ascend(self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment) -> None:
         """Write x~_t = x_t + eps_t into `out`, which may be `grads`: g_t, whole, of norm `norm`, if any."""
         recipe, keeps = self.recipe, self._keeps(now)
-        if norm is None:  # there is no g_t
-            for bucket in range(len(out.flats)):
-                out.ensure(bucket)
+        for bucket in range(len(out.flats)):
+            out.ensure(bucket)  # a pass that failed leaves large ones released
         x, g, moved = self.params, list(grads.views), list(out.views)
         if not recipe.plain and out is not grads and norm is not None:
             torch._foreach_copy_(moved, g)
