@@ -10,7 +10,8 @@ from transformers import Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.variants import VARIANTS
+from hf_sampa.functional import global_norm
+from hf_sampa.variants import VARIANTS, Recipe, When
 from hf_sampa.variants.masks import ImportantTensors
 from hf_sampa.variants.parts import Moment
 from tests import tiny
@@ -316,6 +317,30 @@ def test_a_backward_that_leaves_nothing_out_has_the_same_bits(tmp_path, name):
         for trainer_class in (SAMPaTrainer, WholeBackward)
     ]
     assert tiny.differing(*outcomes) == []
+
+
+class Alternating(When):
+    """Ascends in every other step, and keeps what it is asked and shown."""
+
+    def __init__(self):
+        self.asked, self.seen = [], []
+
+    def __call__(self, now, norm):
+        self.asked.append(now)
+        return now.step % 2 == 0
+
+    def observe(self, g, g_tilde, now):
+        self.seen.append((now.step, global_norm(g_tilde).item()))
+
+
+def test_a_schedule_knows_where_the_run_is_and_sees_the_gradients_of_steps_that_ascended(tmp_path):
+    args = tiny.arguments(tmp_path, method="sam", max_steps=4, max_grad_norm=0.0, seed=7, learning_rate=0.02)
+    trainer = SAMPaTrainer(model=Net(), args=args, train_dataset=tiny.images(8), recipe=Recipe(when=Alternating()))
+    trainer.train()
+    when = trainer.sampa.recipe.when
+    assert when.asked == [Moment(t, t // 2, 4, 8, (4 - t) / 4, seed=7) for t in range(4)]
+    norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert when.seen == [(t, pytest.approx(norms[t], rel=1e-5)) for t in (0, 2)]
 
 
 def test_sl_sam_leaves_the_same_tensors_out_of_all_of_a_step(tmp_path):
