@@ -58,7 +58,7 @@ class Saving:
         self.run.stage, self._saves_next = "between", True
         try:
             log_save_evaluate()
-            if self._put_off:  # the other process asked for it, or, with save_strategy="best", an evaluation decided anew
+            if self._put_off:  # another process asked for it, or an evaluation decided anew, by save_strategy="best"
                 trainer._save_checkpoint(model, trial)
                 trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
         finally:
