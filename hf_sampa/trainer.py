@@ -151,16 +151,15 @@ class SAMPaMixin:
                 resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
-            if (
-                not self._run.ready and self.state is state
-            ):  # refused before upstream began: the last run's result stands
+            if not self._run.ready and self.state is state:
+                # Refused before upstream began: the last run's result stands.
                 self._run = before
-            elif (
-                not self._run.ready
-            ):  # upstream had begun, and the run not yet: model and optimizer are of none, not to be saved
+            elif not self._run.ready:
+                # Upstream had begun, and the run had not: what there is belongs to none, and is not to be saved.
                 self._run.make_room()
                 self._run = None
-            if self._run is not None:  # interrupted in the loop: what it had begun to send would reach the next run
+            if self._run is not None:
+                # What it had begun to send would reach the next run.
                 self._run.exchange = None
             raise
         finally:
@@ -356,9 +355,8 @@ class SAMPaMixin:
         if self._run is not None:
             self._run.saving.check_displaced()
         super().save_model(output_dir, _internal_call)
-        if (
-            _internal_call and self.args.save_only_model
-        ):  # upstream then calls no `_save_rng_state`, which writes otherwise
+        if _internal_call and self.args.save_only_model:
+            # Upstream then calls no `_save_rng_state`, which writes otherwise.
             self._run.saving.write(output_dir)
 
     def _save(self, output_dir=None, state_dict=None):
