@@ -97,7 +97,7 @@ def train_with(folder, changes):
 def test_the_lookahead_clips_what_trainer_clips(tmp_path):
     """lambda = 1 and rho = 0 in the first step: G_0 = g_1, taken where the base optimizer would go with the clipped g_0.
 
-    That is SGD, since AdamW's first step does not depend on the norm.
+    That is SGD, since AdamW's first step hardly depends on the norm.
     """
     sampa, steps = train(tmp_path, optim="sgd", rho=0.0, lmbda=1.0, max_steps=1), []
 

@@ -87,8 +87,8 @@ class Buckets:
 
     def ensure(self, bucket: int) -> None:
         """Take memory for a bucket that was released; one that was not keeps its content."""
-        size = sum(self._layouts[i][0].numel() for i in self.members[bucket])
-        if self.flats[bucket].numel() != size:
+        if not self.flats[bucket].numel():
+            size = sum(self._layouts[i][0].numel() for i in self.members[bucket])
             self._place(bucket, self.flats[bucket].new_empty(size))
 
     def _place(self, bucket: int, flat: Tensor) -> None:
