@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults import figures
+
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_older_is_collected():
@@ -30,3 +32,18 @@ def chosen(request) -> Callable[..., list[Any]]:
         return [each if len(names) > 1 else each[0] for each in dict.fromkeys(found)]
 
     return values
+
+
+@pytest.fixture
+def figure(record_property) -> Callable[[str, int, int], None]:
+    """Report a kind of fault, how many of it were put in, and how many ended as they should: a row of the table at the end."""
+    return lambda name, tried, right: record_property(figures.PROPERTY, [name, tried, right])
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The table of `tests/faults`."""
+    reports = [each for kind in ("passed", "failed") for each in terminalreporter.stats.get(kind, [])]
+    if lines := figures.table(reports):
+        terminalreporter.section("faults")
+        for line in lines:
+            terminalreporter.write_line(line)
