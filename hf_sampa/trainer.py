@@ -9,7 +9,7 @@ is not enough. What lives as long as one call of ``train()`` is in `hf_sampa.run
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -141,9 +141,9 @@ class SAMPaMixin:
     # ---- train() ----
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As in Trainer; ``True`` takes the last whole checkpoint, where upstream takes the last folder, and names torn ones.
+        """As in Trainer; ``True`` takes the last whole checkpoint, where upstream takes the last folder, and names the others.
 
-        Raises ValueError for a checkpoint that is torn, foreign, of a newer format or of another data stream or model.
+        Raises ValueError for a checkpoint that is torn, damaged, foreign, of a newer format or of another data stream or model.
         """
         before, self._run, state = self._run, Run(self, self._run), self.state
         try:
@@ -170,7 +170,8 @@ class SAMPaMixin:
         """Upstream's leaves out weights whose names were saved in another form, with a warning at most."""
         self._loading_from = resume_from_checkpoint
         load = partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
-        load_weights(self.model, resume_from_checkpoint, load)
+        changed = self._run is not None and self._run.resume.weights_changed
+        load_weights(self.model, resume_from_checkpoint, load, changed)
 
     def _issue_warnings_after_load(self, load_result):
         """Upstream only warns of tensors that it did not load: here they are loaded."""
@@ -347,8 +348,15 @@ class SAMPaMixin:
         if self._run.saving.is_put_off(trial):
             return
         with self._run.saving.checkpoint(trial) as (folder, old):
-            self._card.begin_checkpoint(folder, old)
+            self._attempt("the card", partial(self._card.begin_checkpoint, folder, old))
             super()._save_checkpoint(model, trial)
+
+    def _attempt(self, what: str, write: Callable[[], None]) -> None:
+        """`write`, so that what fails on one process within a checkpoint leaves none of the others waiting."""
+        if self._run is None:
+            write()
+        else:
+            self._run.saving.attempt(what, write)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """As in Trainer. Raises RuntimeError within a step, when the model holds displaced weights."""
@@ -361,17 +369,23 @@ class SAMPaMixin:
 
     def _save(self, output_dir=None, state_dict=None):
         """peft writes its own text into a README.md that is there: the card is put back."""
-        with self._card.kept(output_dir):
-            super()._save(output_dir, state_dict)
+        save = super()._save
+
+        def write():
+            with self._card.kept(output_dir):
+                save(output_dir, state_dict)
+
+        self._attempt("the weights", write)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """Rank 0 writes what, with a shared optimizer, is in several processes."""
+        write = partial(super()._save_optimizer_and_scheduler, output_dir)
         with self.sampa.placement.whole_optimizer():
-            super()._save_optimizer_and_scheduler(output_dir)
+            self._attempt("the optimizer", write)
 
     def _save_rng_state(self, output_dir):
-        """The last that Trainer writes before trainer_state.json: see `hf_sampa.checkpoints.checkpoint` for why SAMPa's files come then."""
-        super()._save_rng_state(output_dir)
+        """The last that Trainer writes before trainer_state.json: see `hf_sampa.checkpoints.checkpoint` for why SAMPa's states come then."""
+        self._attempt("the random state", partial(super()._save_rng_state, output_dir))
         self._run.saving.write(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder):

@@ -50,6 +50,9 @@ class SAMPaArgumentsMixin:
             of, its part of the parameters. Only for optimizers that treat every parameter on its own.
         overlap_exchange (`bool`, defaults to `True`):
             Whether gradients travel while backward is still running.
+        ignore_changed_files (`bool`, defaults to `False`):
+            Whether to go on from a checkpoint some of whose files are not as they were written. By default that is refused, or
+            passed over by ``resume_from_checkpoint=True``.
         diagnostics_steps (`int`, defaults to 0):
             Every so many steps, measure and log what is not free: see `hf_sampa.monitoring.diagnostics.DiagnosticsCallback`. 0: never.
 
@@ -107,6 +110,13 @@ class SAMPaArgumentsMixin:
             "help": "Send gradients to the other process while backward is still running. Turn it off for models whose "
             "backward reads a weight after that weight's gradient is complete, as weight.data perhaps. Autograd reports most "
             "such models, and the first steps try the others out, unless they do it in later batches only or hide a NaN."
+        },
+    )
+    ignore_changed_files: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from a checkpoint some of whose files were changed on purpose after they were written, as an edited "
+            "config.json or weights that were saved again. By default it is refused, with the names of these files."
         },
     )
     diagnostics_steps: int = field(

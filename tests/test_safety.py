@@ -188,8 +188,8 @@ def test_saved_where_a_run_of_plain_trainer_is_continued(tmp_path):
 
     trainer = SAMPaTrainer(tiny.bert(), args, train_dataset=tiny.sentences(20), callbacks=[Saves()])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    position = checkpoint.inspect(tmp_path / "checkpoint-2")["position"]
-    assert (position["epoch"], position["start"]) == (0, 4)
+    position = checkpoint.read(tmp_path / "checkpoint-2").position
+    assert (position.epoch, position.start) == (0, 4)
 
 
 @pytest.mark.parametrize("wrote", [Trainer, SAMPaTrainer])

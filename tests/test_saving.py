@@ -19,9 +19,11 @@ from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
 from hf_sampa import SAMPaMixin, SAMPaTrainer
 from hf_sampa.checkpoints import checkpoint, replaced
+from hf_sampa.checkpoints.manifest import Weights
 from hf_sampa.checkpoints.saved_weights import holds, load_every_tensor, record
-from hf_sampa.checkpoints.whole import is_complete
+from hf_sampa.checkpoints.whole import unreadable
 from tests import tiny
+from tests.former import as_before
 
 
 # Epochs of five micro-batches, so three steps, the last of them cut short.
@@ -351,7 +353,7 @@ class Failing(SAMPaTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         Path(output_dir, "optimizer.pt").write_bytes(b"half of it")
-        raise OSError("No space left on device")
+        raise AttributeError("it has no optimizer of its own")
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +376,7 @@ def folder(saved, tmp_path):
 
 def test_an_old_checkpoint_outlives_one_that_cannot_be_written(folder, whole):
     before = bytes_of(folder)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(AttributeError, match="no optimizer of its own"):
         trainer_of(folder, Failing, save_strategy="steps", save_steps=4).train(str(folder / "checkpoint-2"))
     assert bytes_of(folder) == before
     assert tiny.differing(whole, outcome(trainer_of(folder), str(folder / "checkpoint-4"))) == []
@@ -432,21 +434,33 @@ def test_files_are_synced_as_windows_allows(tmp_path, monkeypatch):
 # ---- What makes a checkpoint whole ----
 
 
-def test_the_manifest_lists_what_resuming_needs(folder):
-    files = json.loads((folder / "checkpoint-2" / "sampa.json").read_text())["files"]
-    assert files.keys() == {"model.safetensors", "optimizer.pt", "scheduler.pt", "sampa.safetensors"}
+def test_the_manifest_lists_every_file_but_the_card(folder):
+    last = folder / "checkpoint-2"
+    files = json.loads((last / "sampa.json").read_text())["files"]
+    assert files.keys() == {file.name for file in last.iterdir()} - {"sampa.json", "README.md"}
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "config.json"} < files.keys()
 
 
-def test_files_that_are_not_needed_may_be_missing_or_changed(folder, whole):
-    """Also where an earlier version listed them."""
+def test_files_that_are_not_needed_may_be_missing(folder, whole):
     last = folder / "checkpoint-4"
-    manifest = json.loads((last / "sampa.json").read_text())
-    manifest["files"] |= {"config.json": 7, "training_args.bin": 7, "tokenizer.json": 7}
-    (last / "sampa.json").write_text(json.dumps(manifest))
-    (last / "training_args.bin").unlink()
-    (last / "rng_state.pth").unlink()
-    (last / "config.json").write_text((last / "config.json").read_text() + "\n")
+    for name in ("training_args.bin", "config.json"):
+        (last / name).unlink()
+    (last / "README.md").write_text("another card")
+    (last / "notes.txt").write_text("put there later")
     assert tiny.differing(whole, outcome(trainer_of(folder), str(last))) == []
+
+
+def test_sizes_of_an_earlier_version(folder, whole):
+    last = folder / "checkpoint-4"
+    as_before(last)
+    (last / "config.json").write_text((last / "config.json").read_text() + "\n")  # listed, but not needed
+    assert tiny.differing(whole, outcome(trainer_of(folder), str(last))) == []
+    size = (last / "optimizer.pt").stat().st_size
+    with open(last / "optimizer.pt", "r+b") as file:
+        file.seek(size // 2)
+        file.write(b"damage")
+    with pytest.raises(ValueError, match=r"optimizer.pt is damaged, in its record .*\. If that was done on purpose"):
+        trainer_of(folder).train(resume_from_checkpoint=str(last))
 
 
 def in_parts(last):
@@ -465,11 +479,27 @@ def in_another_format(last):
     (last / "model.safetensors").unlink()
 
 
-@pytest.mark.parametrize("change", [in_parts, other_metadata, in_another_format])
-def test_weights_that_were_saved_again(folder, whole, change):
+def edited_configuration(last):
+    config = last / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size"', '"note": 1, "vocab_size"'))
+
+
+CHANGES = {in_parts: "model.safetensors", other_metadata: "model.safetensors", in_another_format: "model.safetensors"}
+CHANGES |= {edited_configuration: "config.json"}
+
+
+@pytest.mark.parametrize(("change", "name"), CHANGES.items())
+def test_files_that_were_changed_on_purpose(folder, whole, caplog, change, name):
     last = folder / "checkpoint-4"
     change(last)
-    assert tiny.differing(whole, outcome(trainer_of(folder), str(last))) == []
+    refused = rf"checkpoint-4 is not as it was written: {name} .*ignore_changed_files=True goes on from it\. Resume from another"
+    with pytest.raises(ValueError, match=refused):
+        trainer_of(folder).train(resume_from_checkpoint=str(last))
+    trainer = trainer_of(folder, ignore_changed_files=True)
+    with tiny.transformers_log(caplog):
+        assert tiny.differing(whole, outcome(trainer, str(last))) == []
+    assert f"ignore_changed_files: {last} is not as it was written, and is taken as it is: {name} " in caplog.text
+    assert trainer.continued == [f"continued after step 4 from files that were changed: {name}"]
 
 
 def test_a_part_that_is_missing_or_cut(folder):
@@ -477,25 +507,33 @@ def test_a_part_that_is_missing_or_cut(folder):
     in_parts(last)
     part = sorted(last.glob("model-*-of-*.safetensors"))[1]
     part.write_bytes(part.read_bytes()[:-1])
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"torn: expected model.safetensors to have \d+ bytes, but it is missing. Resume"
-        ):
-            trainer_of(folder).train(resume_from_checkpoint=str(last))
+    named = "checkpoint-4 is torn or damaged: model"
+    for words in (
+        f"{named}-00002-of-.* is damaged: SafetensorError",
+        f"{named}.*index.json names model-00002-of-.* missing",
+    ):
+        with pytest.raises(ValueError, match=words):
+            trainer_of(folder, ignore_changed_files=True).train(resume_from_checkpoint=str(last))
         part.unlink(missing_ok=True)
 
 
 def test_a_header_of_more_bytes_than_any_file_has(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"\xff" * 8 + b"{}")
-    assert not is_complete(file)
+    assert unreadable(file) == "is damaged: SafetensorError while it was read"
 
 
 def test_other_weights_under_the_same_names(folder):
     last = folder / "checkpoint-4"
     weights = load_file(last / "model.safetensors")
-    weights["classifier.weight"] += 1
+    weights["classifier.bias"] += 1
     save_file(weights, last / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="is not as it was written: model.safetensors has another content"):
+        trainer_of(folder).train(resume_from_checkpoint=str(last))
+    trainer = trainer_of(folder, ignore_changed_files=True, max_steps=4)
+    trainer.train(resume_from_checkpoint=str(last))
+    assert tiny.differing(weights, trainer.model.state_dict()) == []
+    as_before(last)  # which knows the weights by their fingerprint
     with pytest.raises(
         ValueError, match="Expected the model to hold the weights that were saved in .* but after loading it"
     ):
@@ -504,7 +542,7 @@ def test_other_weights_under_the_same_names(folder):
 
 def test_a_model_of_nothing_but_trained_weights_is_told_from_others():
     model = nn.Linear(2, 2)
-    recorded = record(model, ["weight", "bias"])
+    recorded = Weights(**record(model, ["weight", "bias"]))
     assert holds(model, recorded)
     with torch.no_grad():
         model.bias += 1
@@ -558,7 +596,7 @@ def test_weights_alone_are_torn_until_their_state_is_written(tmp_path):
     last = tmp_path / "checkpoint-4"
     weights = last / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="is torn: expected model.safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors has"):
         trainer_of(tmp_path).train(resume_from_checkpoint=str(last))
 
 
@@ -601,8 +639,9 @@ def test_every_other_tensor_is_accounted_for(tmp_path):
     weights = load_file(file)
     del weights["scale"]
     save_file(weights, file, metadata={"format": "pt"})
+    trainer = trainer_of(tmp_path, model=left_out_bert(), ignore_changed_files=True)
     with pytest.raises(ValueError, match="Expected every tensor of the model in .*'missing_keys': .'scale'"):
-        trainer_of(tmp_path, model=left_out_bert()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_other_buffers_under_the_same_names(tmp_path):
@@ -611,6 +650,7 @@ def test_other_buffers_under_the_same_names(tmp_path):
     weights = load_file(file)
     weights["scale"] += 1
     save_file(weights, file, metadata={"format": "pt"})
+    as_before(file.parent)
     with pytest.raises(ValueError, match="Expected the model to hold the weights that were saved in"):
         trainer_of(tmp_path, model=left_out_bert()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
@@ -771,11 +811,8 @@ def test_checkpoints_of_before(tmp_path, caplog):
     run = partial(tiny.run, model=tiny.BatchNormNet, dataset=tiny.images(18))
     expected = run(tmp_path, **settings)
     last = tmp_path / "checkpoint-4"
-    manifest = json.loads((last / "sampa.json").read_text())
-    for name in ("moving", "weights"):
-        del manifest[name]
-    (last / "sampa.json").write_text(json.dumps(manifest))
     save_file(checkpoint.read_tensors(last), last / "sampa.safetensors")
+    as_before(last, without=("moving", "weights"))
     trainer = SAMPaTrainer(
         model=tiny.BatchNormNet(), args=tiny.arguments(tmp_path, save_strategy="no"), train_dataset=tiny.images(18)
     )

@@ -4,20 +4,21 @@ A checkpoint is written in this order, by Trainer unless another is named:
 
 1. ``README.md``, the card (`hf_sampa.cards.publish`);
 2. weights and ``training_args.bin``; ``optimizer.pt``, ``scheduler.pt`` and ``scaler.pt``, whole, by rank 0; ``rng_state*.pth``, by all;
-3. what `write` adds, each put in place by one rename: ``sampa.safetensors`` has g_t and what else moves besides weights,
-   ``sampa_recipe.pt`` the state of the variant and ``sampa_trainer.pt`` what the trainer's own code collected, if there is any,
-   and last ``sampa.json`` the rest, and the sizes of all files that resuming needs;
-4. ``trainer_state.json``.
+3. `write_states`, each file put in place by one rename: ``sampa.safetensors`` has g_t and what else moves besides weights,
+   ``sampa_recipe.pt`` the state of the variant and ``sampa_trainer.pt`` what the trainer's own code collected, if there is any;
+4. ``trainer_state.json``;
+5. `write_manifest`: ``sampa.json``, which says the rest, and the checksums of all these files, once they are on the disk.
 
-That order makes every cut visible: without a readable ``trainer_state.json`` a checkpoint is torn; with it, but without
-``sampa.json``, it is one of plain Trainer. `SAMPaMixin._save_rng_state` sees to it that 3 comes then.
+That order makes every cut visible: without a readable ``trainer_state.json`` a checkpoint is torn, and so it is with a
+``sampa.safetensors``, but without ``sampa.json``; one that has neither of the two is plain Trainer's. The checksums make
+visible what happened to it afterwards. `SAMPaMixin._save_rng_state` and `Saving` see to it that 3 and 5 come then.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,31 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import TrainerState
 
-from .whole import files_needed, is_needed, problem_of, weights_in
+from . import manifest
+from .manifest import Manifest, Weights
+from .whole import OTHER, needed_in, problem_of, record, sync, unreadable, weights_in
 
 
 MANIFEST, TENSORS = "sampa.json", "sampa.safetensors"
 RECIPE, COLLECTED = "sampa_recipe.pt", "sampa_trainer.pt"
 TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME
-FORMAT = 1
 # Of tensors in `TENSORS` besides g_t. No parameter's name begins with a dot.
 FORWARD_STATE, OTHERS = ".forward_state.", ".others."
 ELSEWHERE = "Resume from another one; resume_from_checkpoint=True finds the last whole one."
+ON_PURPOSE = "If that was done on purpose, ignore_changed_files=True goes on from it."
 
 
-def write(
-    folder: Path, tensors: dict[str, dict[str, Tensor]], content: dict[str, Any], states: dict[str, Any] | None = None
-) -> None:
-    """Add SAMPa's files to the checkpoint in `folder`, whose other files but ``trainer_state.json`` must be there.
+# ---- Writing ----
+
+
+def write_states(folder: Path, tensors: dict[str, dict[str, Tensor]], states: dict[str, Any] | None = None) -> None:
+    """Add what SAMPa has to remember, but for the manifest, to the checkpoint in `folder`.
 
     Args:
         folder: the checkpoint.
         tensors: by prefix, "" for g_t, and name.
-        content: anything that JSON holds.
         states: by file name; plain values, tensors, and lists, tuples and dicts of them. What is empty has no file.
     """
     partial = folder / f"{TENSORS}.partial"
@@ -60,57 +64,107 @@ def write(
             partial = folder / f"{name}.partial"
             torch.save(state, partial)
             _put_in_place(partial, folder / name)
-    manifest = {"format": FORMAT, **content, "files": files_needed(folder)}
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Say that the checkpoint in `folder` is whole, which it is when all else is on the disk; `content` are fields of `Manifest`."""
     partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=2) + "\n")
+    partial.write_text(manifest.written(manifest.built({**content, "files": record(folder, apart=partial.name)})))
     _put_in_place(partial, folder / MANIFEST)
+    for each in (folder, folder.parent):  # the names of the files, before older checkpoints are removed
+        sync(each)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
-    with open(partial, "r+b") as file:  # Windows syncs nothing that was opened for reading
-        os.fsync(file.fileno())
+    sync(partial)
     os.replace(partial, final)
 
 
-def inspect(folder: Path) -> dict[str, Any] | None:
-    """Content of the checkpoint in `folder`, or None for one that plain Trainer wrote.
+# ---- Reading ----
+
+
+def read(folder: Path) -> Manifest | None:
+    """Content of the checkpoint in `folder`, or None for one that plain Trainer wrote. Its other files are not looked at.
 
     Raises:
         ValueError: it is no checkpoint, torn, foreign, or of a newer format; the message says which file shows it.
     """
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[Manifest | None, bool]:
+    """`read`, and whether the manifest is as it was written."""
     # What plain Trainer refuses, too, begins with its words.
     if not folder.is_dir():
         raise ValueError(
             f"Can't find a valid checkpoint at {folder}: expected a folder there, but there is none. Check the path."
         )
-    state = _read_json(folder / TRAINER_STATE)
-    if not isinstance(state, dict) or "global_step" not in state:
+    if not _is_state(folder / TRAINER_STATE):
         found = "" if weights_in(folder) else f"Can't find a valid checkpoint at {folder}, which holds no weights. "
         raise ValueError(
             f"{found}The checkpoint {folder} is torn or no checkpoint: expected a whole {TRAINER_STATE}, which is written "
-            f"last. {ELSEWHERE}"
+            f"after all others but {MANIFEST}. {ELSEWHERE}"
         )
     if not (folder / MANIFEST).exists() and not (folder / TENSORS).exists():
-        return None
+        return None, True
     if not (folder / MANIFEST).exists():
         raise ValueError(
-            f"The checkpoint {folder} is torn: it has {TENSORS}, but not {MANIFEST}, which belongs to it. {ELSEWHERE}"
+            f"The checkpoint {folder} is torn: it has {TENSORS}, but not {MANIFEST}, which is written last. {ELSEWHERE}"
         )
-    manifest = _read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not {"format", "files"} <= manifest.keys():
-        raise ValueError(f"{folder / MANIFEST} is foreign: expected a file written by hf_sampa, with a format number.")
-    if manifest["format"] > FORMAT:
-        raise ValueError(
-            f"{folder / MANIFEST} has format {manifest['format']}, but this hf_sampa reads up to {FORMAT}. Upgrade "
-            "hf_sampa to continue from this checkpoint."
-        )
-    # Earlier versions listed all files.
-    for name, expected in manifest["files"].items():
-        if is_needed(name) and (problem := problem_of(folder / name, expected)):
+    try:
+        return manifest.read((folder / MANIFEST).read_bytes())
+    except manifest.Foreign as problem:
+        raise ValueError(f"{folder / MANIFEST} {problem}.") from problem
+    except ValueError as problem:
+        raise ValueError(f"The checkpoint {folder} is damaged: in {MANIFEST}, {problem}. {ELSEWHERE}") from problem
+
+
+def _is_state(file: Path) -> bool:
+    """Whether `file` is a whole ``trainer_state.json``."""
+    try:
+        step = TrainerState.load_from_json(str(file)).global_step
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return False
+    return isinstance(step, int)
+
+
+def inspect(folder: Path, ignore_changed_files: bool = False) -> dict[str, str]:
+    """Read every file that a run would go on from; what has changed, by file, where changes are ignored.
+
+    Raises:
+        ValueError: see `read`; or a file is missing, cannot be read, or is not as it was written. The message names it.
+    """
+    try:
+        content, as_written = _read(folder)
+        if content is None:
+            _check_readable(folder)
+            return {}
+        found = {name: problem_of(folder, name, kept) for name, kept in content.files.items()}
+        changes = {name: problem for name, problem in found.items() if problem}
+        if not as_written:
+            changes[MANIFEST] = OTHER
+        if changes and not ignore_changed_files:
             raise ValueError(
-                f"The checkpoint {folder} is torn: expected {name} to have {expected} bytes, but {problem}. {ELSEWHERE}"
+                f"The checkpoint {folder} is not as it was written: {listed(changes)}. {ON_PURPOSE} {ELSEWHERE}"
             )
-    return manifest
+        if changes:
+            _check_readable(folder)
+        return changes
+    except OSError as error:
+        raise ValueError(f"The checkpoint {folder} cannot be read: {error}. {ELSEWHERE}") from error
+
+
+def listed(changes: dict[str, str]) -> str:
+    """What `inspect` found, in words."""
+    return "; ".join(f"{name} {problem}" for name, problem in changes.items())
+
+
+def _check_readable(folder: Path) -> None:
+    """Raise ValueError where a file that is needed says by itself that it is damaged."""
+    for file in needed_in(folder):
+        if problem := unreadable(file):
+            name = file.relative_to(folder).as_posix()
+            raise ValueError(f"The checkpoint {folder} is torn or damaged: {name} {problem}. {ELSEWHERE}")
 
 
 def is_whole(folder: Path) -> bool:
@@ -122,14 +176,43 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def recorded_weights(folder: Path) -> dict[str, Any] | None:
+def steps_in(output_dir: Path) -> list[str]:
+    """Names of the checkpoints in `output_dir`, whole or not, the last first."""
+    names = [path.name for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(names, key=lambda name: int(name.partition("-")[2]), reverse=True)
+
+
+def last_whole(output_dir: Path, names: Iterable[str], inspect: Callable[[Path], Any]) -> tuple[Path, list[str]]:
+    """The first of the checkpoints `names` in `output_dir` that `inspect` does not refuse, and what was wrong with those before it.
+
+    Raises ValueError where there is none, naming the torn ones.
+    """
+    problems = []
+    for name in names:
+        try:
+            inspect(output_dir / name)
+        except ValueError as problem:
+            problems.append(str(problem).removesuffix(ELSEWHERE).rstrip())
+        else:
+            return output_dir / name, problems
+    raise ValueError(
+        f"No valid checkpoint found in output directory ({output_dir}): resume_from_checkpoint=True expected a whole one, but "
+        + (f"found only unusable ones: {' '.join(problems)}" if problems else "found none. Start without it.")
+    )
+
+
+# ---- What is in it ----
+
+
+def recorded_weights(folder: Path) -> Weights | None:
     """What `folder` says of the weights that were saved in it: their names and a fingerprint; None where it says nothing."""
-    manifest = _read_json(folder / MANIFEST)
-    return manifest.get("weights") if isinstance(manifest, dict) else None
+    if not (folder / MANIFEST).exists():
+        return None
+    return manifest.read((folder / MANIFEST).read_bytes())[0].weights
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors that `write` put into `folder` under one prefix, without it; by default g_t."""
+    """The tensors that `write_states` put into `folder` under one prefix, without it; by default g_t."""
     if not (folder / TENSORS).exists():
         return {}
     with safe_open(folder / TENSORS, framework="pt") as file:
@@ -138,29 +221,9 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def read_state(folder: Path, name: str) -> Any:
-    """The state that `write` put into `folder` as file `name`; empty where it had none."""
+    """The state that `write_states` put into `folder` as file `name`; empty where it had none."""
     file = folder / name
     return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
-
-
-def last_whole(output_dir: Path) -> tuple[Path, list[str]]:
-    """Whole checkpoint with the highest step in `output_dir`, and what was wrong with those above it.
-
-    Raises ValueError where there is none, naming the torn ones.
-    """
-    folders = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    problems = []
-    for folder in sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
-        try:
-            inspect(folder)
-        except ValueError as problem:
-            problems.append(str(problem).removesuffix(ELSEWHERE).rstrip())
-        else:
-            return folder, problems
-    raise ValueError(
-        f"No valid checkpoint found in output directory ({output_dir}): resume_from_checkpoint=True expected a whole one, but "
-        + (f"found only unusable ones: {' '.join(problems)}" if problems else "found none. Start without it.")
-    )
 
 
 def changed(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -170,11 +233,3 @@ def changed(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
         for name, value in found.items()
         if expected.get(name) != value
     ]
-
-
-def _read_json(file: Path) -> Any:
-    """Content of a JSON file, None where it is missing or cut."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None

@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 def to_save(run: Run, folder: Path) -> dict[str, Any] | None:
-    """What `checkpoint.write` is to write; None on processes that do not write. A collective.
+    """What `checkpoint.write_states` and `write_manifest` are to write; None on processes that do not write. A collective.
 
     Raises RuntimeError where there is no one step whose state could be saved.
     """
@@ -30,14 +30,14 @@ def to_save(run: Run, folder: Path) -> dict[str, Any] | None:
     engine.check_alike()
     place = run.next_place()
     prints = fingerprints(run, place)
-    grads, ascent = {}, {}
+    grads, ascent = {}, None
     if prints is not None and isinstance(engine, SAMPa):  # otherwise there is no batch that g_t is of
         grads, ascent = engine.state_dict()
     collected = run.exchange.share_objects(run.steps.collected.state_dict(saved=True))[: run.mesh.num_replicas]
     if not trainer.args.should_save:
         return None
     position = {"epoch": place.epoch, "start": place.start, "fingerprints": prints}
-    content = _computed_with(run) | _progress(run) | {"position": position, "ascent": ascent}
+    content = _computed_with(run) | _progress(run) | {"position": position, "ascent": ascent or None}
     named = list(zip(engine.names, engine.params, strict=True))
     tensors = {
         "": grads,
@@ -47,7 +47,7 @@ def to_save(run: Run, folder: Path) -> dict[str, Any] | None:
     states = {checkpoint.RECIPE: engine.recipe_state()}
     states[checkpoint.COLLECTED] = {"of_replicas": collected} if any(collected) else {}
     if trainer.args.save_only_model:
-        content |= {"kept": "weights", "ascent": {}}
+        content |= {"kept": "weights", "ascent": None}
         tensors[""], states = {}, {}
     return {"tensors": tensors, "content": content, "states": states}
 

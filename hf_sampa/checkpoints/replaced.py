@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint import is_whole
@@ -21,7 +21,7 @@ def aside_of(folder: Path) -> Path:
 def replacing(folder: Path) -> Iterator[Path | None]:
     """Within the block `folder` is written; yields where the old one is meanwhile, if there was one.
 
-    Should the block raise, the old one is put back; should the process be killed, `restore` does that.
+    Should the block raise, what it wrote is removed and the old one put back; should the process be killed, `restore` does that.
     """
     restore(folder)
     aside = aside_of(folder)
@@ -31,10 +31,11 @@ def replacing(folder: Path) -> Iterator[Path | None]:
     try:
         yield aside if aside.exists() else None
     except BaseException:
-        if is_whole(folder):  # what failed came after it: a push, or the removal of old ones
-            _finish(folder, aside)
-        elif aside.exists():
-            _put_back(folder, aside)
+        with suppress(OSError):  # of a disk that takes nothing any more; `restore` does it when the run goes on
+            if is_whole(folder):  # what failed came after it: a push, or the removal of old ones
+                _finish(folder, aside)
+            else:
+                _put_back(folder, aside)
         raise
     _finish(folder, aside)
 
@@ -58,7 +59,8 @@ def restore_all(output_dir: Path) -> None:
 
 def _put_back(folder: Path, aside: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    os.rename(aside, folder)
+    if aside.exists():
+        os.rename(aside, folder)
 
 
 def _finish(folder: Path, aside: Path) -> None:

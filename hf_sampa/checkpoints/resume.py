@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,10 @@ from ..data import Place
 from ..engine import SAMPa
 from ..state import make_room
 from . import checkpoint, content
+from .manifest import Manifest
 from .replaced import restore, restore_all
 from .saved_weights import holds, left_out, load_every_tensor
+from .whole import is_weights
 
 
 if TYPE_CHECKING:
@@ -37,37 +41,64 @@ class Resume:
     Attributes:
         start: epoch, and micro-batches of it, where the run begins.
         unlogged: sums that the next log line takes up.
+        changes: what is wrong with files of the checkpoint, by their names, where that is to be ignored.
     """
 
     def __init__(self, run: Run):
         self.run, self.trainer = run, run.trainer
         self.start: tuple[int, int] = (0, 0)
         self.unlogged: dict[str, Any] | None = None
+        self.changes: dict[str, str] = {}
         self._expected: list[int] | None = None  # fingerprints of the next update batch
 
     def find(self, given: str | bool) -> str:
         """A whole checkpoint, after putting back what a process that was killed had moved aside. A collective.
 
-        Raises ValueError for one that is torn, or of a newer format.
+        Raises ValueError for one that is torn, damaged, or of a newer format.
         """
         args, output_dir = self.trainer.args, Path(self.trainer.args.output_dir)
         if args.should_save:
-            restore_all(output_dir) if given is True else restore(Path(given))
+            with suppress(OSError):  # of a folder that is read only; what is found there is inspected
+                restore_all(output_dir) if given is True else restore(Path(given))
         self.run.exchange.meet()
         if given is not True:
-            checkpoint.inspect(Path(given))
+            self._inspect(Path(given))
             return given
-        folder, problems = checkpoint.last_whole(output_dir)
+        names = self.run.exchange.share_objects(checkpoint.steps_in(output_dir))[0]
+        folder, problems = checkpoint.last_whole(output_dir, names, self._inspect)
         for problem in problems:
             logger.warning(f"Passing over a checkpoint. {problem}")
         return str(folder)
 
+    def _inspect(self, folder: Path) -> None:
+        """`checkpoint.inspect`, by one process of every machine, with the same end on all of them. A collective."""
+        args = self.trainer.args
+        problem, changes = None, {}
+        if args.local_process_index == 0:
+            try:
+                changes = checkpoint.inspect(folder, args.ignore_changed_files)
+            except ValueError as error:
+                problem = str(error)
+        of_all = self.run.exchange.share_objects((problem, changes))
+        if problems := [problem for problem, _ in of_all if problem]:
+            raise ValueError(problems[0])
+        self.changes = {name: each for _, changes in of_all for name, each in changes.items()}
+        if self.changes:
+            logger.warning(
+                f"ignore_changed_files: {folder} is not as it was written, and is taken as it is: {checkpoint.listed(self.changes)}."
+            )
+
+    @property
+    def weights_changed(self) -> bool:
+        """Whether the files of weights are not those that were written."""
+        return any(map(is_weights, self.changes))
+
     def begin_at(self, place: tuple[int, int], folder: str | None) -> tuple[int, int]:
         """Where the data go on: Trainer's `place`, or what the checkpoint in `folder` says."""
-        found = checkpoint.inspect(Path(folder)) if folder else None
+        found = checkpoint.read(Path(folder)) if folder else None
         if found is not None and not self.trainer.args.ignore_data_skip:
             # Upstream counts epochs by their nominal number of steps, which iterable datasets do not have.
-            place = found["position"]["epoch"], found["position"]["start"]
+            place = found.position.epoch, found.position.start
         self.start = place
         return place
 
@@ -81,36 +112,35 @@ class Resume:
         run.place = Place(*self.start)
         if folder is None:
             return
-        found = checkpoint.inspect(Path(folder))
+        found = checkpoint.read(Path(folder))
         if found is None:
-            self._check_optimizer(folder, {})
+            self._check_optimizer(folder, None)
             logger.warning(
                 f"{folder} holds no state of SAMPa, as plain Trainer leaves it: g_t is computed at its weights."
             )
             trainer.continued = [f"steps 1 to {_steps_of(folder)} were plain Trainer's"]
             return
-        only_weights = found.get("kept") == "weights"
+        only_weights = found.kept == "weights"
         if not only_weights:
-            self._check_optimizer(folder, found)
+            self._check_optimizer(folder, found.optimizer)
             self._check_variant(folder, found)
         self._check_stream(folder, found)
-        for difference in checkpoint.changed(found["settings"], content.settings(run)):
+        for difference in checkpoint.changed(found.settings, content.settings(run)):
             logger.warning(f"Resuming with a changed setting, {difference}.")
-        trainer.continued = [*found.get("continued", []), *self._other_settings(folder, found)]
-        trainer._card.evaluations = [Evaluation(**each) for each in found.get("evaluations", [])]
-        run.engine.skipped_steps = found["skipped"]["steps"]
-        run.engine.skipped_in_a_row = found["skipped"]["in_a_row"]
-        self.unlogged = found["unlogged"]
+        trainer.continued = [*found.continued, *self._other_settings(folder, found), *self._other_files(folder)]
+        trainer._card.evaluations = [Evaluation(**vars(each)) for each in found.evaluations]
+        run.engine.skipped_steps, run.engine.skipped_in_a_row = found.skipped.steps, found.skipped.in_a_row
+        self.unlogged = asdict(found.unlogged)
         self._load_beside(folder, found)
         if not args.ignore_data_skip:
-            self._expected = found["position"]["fingerprints"]
+            self._expected = found.position.fingerprints
             run.place = Place(*self.start, self._expected and self._expected[args.mesh.replica])
         if only_weights:
             self._begin_anew(folder)
         else:
             self._carry_on(folder, found)
 
-    def _carry_on(self, folder: str, found: dict[str, Any]) -> None:
+    def _carry_on(self, folder: str, found: Manifest) -> None:
         """What the step and the trainer's own code remember, and g_t."""
         run, args = self.run, self.trainer.args
         run.engine.load_recipe_state(checkpoint.read_state(Path(folder), checkpoint.RECIPE))
@@ -120,7 +150,7 @@ class Resume:
         if args.ignore_data_skip:
             logger.warning("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
         elif isinstance(run.engine, SAMPa):
-            run.engine.load_state_dict(checkpoint.read_tensors(Path(folder)), found["ascent"])
+            run.engine.load_state_dict(checkpoint.read_tensors(Path(folder)), found.ascent and asdict(found.ascent))
 
     def _begin_anew(self, folder: str) -> None:
         """All but the weights, where nothing but the weights was kept."""
@@ -132,11 +162,11 @@ class Resume:
             "g_t began anew after them"
         ]
 
-    def _load_beside(self, folder: str, found: dict[str, Any]) -> None:
+    def _load_beside(self, folder: str, found: Manifest) -> None:
         """What moves and what is trained besides the model's weights."""
         engine = self.run.engine
         state, names = engine.forward_state, engine.names[engine.of_model :]
-        if "moving" not in found:  # written before it was known what forward moves
+        if found.moving is None:  # written before it was known what forward moves
             model = self.trainer.model
             state.moving |= {name for name, _ in model.named_buffers() if name in model.state_dict()}
             if names:
@@ -166,8 +196,8 @@ class Resume:
 
     # ---- Is it this run's? ----
 
-    def _check_stream(self, folder: str, found: dict[str, Any]) -> None:
-        differing = checkpoint.changed(found["stream"], content.stream_settings(self.run))
+    def _check_stream(self, folder: str, found: Manifest) -> None:
+        differing = checkpoint.changed(found.stream, content.stream_settings(self.run))
         if differing and not self.trainer.args.ignore_data_skip:
             raise ValueError(
                 f"Expected the data stream that {folder} was written with, but it changed: {'; '.join(differing)}. "
@@ -177,17 +207,17 @@ class Resume:
         for difference in differing:
             logger.warning(f"Resuming with another data stream, {difference}.")
 
-    def _check_variant(self, folder: str, found: dict[str, Any]) -> None:
-        if differing := checkpoint.changed(found.get("recipe", BEFORE_VARIANTS), content.recipe_settings(self.run)):
+    def _check_variant(self, folder: str, found: Manifest) -> None:
+        if differing := checkpoint.changed(found.recipe or BEFORE_VARIANTS, content.recipe_settings(self.run)):
             raise ValueError(
                 f"Expected the variant that {folder} was written with, but it changed: {'; '.join(differing)}. Resume with "
                 "the old one, or start a new run from these weights."
             )
 
-    def _check_optimizer(self, folder: str, found: dict[str, Any]) -> None:
+    def _check_optimizer(self, folder: str, wrote: str | None) -> None:
         """Raise ValueError where the loaded state is another optimizer's; by its options, where the checkpoint does not say."""
         optimizer, own = self.trainer.optimizer.optimizer, content.optimizer_name(self.run)
-        wrote = found.get("optimizer", own)
+        wrote = wrote or own
         # torch adds `differentiable` to the defaults afterwards.
         missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys() - {"differentiable"}
         if wrote != own or missing:
@@ -196,14 +226,19 @@ class Resume:
                 "Resume with the old optim, or start a new run from these weights."
             )
 
-    def _other_settings(self, folder: str, found: dict[str, Any]) -> list[str]:
+    def _other_settings(self, folder: str, found: Manifest) -> list[str]:
         """A sentence on what is computed otherwise from here on; nothing where all is as it was."""
         now = computation(self.trainer)
-        was = found.get("computation", now)  # not in checkpoints of earlier versions
+        was = found.computation or now  # not in checkpoints of earlier versions
         names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
         differing = [f"{name} {was.get(name, 'none')}, then {now.get(name, 'none')}" for name in names]
         after = f"continued after step {_steps_of(folder)} with other settings"
         return [f"{after}: {'; '.join(differing)}"] if differing else []
+
+    def _other_files(self, folder: str) -> list[str]:
+        """A sentence on what somebody has put in the place of files of the checkpoint."""
+        named = ", ".join(self.changes)
+        return [f"continued after step {_steps_of(folder)} from files that were changed: {named}"] if named else []
 
     # ---- The first batch ----
 
@@ -233,24 +268,31 @@ class Resume:
         """The best checkpoint's weights by Trainer's `load`, and what else belongs to them."""
         trainer = self.trainer
         best = trainer.state.best_model_checkpoint
+        if all(self.run.exchange.share_objects(Path(best).is_dir())):
+            self._inspect(Path(best))
         make_room(trainer.model, checkpoint.read_tensors(Path(best), checkpoint.FORWARD_STATE))
         load()
         if not Path(best).is_dir():
             return  # upstream says so
-        if lacks_weights_of(trainer.model, best):
+        if not self.weights_changed and lacks_weights_of(trainer.model, best):
             trainer._load_from_checkpoint(best)  # some trainers log what fails there, and go on
-        found = checkpoint.inspect(Path(best))
-        if found is not None and "moving" in found:
+        found = checkpoint.read(Path(best))
+        if found is not None and found.moving is not None:
             self._load_beside(best, found)
 
 
-def load_weights(model: torch.nn.Module, folder: str, load: Callable[[], None]) -> None:
-    """Weights in `folder` by Trainer's `load`, to the last tensor. Raises ValueError where that cannot be had."""
+def load_weights(model: torch.nn.Module, folder: str, load: Callable[[], None], changed: bool = False) -> None:
+    """Weights in `folder` by Trainer's `load`, to the last tensor; to the last bit, unless their files were `changed` on purpose.
+
+    Raises ValueError where that cannot be had.
+    """
     make_room(model, checkpoint.read_tensors(Path(folder), checkpoint.FORWARD_STATE))
     try:
         load()
     except RuntimeError as error:
         raise ValueError(f"The weights in {folder} are of another model: {error}") from error
+    if changed:
+        return
     if isinstance(model, PreTrainedModel) and lacks_weights_of(model, folder):
         load_every_tensor(model, folder)
     if lacks_weights_of(model, folder):

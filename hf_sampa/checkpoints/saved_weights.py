@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from ..state import fingerprint_of_bits
+from .manifest import Weights
 
 
 logger = get_logger(__name__)
@@ -24,9 +25,9 @@ def record(model: nn.Module, trained: Iterable[str]) -> dict[str, Any]:
     return {"names": names, "fingerprint": _fingerprint(model, names)}
 
 
-def holds(model: nn.Module, recorded: dict[str, Any]) -> bool:
+def holds(model: nn.Module, recorded: Weights) -> bool:
     """Whether `model` holds, to the last bit, the weights that `record` saw."""
-    return _fingerprint(model, recorded["names"]) == recorded["fingerprint"]
+    return _fingerprint(model, recorded.names) == recorded.fingerprint
 
 
 def left_out(model: nn.Module) -> set[str]:

@@ -1,23 +1,28 @@
 """When a run is saved: by the loop, in any callback, by hand before, during and after it, after an interrupt, on SIGTERM.
 
 A checkpoint of step N is what the loop holds between two steps. Asked for then, it is written at once; within a step, or while
-the step's log line and evaluation are still to come, it is put off until they are through. What cannot be exact says so.
+the step's log line and evaluation are still to come, it is put off until they are through. What cannot be exact says so. One
+that cannot be written, because the disk is full for instance, is given up by all processes, and the run goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
 
+from ..distributed import PeerLost
 from ..engine import SAM, SAMPa
+from ..state import stood_in
 from . import checkpoint
 from .content import to_save
 from .replaced import replacing
+from .writing import NotSaved, Writing, room
 
 
 if TYPE_CHECKING:
@@ -41,7 +46,9 @@ class Saving:
         self._saves_next = False  # what the loop does next is save, if it does
         # A checkpoint, and the end of the training, that were asked for within a step.
         self._put_off = self._stop_put_off = False
-        self._content: dict[str, Any] | None = None  # what is written, while a checkpoint is
+        self._content: dict[str, Any] | None = None  # what is written, while a checkpoint is, by a process that writes
+        self._writing: Writing | None = None  # while a checkpoint is written
+        self._saved = True  # whether the last one was
         self._counted: tuple[int, float, float] | None = None  # see `note_counts`
 
     # ---- The loop comes by ----
@@ -56,13 +63,24 @@ class Saving:
         trainer = self.trainer
         self._agree_on_ending()
         self.run.stage, self._saves_next = "between", True
+        events = trainer.callback_handler
         try:
-            log_save_evaluate()
-            if self._put_off:  # another process asked for it, or an evaluation decided anew, by save_strategy="best"
-                trainer._save_checkpoint(model, trial)
-                trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+            with stood_in(events, "on_save", partial(self._on_save, events.on_save)):
+                log_save_evaluate()
+                if (
+                    self._put_off
+                ):  # another process asked for it, or an evaluation decided anew, by save_strategy="best"
+                    trainer._save_checkpoint(model, trial)
+                    trainer.control = events.on_save(trainer.args, trainer.state, trainer.control)
         finally:
             self._saves_next = False
+
+    def _on_save(self, on_save: Callable, args, state, control):
+        """The event that tells of a checkpoint, if there is one."""
+        if self._saved:
+            return on_save(args, state, control)
+        control.should_save = False
+        return control
 
     @contextmanager
     def before(self) -> Iterator[None]:
@@ -126,21 +144,75 @@ class Saving:
     def checkpoint(self, trial) -> Iterator[tuple[Path, Path | None]]:
         """Around Trainer's writing of a checkpoint: its folder, and where the one is meanwhile that it replaces.
 
-        All that can be refused is refused before anything is written.
+        All that can be refused is refused before anything is written. Of what the disk does not take nothing is left, and the
+        run goes on. Raises NotSaved where there is none that could.
         """
         self._reach_others()
-        folder = self._folder(trial)
+        folder, state = self._folder(trial), self.trainer.state
+        best = state.best_model_checkpoint
+        self._content = to_save(self.run, folder)
+        self._writing, self._saved = Writing(self.run.exchange), False
         try:
-            self._content = to_save(self.run, folder)
-            with (
-                self._as_before_the_step(),
-                replacing(folder) if self.trainer.args.should_save else nullcontext() as old,
-            ):
-                self.run.exchange.meet()  # the others write into the folder, once the old one is out of the way
-                yield folder, old
+            with self._as_before_the_step(), ExitStack() as replaced:
+                old = self.attempt("the folder", lambda: self._make_way(folder, replaced))
+                self._writing.agree()  # the others write into the folder, once the old one is out of the way
+                with stood_in(state, "save_to_json", partial(self._finish, state.save_to_json)):
+                    yield folder, old
+            self._writing.agree()
+            self._saved = True
+        except PeerLost:
+            raise
+        except Exception as error:
+            problem = self._writing.agree_on(error)
+            self._give_up(folder, problem)
+            if not self._saved:
+                state.best_model_checkpoint = best
         finally:
-            self._content = None
+            self._content = self._writing = None
         self._put_off = False
+
+    def _make_way(self, folder: Path, replaced: ExitStack) -> Path | None:
+        return replaced.enter_context(replacing(folder)) if self.trainer.args.should_save else None
+
+    def attempt(self, what: str, write: Callable[[], Any]) -> Any:
+        """`write` what belongs to a checkpoint, if one is being written, or something else: see `Writing.attempt`."""
+        return write() if self._writing is None else self._writing.attempt(what, write)
+
+    def write(self, output_dir: str) -> None:
+        """Add SAMPa's states to what Trainer has written, if a checkpoint is being written, and see whether all processes could."""
+        if self._writing is None:
+            return
+        if self._content is not None:
+            tensors, states = self._content["tensors"], self._content["states"]
+            self.attempt("SAMPa's state", lambda: checkpoint.write_states(Path(output_dir), tensors, states))
+        self._writing.agree()
+
+    def _finish(self, save_to_json: Callable[[str], None], file: str) -> None:
+        """Trainer's last file, and the one that says that all are there; before a push, and before old checkpoints are removed."""
+        save_to_json(file)
+        checkpoint.write_manifest(Path(file).parent, self._content["content"])
+        self._saved = True
+
+    def _give_up(self, folder: Path, problem: NotSaved) -> None:
+        """Say what could not be written. A collective. Raises NotSaved where no run goes on."""
+        saved, rest, optimizers = zip(*self.run.exchange.share_objects((self._saved, *self._bytes())), strict=True)
+        self._saved = any(saved)
+        if self._saved:
+            logger.error(f"{folder} is saved, but what comes after it failed: {problem}. The run goes on.")
+            return
+        needed = max(rest) + (sum if self.run.engine.placement.shared else max)(optimizers)
+        words = f"{folder} could not be saved, and nothing of it is left: {problem}. It needs {needed:,} bytes{room(folder)}."
+        if not self.run.active:
+            raise NotSaved(words) from problem
+        logger.error(f"{words} The run goes on, and the next save tries again.")
+
+    def _bytes(self) -> tuple[int, int]:
+        """What is large in a checkpoint: weights and SAMPa's tensors, and the optimizer's that are here."""
+        own = self._content["tensors"].values() if self._content is not None else ()
+        tensors = [*self.trainer.model.state_dict().values(), *(each for several in own for each in several.values())]
+        states = self.trainer.optimizer.optimizer.state.values()
+        moments = [each for state in states for each in state.values() if isinstance(each, torch.Tensor)]
+        return sum(each.nbytes for each in tensors), sum(each.nbytes for each in moments)
 
     def _reach_others(self) -> None:
         """Connect the processes anew, where an exception has cut what they were sending."""
@@ -149,11 +221,6 @@ class Saving:
             run.connect()
             run.engine.connect(run.exchange)
             run.steps.collected.exchange = run.exchange
-
-    def write(self, output_dir: str) -> None:
-        """Add SAMPa's files to what Trainer has written, if a checkpoint is being written."""
-        if self._content is not None:
-            checkpoint.write(Path(output_dir), **self._content)
 
     # ---- Counts: micro-batches that were counted, but not trained on yet ----
 

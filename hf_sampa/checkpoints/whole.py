@@ -1,22 +1,34 @@
-"""Which files of a checkpoint a run cannot go on without, and whether they are whole."""
+"""Whether the files of a checkpoint are as they were written: their checksums, and what can be read of those that have none."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from .manifest import Recorded
 
 
 STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "sampa.safetensors", "sampa_recipe.pt", "sampa_trainer.pt")
+RANDOM_STATES = re.compile(r"rng_state(?:_\d+)?\.pth")
 # As transformers, peft and sentence-transformers name them, alone or in parts, also in subfolders.
 WEIGHTS = re.compile(r"(?:model|pytorch_model|adapter_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
-MOST_HEADER_BYTES = 100_000_000  # the limit of safetensors itself
+# People write them anew, and no run reads them.
+CARD = "README.md"
+CHUNK = 2**20
+OTHER = "has another content than what was written"
 
 
 def is_needed(name: str) -> bool:
-    """Whether a run cannot go on without the file with this path in its checkpoint, or another in its place."""
-    return name in STATES or is_weights(name)
+    """Whether a run cannot go on without the file with this path in its checkpoint."""
+    return name in STATES or RANDOM_STATES.fullmatch(name) is not None or is_weights(name)
 
 
 def is_weights(name: str) -> bool:
@@ -24,60 +36,83 @@ def is_weights(name: str) -> bool:
     return WEIGHTS.fullmatch(PurePosixPath(name).name) is not None
 
 
-def files_needed(folder: Path) -> dict[str, int]:
-    """Sizes of the files that `is_needed` says yes to, by their paths in `folder`."""
-    files = [file for file in sorted(folder.rglob("*")) if is_needed(file.relative_to(folder).as_posix())]
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-
-
 def weights_in(folder: Path) -> list[Path]:
     """Files of weights in `folder` and below."""
     return [file for file in sorted(folder.rglob("*")) if is_weights(file.name)]
 
 
-def problem_of(file: Path, size: int) -> str | None:
-    """What is wrong with a file that had `size` bytes when it was saved; None where a run can go on with it.
-
-    A file may have been saved anew in another size, and weights in other files.
-    """
-    if not file.exists():
-        return None if is_weights(file.name) and _other_weights(file.parent) else "it is missing"
-    found = file.stat().st_size
-    return None if found == size or is_complete(file) else f"it has {found}"
+def needed_in(folder: Path) -> list[Path]:
+    """Files in `folder` and below that a run needs."""
+    return [file for file in sorted(folder.rglob("*")) if is_needed(file.relative_to(folder).as_posix())]
 
 
-def _other_weights(folder: Path) -> bool:
-    """Whether all weights are in the files that there are."""
-    for index in folder.glob("*.index.json"):
-        if is_weights(index.name) and is_complete(index):
-            parts = set(json.loads(index.read_text()).get("weight_map", {}).values())
-            return bool(parts) and all((folder / part).exists() and is_complete(folder / part) for part in parts)
-    whole = [file for file in folder.iterdir() if is_weights(file.name) and "-of-" not in file.name]
-    return bool(whole) and all(is_complete(file) for file in whole)
+def record(folder: Path, apart: str) -> dict[str, Recorded]:
+    """Every file of the checkpoint in `folder`, by its path in it, but the card and the file `apart`; synced to the disk."""
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    kept = {name: file for name, file in files.items() if name not in (CARD, apart)}
+    with ThreadPoolExecutor(1) as waiting:  # for the disk, while checksums are computed
+        synced = waiting.map(sync, kept.values())
+        found = {name: recorded(file) for name, file in kept.items()}
+        list(synced)
+    return found
 
 
-def is_complete(file: Path) -> bool:
-    """Whether a file ends where its own beginning, or its end, says that it does."""
-    if file.suffix == ".safetensors":
-        return _is_complete_safetensors(file)
-    if file.suffix == ".json":
-        return _as_json(file.read_bytes()) is not None
-    return zipfile.is_zipfile(file)  # what torch.save writes; its table of contents is at the end
-
-
-def _is_complete_safetensors(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = _as_json(opened.read(length)) if length <= MOST_HEADER_BYTES else None
-    if header is None:
-        return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return file.stat().st_size == 8 + length + max(ends, default=0)
-
-
-def _as_json(text: bytes) -> dict | None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names of those in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # it syncs nothing that was opened for reading
     try:
-        found = json.loads(text)
-    except ValueError:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def recorded(file: Path) -> Recorded:
+    """A file as it is now."""
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as opened:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+        return Recorded(opened.tell(), digest.hexdigest())
+
+
+def problem_of(folder: Path, name: str, kept: Recorded) -> str | None:
+    """What is wrong with a file of the checkpoint in `folder` that was once as `kept` says; None where a run can go on with it."""
+    file = folder / name
+    if not is_needed(name) and (not file.is_file() or kept.xxh3_128 is None):
         return None
-    return found if isinstance(found, dict) else None
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    if size != kept.bytes:
+        return f"has {size} bytes, where {kept.bytes} were written"
+    if kept.xxh3_128 is None:
+        return unreadable(file)
+    return None if recorded(file) == kept else OTHER
+
+
+def unreadable(file: Path) -> str | None:
+    """What is wrong with a file whose checksum is not known, as far as its own format tells; None where nothing is.
+
+    Raises OSError where the disk does not give it.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                return None  # its header says where the file is to end, and it does
+        if file.suffix == ".json":  # says in which files weights are
+            parts = json.loads(file.read_bytes())["weight_map"].values()
+            missing = [name for name in parts if not (file.parent / name).is_file()]
+            return f"names {missing[0]}, which is missing" if missing else None
+        elif not zipfile.is_zipfile(file):
+            torch.load(file, map_location="meta", weights_only=True)  # as torch wrote before 1.6
+        else:
+            with zipfile.ZipFile(file) as archive:  # torch writes a checksum of every record
+                damaged = archive.testzip()
+            return damaged and f"is damaged, in its record {damaged}"
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        return f"is damaged: {type(error).__name__} while it was read"
+    return None

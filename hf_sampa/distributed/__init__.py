@@ -4,7 +4,7 @@ Processes that ought to be equal are compared here. Knows nothing of the algorit
 """
 
 from .agreement import check_ranks_agree, check_repeatable, check_rest_alike, check_same_start
-from .exchange import BUCKET_BYTES, Exchange, close_groups, partition
+from .exchange import BUCKET_BYTES, Exchange, PeerLost, close_groups, partition
 from .role_world import SIZE_VARIABLES, groups_of_modules, whole_size_and_rank
 from .roles import Mesh, Role
 
@@ -14,6 +14,7 @@ __all__ = [
     "SIZE_VARIABLES",
     "Exchange",
     "Mesh",
+    "PeerLost",
     "Role",
     "check_ranks_agree",
     "check_repeatable",

@@ -76,6 +76,10 @@ def partition(params: Sequence[Tensor], bucket_bytes: int, cut_at: int | None = 
     return groups
 
 
+class PeerLost(RuntimeError):
+    """Another process did not answer in time, or has ended."""
+
+
 class Exchange:
     """Moves tensors between the processes of a mesh; does nothing in a world of one.
 
@@ -271,8 +275,8 @@ class Exchange:
             # gloo reports closed connections and timeouts as plain RuntimeErrors, nccl as a subclass.
             raise self._lost(error) from error
 
-    def _lost(self, error: Exception) -> RuntimeError:
-        return RuntimeError(
+    def _lost(self, error: Exception) -> PeerLost:
+        return PeerLost(
             f"Rank {self.mesh.rank} expected an answer from the other {self.mesh.world_size - 1} process(es) of this "
             f"run and got none: {error}. Most likely one of them has died; the cause is in its own log. If none has: a "
             "process takes part in something that the others do not reach, as code of your own that speaks to the other "
