@@ -459,7 +459,7 @@ def test_sizes_of_an_earlier_version(folder, whole):
     with open(last / "optimizer.pt", "r+b") as file:
         file.seek(size // 2)
         file.write(b"damage")
-    with pytest.raises(ValueError, match=r"optimizer.pt is damaged, in its record .*\. If that was done on purpose"):
+    with pytest.raises(ValueError, match="checkpoint-4 is torn or damaged: optimizer.pt is damaged, in its record"):
         trainer_of(folder).train(resume_from_checkpoint=str(last))
 
 

@@ -136,8 +136,9 @@ def inspect(folder: Path, ignore_changed_files: bool = False) -> dict[str, str]:
     """
     try:
         content, as_written = _read(folder)
-        if content is None:
+        if content is None or content.format == 1:
             _check_readable(folder)
+        if content is None:
             return {}
         found = {name: problem_of(folder, name, kept) for name, kept in content.files.items()}
         changes = {name: problem for name, problem in found.items() if problem}

@@ -1,0 +1,197 @@
+"""Files of a checkpoint that were damaged: each is found before anything is loaded, or harms nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from functools import partial
+
+import pytest
+
+from hf_sampa.checkpoints import checkpoint, manifest
+from tests import tiny
+from tests.division import divided
+from tests.former import as_before
+
+
+RUN = {
+    "model": partial(tiny.bert, 0.1),
+    "dataset": tiny.sentences(14),
+    "variant": "vasso",
+    "max_steps": 4,
+    "logging_steps": 3,
+}
+SAVING = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run of four steps, and its folder with checkpoints at steps 2 and 3."""
+    folder = tmp_path_factory.mktemp("written")
+    whole = tiny.comparable(tiny.run(folder, **RUN, **SAVING))
+    shutil.rmtree(folder / "checkpoint-4")
+    return whole, folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written[1], tmp_path / "out")
+
+
+def resumed(folder, resume=True, **changes):
+    return tiny.comparable(tiny.run(folder, resume=resume, **{**RUN, **changes}))
+
+
+def damages(raw: bytes, flips: int, rng: random.Random):
+    """By name: what is left of a file."""
+    yield "missing", None
+    yield "empty", b""
+    yield "cut", raw[: len(raw) // 2]
+    yield "a byte less", raw[:-1]
+    yield "a byte more", raw + b"\0"
+    yield "zeros", bytes(len(raw))
+    yield "noise", rng.randbytes(len(raw))
+    yield "half of it zeros", raw[: len(raw) // 2] + bytes(len(raw) - len(raw) // 2)
+    for _ in range(flips):
+        bit = rng.randrange(8 * len(raw))
+        yield f"flip of bit {bit}", raw[: bit // 8] + bytes([raw[bit // 8] ^ 1 << bit % 8]) + raw[bit // 8 + 1 :]
+
+
+FILES = (
+    *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "sampa.safetensors", "sampa_recipe.pt"),
+    *("sampa.json", "trainer_state.json", "config.json", "training_args.bin", "README.md"),
+)
+
+
+def test_all_files_are_damaged(written):
+    assert {file.name for file in (written[1] / "checkpoint-3").iterdir()} == set(FILES)
+
+
+def damage_all(written, folder, name, flips, figure):
+    """Damage one file in every way. What is not refused by its name must train to the same bits."""
+    last = folder / "checkpoint-3"
+    raw = (last / name).read_bytes()
+    tried, right = 0, []
+    for kind, content in damages(raw, flips, random.Random(f"1 {name}")):
+        (last / name).unlink(missing_ok=True)
+        if content is not None:
+            (last / name).write_bytes(content)
+        tried += 1
+        try:
+            checkpoint.inspect(last)
+        except ValueError as problem:
+            right.append(name in str(problem) and str(last) in str(problem) or (kind, str(problem)))
+        else:
+            right.append(not tiny.differing(written[0], resumed(folder / kind, str(last))) or (kind, "other bits"))
+    figure(f"damage of {name}", tried, right.count(True))
+    assert right == [True] * tried
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_named_or_harmless(written, folder, name, figure):
+    damage_all(written, folder, name, 8 if name != "README.md" else 0, figure)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", [name for name in FILES if name != "README.md"])
+def test_a_thousand_flips_in_every_file(written, folder, name, figure):
+    damage_all(written, folder, name, 1000, figure)
+
+
+@pytest.mark.parametrize("name", ["rng_state.pth", "sampa_recipe.pt", "sampa.json", "trainer_state.json"])
+def test_the_one_before_is_taken(written, folder, caplog, name, figure):
+    (folder / "checkpoint-3" / name).write_bytes(b"")
+    with tiny.transformers_log(caplog):
+        found = resumed(folder)
+    (warning,) = {record.message for record in caplog.records if "Passing over a checkpoint" in record.message}
+    assert name in warning and "checkpoint-3" in warning
+    assert tiny.differing(written[0], found) == []
+    with pytest.raises(ValueError) as refused:
+        resumed(folder, str(folder / "checkpoint-3"))
+    assert warning.partition("checkpoint. ")[2] in str(refused.value)
+    figure("passed over", 1, 1)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "noise"])
+def test_checkpoints_without_checksums(written, folder, name, damage, figure):
+    """Those of earlier versions and of plain Trainer say by themselves what is cut."""
+    last = folder / "checkpoint-3"
+    raw = (last / name).read_bytes()
+    (last / name).write_bytes(dict(damages(raw, 0, random.Random(1)))[damage])
+    as_before(last)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"checkpoint-3 is torn or damaged: {name} is damaged"):
+            checkpoint.inspect(last)
+        for ours in last.glob("sampa*"):
+            ours.unlink()
+    figure("damage of files without checksums", 2, 2)
+
+
+# ---- sampa.json, of another program ----
+
+
+def paths(value, before=()):
+    """Of everything in a JSON document, the way to it."""
+    for name, each in value.items() if isinstance(value, dict) else ():
+        yield (*before, name)
+        if before != ("files",):
+            yield from paths(each, (*before, name))
+
+
+OTHER_KINDS = {"null": None, "text": "x", "negative": -1, "infinite": float("inf"), "a list": [1], "a dict": {}}
+
+
+def put(document, path, value):
+    """A copy of `document` with another value at `path`, or none where it is ``...``; with the right checksum."""
+    found = inner = json.loads(json.dumps(document))
+    for name in path[:-1]:
+        inner = inner[name]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    found.pop("checksum", None)
+    return json.dumps({**found, "checksum": manifest._checksum(found)})
+
+
+@pytest.mark.parametrize("share", divided([8, 1], whole=[1]))
+def test_keys_of_another_kind(folder, share, figure):
+    """Each is refused before the first step, in words of our own, or does not matter."""
+    last = folder / "checkpoint-3"
+    document = json.loads((last / "sampa.json").read_text())
+    cases = [(path, each) for path in paths(document) for each in {"missing": ..., **OTHER_KINDS}.items()]
+    cases = random.Random(1).sample(cases, len(cases) // share)
+    wrong = []
+    for path, (kind, value) in cases:
+        (last / "sampa.json").write_text(put(document, path, value))
+        try:
+            resumed(folder / "again", str(last), max_steps=3)
+        except ValueError as problem:
+            if str(last) not in str(problem):
+                wrong.append((path, kind, str(problem)))
+        except Exception as problem:
+            wrong.append((path, kind, repr(problem)))
+    figure("keys of sampa.json of another kind", len(cases), len(cases) - len(wrong))
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"format": 2, "files": {"../../outside": {"bytes": 1}}}',
+        json.dumps({"format": 2, "files": {"n" * 5000: {"bytes": 1}}}),
+        json.dumps({"format": 10**30}),
+        '{"format": ' + "9" * 5000 + "}",
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin-1"),
+    ],
+    ids=["deep", "outside", "a long name", "a large format", "a long number", "no text"],
+)
+def test_hostile_manifests(folder, text, figure):
+    (folder / "checkpoint-3" / "sampa.json").write_text(text)
+    with pytest.raises(ValueError, match="sampa.json") as refused:
+        checkpoint.inspect(folder / "checkpoint-3")
+    assert len(str(refused.value)) < 1000
+    figure("hostile manifests", 1, 1)
