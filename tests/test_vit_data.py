@@ -188,7 +188,6 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("test_split", ["test", "validation"])
 def test_image_folder(tmp_path, test_split):
     # Classes named like splits must not move images from one split to the other.
@@ -197,12 +196,11 @@ def test_image_folder(tmp_path, test_split):
     task = load_image_task("imagefolder", str(tmp_path / "images [1]"))
     assert task.label_names == ["bus", "test", "train"]
     grey = {label: image.getpixel((0, 0)) for image, label in zip(*task.train, strict=True)}
-    assert grey == {0: 0, 2: 10, 1: 20} and len(task.train.labels) == 3
+    assert grey == {0: (0, 0, 0), 2: (10, 10, 10), 1: (20, 20, 20)} and len(task.train.labels) == 3
     grey = {label: image.getpixel((0, 0)) for image, label in zip(*task.test, strict=True)}
-    assert grey == {0: 5, 2: 15, 1: 25} and len(task.test.labels) == 3
+    assert grey == {0: (5, 5, 5), 2: (15, 15, 15), 1: (25, 25, 25)} and len(task.test.labels) == 3
 
 
-@pytest.mark.usefixtures("own_cache")
 def test_image_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="--dataset imagefolder reads a folder: name it with --data_dir"):
         load_image_task("imagefolder")

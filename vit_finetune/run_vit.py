@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. Images and labels. Only the training labels are corrupted.
     with training_args.main_process_first(desc="loading the images"):
-        task = load_image_task(data_args.dataset, data_args.data_dir)
+        task = load_image_task(data_args.dataset, data_args.data_dir, data_args.max_image_pixels)
     noisy_labels = corrupt_labels(
         task.train.labels, data_args.label_noise, len(task.label_names), seed=training_args.seed
     )

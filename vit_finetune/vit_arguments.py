@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
+from image_files import MAX_PIXELS
 from transformers import HfArgumentParser, SchedulerType
 
 from hf_sampa.finetuning import FineTuningArguments, parse_arguments
@@ -25,7 +26,11 @@ DEFAULT_RHO = {"adamw": 0.0, "sam": 0.05, "sampa": 0.1}
 
 @dataclass
 class DataArguments:
-    """Which images, and what is done to them and their labels."""
+    """Which images, and what is done to them and their labels.
+
+    Raises:
+        ValueError: `max_image_pixels` is not positive.
+    """
 
     _argument_group_name: ClassVar[str] = "data"
 
@@ -55,6 +60,17 @@ class DataArguments:
             "it off where a mirror image means something else, as with digits."
         },
     )
+    max_image_pixels: int = field(
+        default=MAX_PIXELS,
+        metadata={
+            "help": "How many pixels an image of a folder or of the Hub may have. A larger one is refused, by name and "
+            "before it is decoded: a file of some kilobytes can hold one that fills the memory. Default: Pillow's limit."
+        },
+    )
+
+    def __post_init__(self):
+        if self.max_image_pixels < 1:
+            raise ValueError(f"--max_image_pixels: expected a positive number, got {self.max_image_pixels}.")
 
 
 @dataclass
