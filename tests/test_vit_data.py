@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import struct
 
 import datasets
@@ -161,11 +162,11 @@ def test_a_file_cut_off_is_refused(cifar10, length):
         load_image_task("cifar10", str(cifar10))
 
 
-@pytest.mark.parametrize("name", ["data_batch_*", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("name", ["data_batch_[1-5]", "test_batch", "batches.meta"])
 def test_missing_files_are_named(cifar10, name):
     for path in cifar10.glob(name):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"cifar-10-batches-py lacks {name}\. Unpack".replace("*", r"\*")):
+    with pytest.raises(FileNotFoundError, match=rf"cifar-10-batches-py lacks {re.escape(name)}\. Unpack"):
         read_cifar_folder("cifar10", cifar10)
 
 

@@ -2,11 +2,16 @@
 
 Those folders hold pickles, and a pickle can name any function of any installed package and have it called. These are
 read with a table of stand-ins for the few things that the official files name, and everything else is refused. No numpy
-object is rebuilt by the pickle either: the pixels are taken from the bytes it holds.
+object is rebuilt by the pickle either: the pixels are taken from the bytes it holds. Before any of it is built, the file
+is looked through for sizes that it cannot hold: some bytes of a pickle can ask for a table of gigabytes.
 """
 
+import functools
 import pickle
+import pickletools
+import reprlib
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +23,38 @@ class CifarLayout:
     """Where one of the two datasets keeps what: file names, and the keys inside them."""
 
     folder: str
-    train: str  # glob pattern: CIFAR-10 spreads its training images over data_batch_1, data_batch_2, ...
+    train: str  # glob pattern: CIFAR-10 spreads its training images over data_batch_1 to data_batch_5
     test: str
     names: str
     labels_key: bytes
     names_key: bytes
+    num_classes: int
 
 
 CIFAR_LAYOUTS = {
     "cifar10": CifarLayout(
-        "cifar-10-batches-py", "data_batch_*", "test_batch", "batches.meta", b"labels", b"label_names"
+        "cifar-10-batches-py", "data_batch_[1-5]", "test_batch", "batches.meta", b"labels", b"label_names", 10
     ),
-    "cifar100": CifarLayout("cifar-100-python", "train", "test", "meta", b"fine_labels", b"fine_label_names"),
+    "cifar100": CifarLayout("cifar-100-python", "train", "test", "meta", b"fine_labels", b"fine_label_names", 100),
 }
+
+# The largest official file, the training images of CIFAR-100, has 156 MB.
+_LARGEST_FILE = 1 << 30
+
+
+class _Found(reprlib.Repr):
+    """What a message shows of what a file held, however much that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel = 2
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write out integers of thousands of digits.
+        return super().repr_int(value, level) if abs(value) < 1 << 63 else "an integer of more than 64 bits"
+
+
+_shown = _Found().repr
 
 
 def read_cifar_folder(
@@ -48,24 +72,27 @@ def read_cifar_folder(
 
     Raises:
         FileNotFoundError: A file of the official layout is missing.
-        ValueError: A file holds something else than CIFAR images, or names what only a harmful file would name.
+        ValueError: A file holds something else than CIFAR images or the names of their classes, is damaged, or names
+            what only a harmful file would name.
     """
     layout = CIFAR_LAYOUTS[dataset]
     folder = Path(data_dir)
     if (folder / layout.folder).is_dir():
         folder = folder / layout.folder
     train_files = sorted(folder.glob(layout.train))
-    missing = [name for name in (layout.test, layout.names) if not (folder / name).is_file()]
+    # Opening a pipe would wait for its other end.
+    expected = [path.name for path in train_files] + [layout.test, layout.names]
+    missing = [name for name in expected if not (folder / name).is_file()]
     if missing or not train_files:
         raise FileNotFoundError(
-            f"The {dataset} folder holds {layout.train}, {layout.test} and {layout.names}, but {folder} lacks "
+            f"The {dataset} folder holds the files {layout.train}, {layout.test} and {layout.names}, but {folder} lacks "
             f"{', '.join(missing if train_files else [layout.train, *missing])}. Unpack the official python version "
             f"there (it makes a folder {layout.folder}), or leave --data_dir out to load it from the Hub."
         )
-    label_names = _read_names(folder / layout.names, layout.names_key)
-    train = [_read_batch(path, layout.labels_key, len(label_names)) for path in train_files]
+    label_names = _read_names(folder / layout.names, layout)
+    train = [_read_batch(path, layout) for path in train_files]
     images, labels = zip(*train, strict=True)
-    test = _read_batch(folder / layout.test, layout.labels_key, len(label_names))
+    test = _read_batch(folder / layout.test, layout)
     return {"train": (np.concatenate(images), np.concatenate(labels)), "test": test}, label_names
 
 
@@ -83,7 +110,7 @@ class _DType:
 class _Array:
     """Stand-in for the numpy array of the pixels: a view of the bytes that the pickle holds."""
 
-    values: np.ndarray
+    values = np.empty(0, np.uint8)
 
     def __setstate__(self, state: tuple):
         _version, shape, dtype, is_fortran, raw = state
@@ -104,13 +131,16 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    allowed = {
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # numpy 2
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _DType,
-        ("_codecs", "encode"): _encode,
-    }
+    def __init__(self, raw: bytes):
+        super().__init__(BytesIO(raw), encoding="bytes")
+        self.allowed = {
+            ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+            ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # numpy 2
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _DType,
+            # A text that is encoded again and again must not take memory again.
+            ("_codecs", "encode"): functools.cache(_encode),
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
@@ -118,31 +148,70 @@ class _CifarUnpickler(pickle.Unpickler):
         return self.allowed[module, name]
 
 
+def _check_sizes(raw: bytes) -> None:
+    """Refuse a pickle that would make Python's unpickler fill the memory or overrun its stack."""
+    count = nested = 0
+    for opcode, argument, _position in pickletools.genops(raw):
+        count += 1
+        if "PUT" in opcode.name and argument > count:
+            raise pickle.UnpicklingError(f"place {argument} in a table that has {count} at most")
+        # Tuples in tuples are hashed by recursion, without a limit. Written by Python 3, a file has one for each name.
+        nested += "TUPLE" in opcode.name
+        if nested > 100_000:
+            raise pickle.UnpicklingError("more than 100000 tuples")
+
+
 def _unpickle(path: Path, *keys: bytes) -> list[Any]:
     """Values of `keys` in the dictionary that the file holds."""
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"{path}: expected at most {_LARGEST_FILE} bytes, got {path.stat().st_size}. Fetch it again.")
+    raw = path.read_bytes()
     try:
-        with path.open("rb") as file:
-            contents = _CifarUnpickler(file, encoding="bytes").load()
-    # What the documentation of pickle names for files that are cut off or damaged.
-    except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, TypeError, ValueError) as error:
+        _check_sizes(raw)
+        contents = _CifarUnpickler(raw).load()
+    # What the documentation of pickle names for files that are cut off or damaged, and sizes that no memory has.
+    except (
+        pickle.UnpicklingError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        ImportError,
+        LookupError,
+        MemoryError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(
-            f"{path} was not read: expected a file of the official python version of CIFAR, found {error}. "
-            "Fetch it again from https://www.cs.toronto.edu/~kriz/cifar.html."
+            f"{path} was not read: expected a file of the official python version of CIFAR, found "
+            f"{str(error)[:200] or type(error).__name__}. Fetch it again from https://www.cs.toronto.edu/~kriz/cifar.html."
         ) from error
-    found = list(contents) if isinstance(contents, dict) else type(contents).__name__
+    found = _shown(list(contents)) if isinstance(contents, dict) else type(contents).__name__
     if not isinstance(contents, dict) or not set(keys) <= contents.keys():
         raise ValueError(f"{path}: expected a dictionary with the keys {list(keys)}, got {found}.")
     return [contents[key] for key in keys]
 
 
-def _read_names(path: Path, key: bytes) -> list[str]:
-    (names,) = _unpickle(path, key)
+def _read_names(path: Path, layout: CifarLayout) -> list[str]:
+    def is_name(value: Any) -> bool:
+        return isinstance(value, bytes) and value.isascii() and bool(value.strip())
+
+    (names,) = _unpickle(path, layout.names_key)
+    wrong = [name for name in names if not is_name(name)] if isinstance(names, list) else [names]
+    if wrong:
+        raise ValueError(f"{path}: expected a list of names in ASCII, got {_shown(wrong[0])}. Fetch the file again.")
+    if len(names) != layout.num_classes or len(set(names)) < len(names):
+        raise ValueError(
+            f"{path}: expected {layout.num_classes} different names of classes, got {len(names)}, {len(set(names))} of "
+            "them different. Fetch the file again."
+        )
     return [name.decode("ascii") for name in names]
 
 
-def _read_batch(path: Path, labels_key: bytes, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_batch(path: Path, layout: CifarLayout) -> tuple[np.ndarray, np.ndarray]:
     """Images ``(n, 32, 32, 3)`` uint8 and labels ``(n,)`` int64 of one file."""
-    pixels, labels = _unpickle(path, b"data", labels_key)
+    pixels, labels = _unpickle(path, b"data", layout.labels_key)
+    if not isinstance(labels, list) or not labels:
+        raise ValueError(f"{path}: expected a list of labels, got {_shown(labels)}. Fetch the file again.")
     shape = pixels.values.shape if isinstance(pixels, _Array) else type(pixels).__name__
     if shape != (len(labels), 3 * 32 * 32):
         raise ValueError(
@@ -150,9 +219,10 @@ def _read_batch(path: Path, labels_key: bytes, num_classes: int) -> tuple[np.nda
             "Fetch the file again."
         )
     for index, label in enumerate(labels):
-        if not isinstance(label, int) or not 0 <= label < num_classes:
+        # Not isinstance: True is an int.
+        if type(label) is not int or not 0 <= label < layout.num_classes:
             raise ValueError(
-                f"{path}: expected labels from 0 to {num_classes - 1}, got {label!r} for image {index}. "
+                f"{path}: expected labels from 0 to {layout.num_classes - 1}, got {_shown(label)} for image {index}. "
                 "Is this the folder of the other CIFAR dataset?"
             )
     # A row holds 1024 red values, then green, then blue, each a 32 x 32 image row by row.
