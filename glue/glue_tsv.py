@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +23,9 @@ from tasks import GlueTask
 
 logger = logging.getLogger(__name__)
 
+# Characters of a line, far beyond the longest of the official files: a longer one is not read into memory first.
+_LONGEST_LINE = 1 << 20
+
 
 def read_glue_folder(folder: str | Path, task: GlueTask) -> DatasetDict:
     """Read the labelled splits of one task from a folder of official files, under the Hub's names.
@@ -31,14 +35,20 @@ def read_glue_folder(folder: str | Path, task: GlueTask) -> DatasetDict:
         ValueError: a file or a row is not in the official format.
     """
     folder = Path(folder)
+    # Not a link to nothing either, nor a pipe, which would wait for its other end.
     missing = [name for name in task.files.values() if not (folder / name).is_file()]
     if missing:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
+        found = ", ".join(sorted(map(_entry, folder.iterdir()))) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
             f"{folder}: expected a folder with the official files of {task.name} ({', '.join(task.files.values())}), "
-            f"but {', '.join(missing)} is not there (found: {found}). Give --data_dir the folder of this one task."
+            f"but {', '.join(missing)} is not there (found: {_cut(found)}). Give --data_dir the folder of this one task."
         )
     return DatasetDict({split: read_glue_file(folder / name, task) for split, name in task.files.items()})
+
+
+def _entry(path: Path) -> str:
+    """How a message lists what a folder holds."""
+    return path.name + ("" if path.is_file() else "/" if path.is_dir() else " (no file)")
 
 
 def read_glue_file(path: str | Path, task: GlueTask) -> Dataset:
@@ -49,9 +59,11 @@ def read_glue_file(path: str | Path, task: GlueTask) -> Dataset:
     """
     path = Path(path)
     columns: dict[str, list] = {column: [] for column in task.features}
-    _check_utf8(path)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: expected rows of {task.name}, got an empty file. Use the official file.")
     # newline="" leaves line ends to csv, which breaks rows at \n, \r\n and \r only (and not at U+2028 and the like).
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Bytes that are no UTF-8 are kept for `_lines`, which knows their line.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         for line, row in _rows(file, path, task):
             for column, name in task.tsv_columns.items():
                 columns[column].append(row[name])
@@ -63,7 +75,7 @@ def read_glue_file(path: str | Path, task: GlueTask) -> Dataset:
 
 def _rows(file: TextIO, path: Path, task: GlueTask) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield each row as (line number from 1, fields by official column name)."""
-    reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    reader = csv.reader(_lines(file, path), delimiter="\t", quoting=csv.QUOTE_NONE)
     broken = []
     try:
         header = task.tsv_header or next(reader, [])
@@ -76,7 +88,7 @@ def _rows(file: TextIO, path: Path, task: GlueTask) -> Iterator[tuple[int, dict[
             elif fields:
                 raise ValueError(
                     f"{path}, line {reader.line_num}: expected {len(header)} tab-separated fields "
-                    f"({', '.join(header)}), got {len(fields)}. Repair or remove that line."
+                    f"({_cut(', '.join(header))}), got {len(fields)}. Repair or remove that line."
                 )
     except csv.Error as error:
         raise ValueError(
@@ -98,7 +110,14 @@ def _check_header(header: tuple[str, ...] | list[str], path: Path, task: GlueTas
     if missing:
         raise ValueError(
             f"{path}, line 1: expected a header row of {task.name} with the columns {_quoted(expected)}, "
-            f"but {_quoted(missing)} is not in {_quoted(header)}. Use the official file, or another --task_name."
+            f"but {_quoted(missing)} is not in {_quoted(header) or 'an empty line'}. Use the official file, or another "
+            "--task_name."
+        )
+    double = [name for name in expected if header.count(name) > 1]
+    if double:
+        raise ValueError(
+            f"{path}, line 1: expected one column each of {_quoted(expected)}, but {_quoted(double)} is in "
+            f"{_quoted(header)} more than once. Use the official file."
         )
 
 
@@ -106,36 +125,49 @@ def _parse_label(text: str, task: GlueTask, where: str) -> int | float:
     """Class index or score that a label field spells. `where` (file and line) opens the error message."""
     if task.is_regression:
         low, high = task.score_range
-        try:
-            score = float(text)
-        except ValueError:
-            score = float("nan")
+        # float() alone would read 0_4 as 4.
+        score = float(text) if re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", text) else float("nan")
         if not low <= score <= high:  # also refuses nan
             raise ValueError(
-                f"{where}: expected a score from {low:g} to {high:g} in column {task.tsv_label!r}, got {text!r}. "
-                "Correct or remove that line."
+                f"{where}: expected a score from {low:g} to {high:g} in column {task.tsv_label!r}, got "
+                f"{_cut(repr(text))}. Correct or remove that line."
             )
         return score
     spellings = task.labels if task.labels_as_words else tuple(str(index) for index in range(len(task.labels)))
     if text not in spellings:
         raise ValueError(
             f"{where}: expected one of the labels of {task.name}, {_quoted(spellings)}, in column {task.tsv_label!r}, "
-            f"got {text!r}. Correct or remove that line."
+            f"got {_cut(repr(text))}. Correct or remove that line."
         )
     return spellings.index(text)
 
 
-def _check_utf8(path: Path) -> None:
-    """Line by line and ahead of the rows: a text reader decodes in blocks, so it could not name the line."""
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            try:
-                raw.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {line}: expected UTF-8, got other bytes ({error.reason}). Convert the file to UTF-8."
-                ) from error
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of the file, each found to be text."""
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), ""), start=1):
+        try:
+            line.encode("utf-8", "surrogateescape").decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: expected UTF-8, got other bytes ({error.reason}). Convert the file to UTF-8."
+            ) from error
+        if "\0" in line:
+            raise ValueError(
+                f"{path}, line {number}: expected text, got a NUL character. The file is damaged, or in another encoding "
+                "than UTF-8: use the official file."
+            )
+        if len(line) == _LONGEST_LINE:
+            raise ValueError(
+                f"{path}, line {number}: expected a row of tab-separated fields, got a line of {_LONGEST_LINE} characters "
+                "or more. Repair that line."
+            )
+        yield line
 
 
 def _quoted(names: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+    return _cut(", ".join(repr(name) for name in names))
+
+
+def _cut(text: str) -> str:
+    """What a message shows of what a file holds, however much that is."""
+    return text if len(text) <= 200 else f"{text[:200]}..."

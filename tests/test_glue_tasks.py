@@ -282,7 +282,7 @@ def test_a_file_without_rows_is_refused(tmp_path, text):
 def test_an_empty_file_is_refused(tmp_path):
     path = tmp_path / "dev.tsv"
     path.write_text("")
-    assert f"{path}, line 1: expected a header row of sst2" in refusal(path, "sst2")
+    assert refusal(path, "sst2") == f"{path}: expected rows of sst2, got an empty file. Use the official file."
 
 
 def test_a_missing_file_is_named(tmp_path):
