@@ -117,6 +117,9 @@ class _Array:
         if not isinstance(dtype, _DType):
             raise pickle.UnpicklingError("an array without a type")
         self.values = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if is_fortran else "C")
+        # numpy takes a negative size for one that it is to find out.
+        if self.values.shape != shape:
+            raise pickle.UnpicklingError("an array of a negative size")
 
 
 def _reconstruct(subtype: type, shape: tuple, typecode: bytes) -> _Array:
