@@ -75,7 +75,7 @@ def _load_image_folder(folder: Path, max_pixels: int) -> ImageTask:
     if not (folder / "train").is_dir() or not tests:
         raise FileNotFoundError(
             f"An image folder holds train/ and test/ (or validation/), each with one folder of images per class, but "
-            f"{folder} holds {sorted(path.name for path in folder.iterdir())}."
+            f"{folder} holds {str(sorted(path.name for path in folder.iterdir()))[:200]}."
         )
     train, test = images_by_class(folder / "train"), images_by_class(folder / tests[0])
     empty = [name for name, images in train.items() if not images]
@@ -93,10 +93,10 @@ def _load_image_folder(folder: Path, max_pixels: int) -> ImageTask:
     label_names = list(train)
 
     def labelled(images: dict[str, list[str]], split: str) -> LabelledImages:
-        stored = StoredImages([path for name in images for path in images[name]], split, max_pixels)
+        stored = StoredImages([path for paths in images.values() for path in paths], split, max_pixels)
         stored.check()
-        labels = [label_names.index(name) for name in images for _ in images[name]]
-        return LabelledImages(stored, np.array(labels, dtype=np.int64))
+        labels = np.repeat([label_names.index(name) for name in images], [len(paths) for paths in images.values()])
+        return LabelledImages(stored, labels.astype(np.int64))
 
     return ImageTask(labelled(train, "train"), labelled(test, tests[0]), label_names)
 

@@ -41,8 +41,9 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Official folder of the python version (cifar-10-batches-py, cifar-100-python) or the folder it is "
-            "in; for imagefolder the folder with train/<class>/ and test/<class>/ or validation/<class>/. Without it, "
-            "CIFAR comes from the Hub (uoft-cs/cifar10, uoft-cs/cifar100)."
+            "in; for imagefolder the folder with train/<class>/ and test/<class>/ or validation/<class>/, where "
+            "everything is an image (16 bits are scaled, transparency shows white). Without it, CIFAR comes from the "
+            "Hub (uoft-cs/cifar10, uoft-cs/cifar100)."
         },
     )
     label_noise: float = field(
