@@ -1,0 +1,222 @@
+"""Disks that are full, and folders that are gone: the run goes on, says what could not be written, and no checkpoint is lost."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hf_sampa.checkpoints import checkpoint
+from hf_sampa.checkpoints.writing import NotSaved
+from tests import tiny
+from tests.division import divided_tuples
+from tests.ranks import run_ranks
+from tests.test_saving import Does, bytes_of, outcome, trainer_of
+
+
+SAVES = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def limit(size: int) -> None:
+    """No file may become larger than so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def no_room_for(name: str) -> None:
+    """The disk is full when a file of this name is to be put in place."""
+
+    def replace(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        REPLACE(source, target)
+
+    os.replace = replace
+
+
+REPLACE = os.replace
+
+
+def a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+
+
+def make_room(folder: Path) -> None:
+    limit(resource.RLIM_INFINITY)
+    os.replace = REPLACE
+    if folder.is_file():
+        folder.unlink()
+
+
+# What happens to the output folder in step 3, which checkpoints are there at the end, and what is said of the others.
+FAULTS = {
+    "nothing fits": (lambda folder: limit(2_000), {1, 2, 5, 6}, r"the weights \(File too large"),
+    "the weights fit": (lambda folder: limit(30_000), {1, 2, 5, 6}, r"the optimizer \(torch could not write the file"),
+    "no g_t": (lambda folder: no_room_for("sampa.safetensors"), {1, 2, 5, 6}, r"SAMPa's state \(.*No space left"),
+    "no manifest": (lambda folder: no_room_for("sampa.json"), {1, 2, 5, 6}, r"its files \(.*No space left"),
+    "no folder": (shutil.rmtree, {3, 4, 5, 6}, None),
+    "a file": (a_file, {5, 6}, r"the weights \(.*Not a directory"),
+}
+
+
+class Errors(logging.Handler):
+    """Collects what is logged as an error."""
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.said: list[str] = []
+        logging.getLogger("hf_sampa").addHandler(self)
+
+    def emit(self, record):
+        self.said.append(record.getMessage())
+
+
+def run(folder, name=None):
+    """What came of a run whose disk fails in step 3 and is well again in step 5; what was said, and what is in its folder."""
+    folder, callbacks, errors = Path(folder) / "out", [], Errors()
+    if name is not None and rank() == 0:
+        begins = FAULTS[name][0]
+        callbacks = [Does("on_step_end", 3, lambda: begins(folder)), Does("on_step_end", 5, lambda: make_room(folder))]
+    try:
+        dataset = tiny.sentences(18 * max(1, int(os.environ.get("WORLD_SIZE", 1)) // 2))
+        found = outcome(trainer_of(folder, callbacks=callbacks, dataset=dataset, **SAVES))
+    finally:
+        make_room(folder)
+        logging.getLogger("hf_sampa").removeHandler(errors)
+    return found, errors.said, sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def check(folder, name, found, errors, names, figure):
+    """Everything went on as if nothing had been, but for the checkpoints that did not fit."""
+    _, steps, message = FAULTS[name]
+    assert names == [f"checkpoint-{step}" for step in sorted(steps)], errors
+    assert all(checkpoint.is_whole(Path(folder) / "out" / each) for each in names)
+    assert len(errors) == (2 if message else 0)
+    for step, error in zip((3, 4), errors, strict=False):
+        words = rf"{folder}/out/checkpoint-{step} could not be saved, and nothing of it is left: {message}.*\. It needs [\d,]+ bytes; "
+        assert re.search(words + r"[\d,]+ are free in .*\. The run goes on, and the next save tries again\.$", error)
+    figure("disks that failed", 1, 1)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_disk_that_fails(tmp_path, whole, name, figure):
+    found, errors, names = run(tmp_path, name)
+    assert tiny.differing(whole, found) == []
+    check(tmp_path, name, found, errors, names, figure)
+
+
+def every_fault(folder, names):
+    return [run(Path(folder) / str(i), name) for i, name in enumerate((None, *names))]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world_size", "names"),
+    divided_tuples(
+        [(2, ("the weights fit", "no manifest")), (2, (*FAULTS,)), (4, (*FAULTS,))],
+        whole=[(2, (*FAULTS,)), (4, (*FAULTS,))],
+    ),
+)
+def test_disks_that_fail_on_rank_0(tmp_path, world_size, names, figure):
+    """All ranks give up the same checkpoints, and go on together."""
+    whole, *of_faults = zip(*run_ranks(every_fault, world_size, tmp_path, names, folder=tmp_path), strict=True)
+    for i, (name, of_ranks) in enumerate(zip(names, of_faults, strict=True), start=1):
+        for (expected, *_), (found, *_) in zip(whole, of_ranks, strict=True):
+            assert tiny.differing(expected, found) == [], name
+        check(tmp_path / str(i), name, *of_ranks[0], figure)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run whose disk is well."""
+    return run(tmp_path_factory.mktemp("whole"))[0]
+
+
+def test_saving_by_hand_raises(tmp_path):
+    trainer = trainer_of(tmp_path / "out", save_strategy="no")
+    trainer.train()
+    try:
+        limit(30_000)
+        with pytest.raises(
+            NotSaved, match=r"checkpoint-6 could not be saved, and nothing of it is left: the optimizer .*\. It needs"
+        ):
+            trainer._save_checkpoint(trainer.model, trial=None)
+    finally:
+        limit(resource.RLIM_INFINITY)
+    assert os.listdir(tmp_path / "out") == []
+    trainer._save_checkpoint(trainer.model, trial=None)
+    assert checkpoint.is_whole(tmp_path / "out" / "checkpoint-6")
+
+
+def test_a_checkpoint_that_is_replaced_comes_back(tmp_path):
+    trainer = trainer_of(tmp_path / "out", **SAVES)
+    trainer.train()
+    before = bytes_of(tmp_path / "out")
+    try:
+        no_room_for("sampa.json")
+        with pytest.raises(NotSaved, match="No space left"):
+            trainer._save_checkpoint(trainer.model, trial=None)
+    finally:
+        make_room(tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == before
+
+
+# ---- File systems that are full, or read only ----
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mount a small file system, where that is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(*options: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "faults", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a file system is not allowed")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kilobytes", [40, 80, 120, 200, 280, 360, 440])
+def test_a_disk_that_is_full(mounted, whole, kilobytes, figure):
+    """Some checkpoints fit: those that are there are whole, and a run that goes on from the last ends with the same bits."""
+    folder = mounted(f"size={kilobytes}k")
+    found, errors, names = run(folder)
+    assert tiny.differing(whole, found) == []
+    assert len(names) + len(errors) == 6 and errors
+    assert all(checkpoint.is_whole(folder / "out" / name) for name in names)
+    if names:
+        again = outcome(trainer_of(folder / "out", save_strategy="no", eval_strategy="no"), True)
+        assert tiny.differing(whole["weights"], again["weights"]) == []
+    figure("disks that were full", 1, 1)
+
+
+@pytest.mark.whole
+def test_a_disk_that_becomes_read_only(mounted, whole, figure):
+    folder = mounted("size=4000k")
+    (folder / "out").mkdir()
+
+    def read_only():
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+
+    errors = Errors()
+    found = outcome(trainer_of(folder / "out", callbacks=[Does("on_step_end", 3, read_only)], **SAVES))
+    assert tiny.differing(whole, found) == []
+    assert len(errors.said) == 4 and all("Read-only file system" in error for error in errors.said)
+    assert checkpoint.steps_in(folder / "out") == ["checkpoint-2", "checkpoint-1"]
+    figure("disks that became read only", 1, 1)
