@@ -27,7 +27,7 @@ from .checks import (
     check_precision,
     check_trainer,
 )
-from .distributed import check_same_start
+from .distributed import check_same_start, ending_with_launcher, peers_expected
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
 from .monitoring import DiagnosticsCallback
 from .run import Run
@@ -149,7 +149,8 @@ class SAMPaMixin:
         try:
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with peers_expected(), ending_with_launcher():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
             if not self._run.ready and self.state is state:
                 # Refused before upstream began: the last run's result stands.
@@ -337,10 +338,15 @@ class SAMPaMixin:
             yield
 
     def evaluate(self, *args, **kwargs):
-        """As in Trainer; the model card needs to know which weights and data the metrics are of."""
+        """As in Trainer; the model card needs to know which weights and data the metrics are of. Raises as `predict` does."""
         given = inspect.signature(super().evaluate).bind(*args, **kwargs).arguments
-        with self._card.evaluating(given):
+        with self._card.evaluating(given), peers_expected():
             return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        """As in Trainer. Raises PeerLost where another process does not answer; upstream's error would be gloo's."""
+        with peers_expected():
+            return super().predict(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         """Upstream's writes at once, into the checkpoint that is there, and knows nothing of g_t."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 
-from .distributed import SIZE_VARIABLES, Mesh, whole_size_and_rank
+from .distributed import SIZE_VARIABLES, Mesh, peers_expected, whole_size_and_rank
+from .state import stood_in
 from .variants import Recipe, Variant, find, parse_arguments
 
 
@@ -142,6 +144,13 @@ class SAMPaArgumentsMixin:
             self.dataloader_drop_last = drop_last
         self.average_tokens_across_devices = False
         self.check_settings()
+
+    @cached_property
+    def _setup_devices(self):
+        """Upstream's lets the processes of a CPU wait for one another for half an hour, whatever `ddp_timeout` is."""
+        begin = partial(torch.distributed.init_process_group, timeout=self.ddp_timeout_delta)
+        with stood_in(torch.distributed, "init_process_group", begin), peers_expected():
+            return super()._setup_devices
 
     @property
     def mesh(self) -> Mesh:

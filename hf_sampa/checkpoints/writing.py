@@ -60,7 +60,8 @@ class Writing:
             raise self._failed[1]
         if others := [words for of_the_disk, words in failed if not of_the_disk]:
             raise RuntimeError(
-                f"A checkpoint was given up, because another process failed to write {others[0]}. See its log."
+                f"A checkpoint was given up, because another process failed to write {others[0]}; see its log. "
+                "Start the run again with resume_from_checkpoint=True."
             )
         raise NotSaved(failed[0][1])
 

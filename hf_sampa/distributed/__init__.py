@@ -4,7 +4,8 @@ Processes that ought to be equal are compared here. Knows nothing of the algorit
 """
 
 from .agreement import check_ranks_agree, check_repeatable, check_rest_alike, check_same_start
-from .exchange import BUCKET_BYTES, Exchange, PeerLost, close_groups, partition
+from .exchange import BUCKET_BYTES, Exchange, PeerLost, close_groups, partition, peers_expected
+from .launcher import ending_with_launcher
 from .role_world import SIZE_VARIABLES, groups_of_modules, whole_size_and_rank
 from .roles import Mesh, Role
 
@@ -21,7 +22,9 @@ __all__ = [
     "check_rest_alike",
     "check_same_start",
     "close_groups",
+    "ending_with_launcher",
     "groups_of_modules",
     "partition",
+    "peers_expected",
     "whole_size_and_rank",
 ]

@@ -7,6 +7,7 @@ backward is still running; with several replicas, an all-reduce of d numbers wit
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,39 @@ class PeerLost(RuntimeError):
     """Another process did not answer in time, or has ended."""
 
 
+@contextmanager
+def peers_expected() -> Iterator[None]:
+    """Around code that may wait for other processes, in whatever library. Raises PeerLost where one does not answer."""
+    try:
+        yield
+    except PeerLost:
+        raise
+    except RuntimeError as error:
+        if not _is_of_peers(error):
+            raise
+        raise _lost(error) from error
+
+
+def _is_of_peers(error: RuntimeError) -> bool:
+    """Whether `error` is torch's, of a process that does not answer; gloo's are plain, and name the file of gloo that raises."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _lost(error: Exception) -> PeerLost:
+    with whole_world():
+        if dist.is_initialized():
+            rank, others = dist.get_rank(), dist.get_world_size() - 1
+        else:  # it was waited for in vain when the world was to begin
+            rank, others = os.environ.get("RANK", "?"), int(os.environ.get("WORLD_SIZE", 2)) - 1
+    return PeerLost(
+        f"Rank {rank} expected an answer from the other {others} process(es) of this run and got none: {error}. Most likely one "
+        "of them has died; the cause is in its own log. If none has: a process takes part in something that the others do not "
+        "reach, as code of your own that speaks to the other processes outside of a pass (a callback, a metric) does on some of "
+        "them only, or an evaluation, a save or a stop that only one of them begins. Processes that are merely slow need a larger "
+        "--ddp_timeout. Start the run again with resume_from_checkpoint=True."
+    )
+
+
 class Exchange:
     """Moves tensors between the processes of a mesh; does nothing in a world of one.
 
@@ -97,15 +131,17 @@ class Exchange:
         self._world_group = self._role_group = lent = None
         self._means: list[tuple[dist.Work, Tensor, Callable[[], None]]] = []
         self._transfers: deque[tuple[list[dist.Work], Callable[[], None] | None]] = deque()
-        if mesh.world_size > 1:
-            # A group of our own, because the default group of a CPU world does not know the timeout.
-            self._world_group = self._role_group = dist.new_group(timeout=timeout)
-        if mesh.paired and mesh.num_replicas > 1:
-            # Every process has to take part in the creation of every group.
-            self._role_group, lent = (
-                {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}[mesh.roles[0]]
-                for _ in range(2)
-            )
+        with peers_expected():
+            if mesh.world_size > 1:
+                # Others speak to one another through the default group, and may have made it without the timeout.
+                distributed_c10d._set_pg_timeout(timeout)
+                self._world_group = self._role_group = dist.new_group(timeout=timeout)
+            if mesh.paired and mesh.num_replicas > 1:
+                # Every process has to take part in the creation of every group.
+                self._role_group, lent = (
+                    {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}[mesh.roles[0]]
+                    for _ in range(2)
+                )
         # A group of its own, so that what a loss gathers and what is exchanged meanwhile do not meet.
         self.role_world = RoleWorld(mesh, lent)
         self._groups = list({id(each): each for each in (self._world_group, self._role_group, lent) if each}.values())
@@ -273,14 +309,4 @@ class Exchange:
             raise
         except RuntimeError as error:
             # gloo reports closed connections and timeouts as plain RuntimeErrors, nccl as a subclass.
-            raise self._lost(error) from error
-
-    def _lost(self, error: Exception) -> PeerLost:
-        return PeerLost(
-            f"Rank {self.mesh.rank} expected an answer from the other {self.mesh.world_size - 1} process(es) of this "
-            f"run and got none: {error}. Most likely one of them has died; the cause is in its own log. If none has: a "
-            "process takes part in something that the others do not reach, as code of your own that speaks to the other "
-            "processes outside of a pass (a callback, a metric) does on some of them only, or an evaluation, a save or a "
-            "stop that only one of them begins. Processes that are merely slow need a larger --ddp_timeout. Start the run "
-            "again with resume_from_checkpoint=True."
-        )
+            raise _lost(error) from error
