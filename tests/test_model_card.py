@@ -34,7 +34,7 @@ from transformers import (
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 from hf_sampa.cards import evaluations, model_card, started
 from hf_sampa.cards.evaluations import Evaluation
-from hf_sampa.cards.model_card import is_somebodys
+from hf_sampa.cards.signature import why_left_alone
 from hf_sampa.variants.directions import Smoothed
 from hf_sampa.variants.recipe import Recipe
 from tests import models, tiny
@@ -118,6 +118,10 @@ def test_the_curve_has_a_line_for_each_evaluated_step_or_for_each_log_line():
     long = curve([logged(step) for step in range(1, 92)])
     assert long[2].startswith("| 3 |") and long[-3].startswith("| 91 |") and len(long) == 2 + 23 + 2
     assert long[-1] == "Of the logged lines, one in 4 is shown."
+
+
+def is_somebodys(card):
+    return why_left_alone(card) is not None
 
 
 def card_of(trainer):
@@ -502,7 +506,7 @@ def test_a_trainer_that_did_not_train_leaves_the_card_of_a_run(tmp_path, caplog)
     card = ModelCard.load(tmp_path / "README.md")
     assert "- rho: 0.2\n" in card.text and card.data.license == "mit" and before != card.text
     assert "README.md is left as it is, since it is of the run that made this model" in caplog.text
-    assert '\nname = "user/renamed"\n' in card.text and not model_card.is_somebodys(tmp_path / "README.md")
+    assert '\nname = "user/renamed"\n' in card.text and not is_somebodys(tmp_path / "README.md")
     other = SAMPaTrainer(model=tiny.bert(seed=1), args=args, train_dataset=tiny.sentences(8))
     assert "- steps: 0," in card_of(other).text, "the run's card is not this model's"
 
@@ -525,7 +529,7 @@ def test_a_fact_of_another_type_is_refused_and_a_card_that_fails_ends_no_trainin
     assert results(card_of(trainer))[("unknown", None, "auc")] == "None"
     with patch.object(model_card, "write", side_effect=ValueError("no card today")), tiny.transformers_log(caplog):
         trained(tmp_path / "failing")
-    assert "There is no card in" in caplog.text and "ValueError: no card today" in caplog.text
+    assert "There is no new card in" in caplog.text and "ValueError: no card today" in caplog.text
     assert (tmp_path / "failing" / "checkpoint-2" / "sampa.json").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -15,9 +16,11 @@ from accelerate.logging import get_logger
 from huggingface_hub import ModelCardData
 from transformers.modelcard import TrainingSummary
 
+from ..files import in_place_of, partial_of
 from . import model_card
 from .card_facts import CardFacts
 from .evaluations import Evaluation, record
+from .signature import BY_SOMEBODY, is_cut, is_ours, text_of, why_left_alone
 
 
 if TYPE_CHECKING:
@@ -72,10 +75,8 @@ class Card:
         trainer = self.trainer
         facts = replace(self.facts, **{name: fact for name, fact in told.items() if fact is not None})
         file = Path(trainer.args.output_dir) / "README.md"
-        if model_card.is_somebodys(file):
-            logger.warning(
-                f"{file} is left as it is, since somebody wrote or changed it. Remove it to have it written anew."
-            )
+        if why := why_left_alone(file):
+            logger.warning(_left_alone(file, why))
         elif self._is_published_later(file):
             logger.warning(f"{file} is left as it is, since it is of the run that made this model.")
             model_card.lead_to(file, trainer.hub_model_id)
@@ -89,6 +90,7 @@ class Card:
         return self.trainer.sampa is None and own and model_card.is_of_a_run(file)
 
     def _write(self, file: Path, facts: CardFacts, repository: str | None = None) -> None:
+        _keep_what_is_cut(file)
         if self._known is None or self._known[0] != facts:
             data = ModelCardData()
             if hasattr(self.trainer.model, "config"):
@@ -101,18 +103,26 @@ class Card:
     def _try_to_write(self, file: Path, repository: str | None = None) -> None:
         """Write it during the training, which it does not end if it cannot be written; not over somebody's."""
         try:
-            if not model_card.is_somebodys(file):
+            if (why := why_left_alone(file)) is None:
                 self._write(file, self.facts, repository)
+            elif why != BY_SOMEBODY:
+                logger.warning(_left_alone(file, why))
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # of what people told or measured
-            logger.warning(f"There is no card in {file.parent}: {type(error).__name__}: {error}")
+            logger.warning(f"There is no new card in {file.parent}: {type(error).__name__}: {error}")
 
     def begin_checkpoint(self, folder: Path, old: Path | None) -> None:
         """Before a checkpoint is written into `folder`, in the place of one that is in `old` meanwhile."""
-        if old is not None and model_card.is_somebodys(old / "README.md"):
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(old / "README.md", folder)
+        card, before = folder / "README.md", None if old is None else old / "README.md"
+        if before is not None:
+            partial_of(before).unlink(missing_ok=True)
+            if before.is_dir():
+                return  # moved into `folder` with what else is somebody's
+            if before.exists() and not is_ours(text_of(before)):
+                folder.mkdir(parents=True, exist_ok=True)
+                with in_place_of(card) as partial:
+                    shutil.copy(before, partial)
         if self.trainer.args.should_save:
-            self._try_to_write(folder / "README.md")
+            self._try_to_write(card)
 
     @contextmanager
     def kept(self, output_dir: str | None) -> Iterator[None]:
@@ -120,10 +130,13 @@ class Card:
         args = self.trainer.args
         card = Path(output_dir or args.output_dir) / "README.md"
         # Trainer calls this on all processes, of which one writes.
-        before = card.read_bytes() if args.should_save and card.exists() else None
-        yield
-        if before is not None and (not card.exists() or card.read_bytes() != before):
-            card.write_bytes(before)  # peft adds to any card that it finds
+        before = card.read_bytes() if args.should_save and card.is_file() else None
+        try:
+            yield
+        finally:
+            if before is not None and (not card.exists() or card.read_bytes() != before):
+                with in_place_of(card) as partial:
+                    partial.write_bytes(before)  # peft adds to any card that it finds
 
     # ---- Pushing ----
 
@@ -139,6 +152,18 @@ class Card:
         for job in trainer.push_in_progress.jobs if trainer.push_in_progress else []:
             if job not in before:
                 job.add_done_callback(_report)
+
+
+def _left_alone(file: Path, why: str) -> str:
+    return f"{file} is left as it is, since {why}. Remove it to have it written anew."
+
+
+def _keep_what_is_cut(file: Path) -> None:
+    """Out of the way of a new card: its last line may be a person's."""
+    if file.exists() and is_cut(text := text_of(file)) and text.strip("\0\n "):
+        kept = file.with_name(f"_{file.name}.cut")
+        logger.warning(f"{file} was cut, and is written anew. What there was of it is in {kept.name}.")
+        os.replace(file, kept)
 
 
 def _report(job: Future) -> None:
