@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .cards import CardFacts
+from .cards import CardFacts, declare_options
 from .trainer import SAMPaMixin
 from .training_args import SAMPaTrainingArguments
 from .variants import find
@@ -131,6 +131,7 @@ def parse_arguments(parser: HfArgumentParser, argv: list[str] | None = None) -> 
     Raises:
         FileExistsError: the run would write into an `output_dir` that is not empty.
     """
+    declare_options(*parser.dataclass_types)
     variant = find(parser.parse_known_args(argv)[0].variant)
     if parser.get_default("rho") is not None and variant.rho != find("sam").rho:
         parser.set_defaults(rho=round(parser.get_default("rho") * variant.rho / find("sam").rho, 12))

@@ -3,10 +3,22 @@
 Knows nothing of the algorithm.
 """
 
-from .card_facts import CardFacts, computation
+from .card_facts import CardFacts, changes, computation
 from .evaluations import Evaluation, bound, plain
+from .harmless import masked
 from .publish import Card
-from .started import versions
+from .started import declare_options, versions
 
 
-__all__ = ["Card", "CardFacts", "Evaluation", "bound", "computation", "plain", "versions"]
+__all__ = [
+    "Card",
+    "CardFacts",
+    "Evaluation",
+    "bound",
+    "changes",
+    "computation",
+    "declare_options",
+    "masked",
+    "plain",
+    "versions",
+]

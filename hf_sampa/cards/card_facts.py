@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer
 
 from ..monitoring import DiagnosticsCallback
-from .started import is_secret
+from .harmless import HIDDEN, is_plain, masked, shown, types_of
 
 
 # Listed always, and first.
@@ -49,6 +49,7 @@ PREFIXES_NOT_OF_THE_COMPUTATION = (
     "per_device_",
     "ddp_",
     "local_rank",
+    "adam_",
 )
 
 
@@ -106,7 +107,8 @@ def at_the_end(trainer: Trainer, seconds_per_step: float | None) -> list[str]:
     state, step = trainer.state, trainer.weights_step
     lines = [f"steps: {state.global_step}, epochs: {state.epoch or 0:.4g}", *trainer.continued]
     if step != state.global_step:
-        lines.append(f"weights: those of step {step}, the best by {trainer.args.metric_for_best_model}")
+        best_by = shown("metric_for_best_model", trainer.args.metric_for_best_model)
+        lines.append(f"weights: those of step {step}, the best by {best_by}")
     training, measured = (_last_up_to(step, state.log_history, name) for name in ("sharpness", "held_out_sharpness"))
     if training is None and step == state.global_step:
         training = {"step": step, **trainer.unlogged_means()}
@@ -144,7 +146,7 @@ def _weights_step(line: dict[str, Any]) -> int:
 
 
 def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
-    """Settings of the run: the main ones, what is SAMPa's, and whatever else is not as transformers has it."""
+    """Settings of the run: the main ones, what is SAMPa's, and whatever else is not as transformers has it, as far as it is harmless."""
     args, mesh = trainer.args, trainer.args.mesh
     roles = (
         f"{mesh.world_size}: {mesh.num_replicas} at perturbed and {mesh.num_replicas} at look-ahead weights"
@@ -172,25 +174,21 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
         "mixed_precision": trainer.accelerator.mixed_precision,
         **_adapters(trainer.model),
     }
+    declared = types_of(type(args))
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
-        hidden = (
-            name in NOT_OF_THE_COMPUTATION
-            or name.startswith(PREFIXES_NOT_OF_THE_COMPUTATION)
-            or is_secret(name, value)
-        )
-        if name in found or hidden or name.startswith("adam_"):
+        if name in (*found, *NOT_OF_THE_COMPUTATION) or name.startswith(PREFIXES_NOT_OF_THE_COMPUTATION):
             continue
         default = _default(field)
         if value != default and (value or default):  # nothing is nothing, whether False, None or an empty list
-            found[name] = value
+            found[name] = shown(name, value, declared[name])
     return {name: " ".join(str(getattr(value, "value", value)).split()) for name, value in found.items()}
 
 
 def _recipe(trainer: Trainer) -> dict[str, str]:
     if trainer._recipe is not None:
-        parts = {kind: trainer._recipe.settings[kind] for kind in trainer._recipe.changed_parts()}
-        return {"recipe": ", ".join(f"{kind} {part}" for kind, part in parts.items()) or "SAM's own"}
+        parts = [f"{kind} {trainer._recipe.settings[kind]}" for kind in trainer._recipe.changed_parts()]
+        return {"recipe": masked(", ".join(parts)) or "SAM's own"}
     arguments = ", ".join(f"{name} = {value}" for name, value in trainer.args.variant_args.items())
     return {"variant": trainer.args.variant, "variant_args": arguments or "none"}
 
@@ -204,6 +202,21 @@ def computation(trainer: Trainer) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in apart} | given
 
 
+def changes(trainer: Trainer, before: dict[str, str]) -> list[str]:
+    """What is computed otherwise now than `before`, which is what `computation` found then, in this version or an earlier one."""
+    now, declared = computation(trainer), types_of(type(trainer.args))
+    # An earlier version told more: whether that is another value now, is hidden.
+    names = [
+        n for n in {**now, **before} if before.get(n) != now.get(n) and not (n in before and now.get(n) == HIDDEN)
+    ]
+
+    def then(name: str) -> str:
+        value = before.get(name, "none")
+        return value if name not in declared or name in now else shown(name, value, declared[name])
+
+    return [f"{name} {then(name)}, then {now.get(name, 'none')}" for name in names]
+
+
 def optimization(trainer: Trainer) -> dict[str, Any]:
     """Optimizer, learning rate, weight decay and schedule, as they are and not as the arguments would have them."""
     if trainer.optimizer is None:
@@ -212,7 +225,7 @@ def optimization(trainer: Trainer) -> dict[str, Any]:
     groups, names = optimizer.param_groups, optimizer.defaults.keys() - NOT_OF_THE_OPTIMIZATION
 
     def values(name: str) -> str:
-        return " or ".join(dict.fromkeys(str(group[name]) for group in groups if name in group))
+        return " or ".join(dict.fromkeys(str(shown(name, group[name])) for group in groups if name in group))
 
     options = [
         f"{name} {value}" for name in sorted(names) if (value := values(name)) not in ("", "None", "False", "0")
@@ -228,10 +241,12 @@ def _adapters(model: Any) -> dict[str, str]:
     """Settings of peft's adapters, as far as they are not peft's own."""
     found = {}
     for name, config in getattr(model, "peft_config", {}).items():
+        declared = types_of(type(config))
         fields = {field.name: (getattr(config, field.name), _default(field)) for field in dataclasses.fields(config)}
-        kept = {k: v for k, (v, default) in fields.items() if v != default and k not in NOT_OF_THE_ADAPTER}
-        parts = [f"{k} {sorted(v) if isinstance(v, set) else v}" for k, v in kept.items()]
-        found[f"adapter {name}"] = ", ".join([config.peft_type.value, *parts])
+        changed = {k: v for k, (v, default) in fields.items() if v != default and k not in NOT_OF_THE_ADAPTER}
+        kept = {k: shown(k, sorted(v) if isinstance(v, set) else v, declared[k]) for k, v in changed.items()}
+        parts = [f"{k} {v}" for k, v in kept.items()]
+        found[f"adapter {name if is_plain(name) else HIDDEN}"] = ", ".join([config.peft_type.value, *parts])
     return found
 
 

@@ -114,7 +114,7 @@ def write(
         ],
         curve=evaluations.curve(trainer.state.log_history, found),
         hyperparameters=card_facts.hyperparameters(trainer, trainer.get_total_train_batch_size(args)),
-        command=started.command(args.world_size, bool(trainer.continued)),
+        command=started.command(type(args), args.world_size, bool(trainer.continued)),
         versions=started.versions(),
         citations=cite(args.method, _source(args), _model_type(trainer), data.base_model),
         card_data=data.to_yaml(),  # last: what the run was trained on is added to it

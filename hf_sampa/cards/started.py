@@ -1,4 +1,4 @@
-"""How a run was started, and with what, for its model card; without secrets."""
+"""How a run was started, and with what, for its model card; without what may be a secret."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from .harmless import HIDDEN, is_plain, shown, takes_several, types_of
+
 
 PACKAGES = ("hf_sampa", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft")
 # By which launchers say what a command line does not.
 VARIABLES = ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
-# Names of what is not to be shown, and what makes a token or key one of a tokenizer or a data set.
-SECRET = re.compile(
-    r"(?<![a-z])(?:secrets?|pass(?:word|wd|phrase)|pwd|credentials?|auth|authorization)(?![a-z])"
-    r"|api_?(?:keys?|tokens?)(?![a-z])|(?<![a-z])(?:keys?|token)$|(?:access|auth|hub|hf)_tokens$"
-)
-HARMLESS = re.compile(
-    r"(?:pad|eos|bos|unk|sep|cls|mask|start|end|special|max|min|text|sentence|label|image|audio|sort|group|column|input)\d*"
-    r"_(?:token|key)s?$"
-)
-SECRET_VALUE = re.compile(
-    r"(?:hf_|ghp_|sk-)[A-Za-z0-9]{20,}|://[^/\s:@]+:[^/\s@]+@|bearer\s|[\"'?&_\s](?:token|password|secret|api_?key)[\"']?\s*[:=]",
-    re.IGNORECASE,
-)
+# Of an option that is not declared, and of whose name nothing but words is shown.
+OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z]{1,24}\d{0,2}(?:[-_.][A-Za-z]{1,24}\d{0,2})*")
+NUMBER = re.compile(r"-[\d.]+(?:[eE][+-]?\d+)?")
+CONFIGURATION = (".json", ".yaml", ".yml")
+
+_beside: list[type] = []
 
 
-def is_secret(name: str, value: Any = "") -> bool:
-    """Whether an option or field of this name, or with this value, is not to be shown."""
-    plain = re.sub(r"[-.]+", "_", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()).strip("_")
-    return bool((SECRET.search(plain) and not HARMLESS.search(plain)) or SECRET_VALUE.search(str(value)))
-
-
-def command(world_size: int, resumed: bool = False) -> str:
-    """How this process, and its peers, were started; without secrets.
+def declare_options(*classes: type) -> None:
+    """Say what this process's command line has options of besides the training arguments, in place of what was said before.
 
     Args:
+        classes: dataclasses, as `transformers.HfArgumentParser` takes them. Cards show these options as they show those of the
+            training arguments, and hide the values of all others.
+    """
+    _beside[:] = classes
+
+
+def command(arguments: type, world_size: int, resumed: bool = False) -> str:
+    """How this process, and its peers, were started; what may hold a secret is hidden.
+
+    Args:
+        arguments: class of the training arguments.
         world_size: processes.
         resumed: whether the run cannot be had without the checkpoint that it went on from, since something changed there. Any
             other continued run is one that was never stopped, and that is what the command starts.
@@ -53,8 +53,13 @@ def command(world_size: int, resumed: bool = False) -> str:
         nodes = ["--nnodes", str(world_size // on_this_node)] if world_size > on_this_node else []
         start = ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
     given = {name: os.environ.get(name, "no") for name in VARIABLES}
-    variables = "".join(f"{name}={value} " for name, value in given.items() if value.lower() not in ("no", ""))
-    return f"```bash\n{variables}{shlex.join([*start, *script, *_words(sys.argv[1:], resumed)])}\n```"
+    variables = "".join(
+        f"{name}={value if is_plain(value) else HIDDEN} "
+        for name, value in given.items()
+        if value.lower() not in ("no", "")
+    )
+    words = _words(sys.argv[1:], types_of(*_beside, arguments), resumed)
+    return f"```bash\n{variables}{shlex.join([*start, *script, *words])}\n```"
 
 
 def _script() -> list[str] | None:
@@ -62,25 +67,48 @@ def _script() -> list[str] | None:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:
         return None if "ipykernel" in spec.name else ["-m", spec.name.removesuffix(".__main__")]
-    return [sys.argv[0]] if sys.argv[0].endswith(".py") and "ipykernel" not in sys.argv[0] else None
+    if not sys.argv[0].endswith(".py") or "ipykernel" in sys.argv[0]:
+        return None
+    return [_path(sys.argv[0])]
 
 
-def _words(given: list[str], resumed: bool) -> list[str]:
-    words, before = [], ""  # the option whose values these are
+def _path(word: str) -> str:
+    return shown("output_dir", word)
+
+
+def _words(given: list[str], declared: dict[str, Any], resumed: bool) -> list[str]:
+    """The words of a command line, those that may be secrets hidden.
+
+    Whether an option that is not declared takes a value is known to the script alone: the word after it is taken for one.
+    """
+    words: list[str] = []
+    name, values = "", 0  # the last option, and how many words have followed it
     for word in given:
-        name, equals, value = word.partition("=")
-        option = word.startswith("--") or (word.startswith("-") and not is_secret(before))
-        if (name if option else before).replace("-", "_") == "__resume_from_checkpoint" and not resumed:
-            pass
-        elif is_secret("" if option else before, word):
-            words.append("HIDDEN" if not (option and equals) else f"{name}=HIDDEN")
+        option, equals, value = word.partition("=")
+        own = option.lstrip("-").replace("-", "_")
+        known = option.startswith("--") and (own in declared or declared.get(own.removeprefix("no_")) is bool)
+        waits = name and not values and declared.get(name) is not bool
+        if not word.startswith("-") or NUMBER.fullmatch(word):
+            values += 1
+            takes = name and (values == 1 or takes_several(declared.get(name)))
+            found = shown(name, word, declared.get(name)) if takes else _alone(word)
+        elif known or not (waits or _may_be_secret(option)):
+            name, values = own, len(equals)
+            found = f"{option}={shown(own, value, declared.get(own))}" if equals else option
         else:
-            words.append(f"{name}=HIDDEN" if equals and is_secret(name, value) else word)
-        if option:
-            before = "" if equals else word
-        elif not is_secret(before):
-            before = ""
+            found = HIDDEN
+        if resumed or name != "resume_from_checkpoint" or values > 1:
+            words.append(found)
     return words
+
+
+def _may_be_secret(option: str) -> bool:
+    return not (OPTION.fullmatch(option) and is_plain(option.lstrip("-")))
+
+
+def _alone(word: str) -> str:
+    """A word of no option; one that names a file of arguments is shown."""
+    return _path(word) if word.endswith(CONFIGURATION) else HIDDEN
 
 
 def versions() -> dict[str, str]:

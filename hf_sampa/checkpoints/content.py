@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 
-from ..cards import bound, computation, plain
+from ..cards import bound, computation, masked, plain
 from ..data import Place
 from ..engine import SAMPa
 from . import checkpoint, saved_weights
@@ -130,7 +130,9 @@ def settings(run: Run) -> dict[str, Any]:
 def recipe_settings(run: Run) -> dict[str, Any]:
     """What the step is made of."""
     args, own = run.trainer.args, run.trainer._recipe
-    return {"variant": args.variant, "variant_args": args.variant_args} if own is None else own.settings
+    if own is None:
+        return {"variant": args.variant, "variant_args": args.variant_args}
+    return {kind: masked(part) for kind, part in own.settings.items()}
 
 
 def optimizer_name(run: Run) -> str:

@@ -12,7 +12,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers import PreTrainedModel, TrainerState
 
-from ..cards import Evaluation, computation
+from ..cards import Evaluation, changes
 from ..data import Place
 from ..engine import SAMPa
 from ..state import make_room
@@ -228,10 +228,8 @@ class Resume:
 
     def _other_settings(self, folder: str, found: Manifest) -> list[str]:
         """A sentence on what is computed otherwise from here on; nothing where all is as it was."""
-        now = computation(self.trainer)
-        was = found.computation or now  # not in checkpoints of earlier versions
-        names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
-        differing = [f"{name} {was.get(name, 'none')}, then {now.get(name, 'none')}" for name in names]
+        # Not in checkpoints of earlier versions.
+        differing = changes(self.trainer, found.computation) if found.computation else []
         after = f"continued after step {_steps_of(folder)} with other settings"
         return [f"{after}: {'; '.join(differing)}"] if differing else []
 
