@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+from accelerate.logging import get_logger
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .cards import Card, CardFacts
+from .cards import Card, CardFacts, texts_in, without_secrets
 from .checkpoints import check_trained, load_missing, load_weights
 from .checks import (
     check_dataset,
@@ -35,6 +36,9 @@ from .start import started_with
 from .state import other_modules, stood_in
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
 from .variants import Recipe, check_recipe, find
+
+
+logger = get_logger(__name__)
 
 
 class SAMPaMixin:
@@ -374,11 +378,11 @@ class SAMPaMixin:
             self._run.saving.write(output_dir)
 
     def _save(self, output_dir=None, state_dict=None):
-        """peft writes its own text into a README.md that is there: the card is put back."""
+        """peft writes its own text into a README.md that is there, and training_args.bin would have the Hub's token in it."""
         save = super()._save
 
         def write():
-            with self._card.kept(output_dir):
+            with self._card.kept(output_dir), without_secrets(self.args):
                 save(output_dir, state_dict)
 
         self._attempt("the weights", write)
@@ -395,12 +399,13 @@ class SAMPaMixin:
         self._run.saving.write(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Upstream's pushes no card of the whole run, and says nothing of a push that fails."""
+        """Upstream's pushes no card of the whole run, and the Hub's token, and says nothing of a push that fails."""
         push = partial(super()._push_from_checkpoint, checkpoint_folder)
-        if self.is_world_process_zero():
-            self._card.push(push)
-        else:
-            push()
+        with without_secrets(self.args):
+            if self.is_world_process_zero():
+                self._card.push(push)
+            else:
+                push()
 
     # ---- The end ----
 
@@ -414,6 +419,15 @@ class SAMPaMixin:
         self._loading_from = self.state.best_model_checkpoint
         self._run.resume.load_best(super()._load_best_model)
         self._card.note_best()
+
+    def init_hf_repo(self, *args, **kwargs):
+        """All arguments will be pushed, those of a class of somebody's, too."""
+        super().init_hf_repo(*args, **kwargs)
+        if texts := texts_in(self.args):
+            logger.warning(
+                f"training_args.bin, which is pushed, holds the training arguments, with None for what has the name or the look of a "
+                f"secret. {', '.join(texts)} will be in it as given: take out what is not for everybody."
+            )
 
     def create_model_card(self, *args, **kwargs):
         """As in Trainer, with a text of our own; what is not said here is taken from `card_facts`.

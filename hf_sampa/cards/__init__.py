@@ -3,6 +3,7 @@
 Knows nothing of the algorithm.
 """
 
+from .arguments_file import texts_in, without_secrets
 from .card_facts import CardFacts, changes, computation
 from .evaluations import Evaluation, bound, plain
 from .harmless import masked
@@ -20,5 +21,7 @@ __all__ = [
     "declare_options",
     "masked",
     "plain",
+    "texts_in",
     "versions",
+    "without_secrets",
 ]

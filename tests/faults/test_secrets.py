@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import random
 import shlex
 import string
@@ -25,6 +27,7 @@ from hf_sampa.variants.directions import Smoothed
 from hf_sampa.variants.recipe import Recipe
 from tests import tiny
 from tests.division import divided
+from tests.hub import Hub
 from tests.test_docs import PAGES, commands
 
 
@@ -419,3 +422,80 @@ def test_what_is_masked_can_still_be_compared():
     settings = "MyLengthscaleDirection(theta=0.30000000000000004, steps=[100, 20000], names=['query', 'key'], key={})"
     assert masked(settings.format(key)) == settings.format(masked(key))
     assert len(masked(key)) == 8 and masked(key) != masked(key[:-1] + "3")
+
+
+# ---- training_args.bin ----
+
+
+@dataclass
+class WithTexts(SAMPaTrainingArguments):
+    wandb_api_key: str = ""
+    headers: dict | None = None
+    note: str = ""
+    pad_token: str = ""
+
+
+def arguments_of(folder, token, **changes):
+    key = "glpat-" + "x1Y2" * 5
+    return WithTexts(
+        str(folder),
+        use_cpu=True,
+        report_to=[],
+        hub_token=token,
+        wandb_api_key="hunter",
+        headers={"X-Api-Key": "hunter", "a": [key], "accept": "text"},
+        note="my words",
+        pad_token="<pad>",
+        **changes,
+    )
+
+
+def test_the_arguments_that_are_written_have_no_secrets_and_those_in_use_have_them(tmp_path):
+    args = arguments_of(tmp_path, "tokentoken")
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(8))
+    before = copy.deepcopy(vars(args))
+    trainer.save_model()
+    written = (tmp_path / "training_args.bin").read_bytes()
+    assert not any(secret in written for secret in (b"tokentoken", b"hunter", b"x1Y2"))
+    assert b"my words" in written and b"<pad>" in written
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (loaded.hub_token, loaded.wandb_api_key, loaded.note) == (None, None, "my words")
+    assert loaded.headers == {"X-Api-Key": None, "a": [None], "accept": "text"}
+    SAMPaTrainer(model=tiny.bert(), args=loaded, train_dataset=tiny.sentences(8)).train()
+    for there in (args, copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        assert (there.hub_token, there.wandb_api_key) == ("tokentoken", "hunter")
+    assert {name: str(value) for name, value in vars(args).items()} == {n: str(v) for n, v in before.items()}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with Hub() as hub:
+        hub.patch(monkeypatch)
+        yield hub
+
+
+def test_nothing_that_is_pushed_has_a_token_and_pushes_authenticate(hub, tmp_path, monkeypatch, caplog):
+    token = hub.token
+    monkeypatch.delenv("HF_TOKEN")
+    settings = {
+        "push_to_hub": True,
+        "hub_model_id": "user/tiny",
+        "hub_strategy": "all_checkpoints",
+        "hub_always_push": True,
+    }
+    with tiny.transformers_log(caplog):
+        trainer = SAMPaTrainer(
+            model=tiny.bert(),
+            args=arguments_of(tmp_path, token, max_steps=2, save_steps=1, save_strategy="steps", **settings),
+            train_dataset=tiny.sentences(8),
+        )
+    assert (
+        "training_args.bin, which is pushed, holds the training arguments, with None for what has the name or the look of a "
+        "secret. headers, note, pad_token will be in it as given: take out what is not for everybody." in caplog.text
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("user/tiny")
+    assert {"training_args.bin", "checkpoint-1/training_args.bin", "checkpoint-2/sampa.json"} <= files.keys()
+    assert [name for name, content in files.items() if token.encode() in content or b"hunter" in content] == []
+    assert not any("partial" in name or name.startswith("_") for name in files)
