@@ -36,7 +36,8 @@ TEXTS = frozenset(
 )
 # Settings whose text is ``name=value,name=value``.
 PAIRS = frozenset(("optim_args", "variant_args"))
-TYPES = (bool, Number, Enum, torch.Tensor, torch.dtype, NoneType)
+# Besides text, None, switches and members of an Enum, which a class has written down.
+NUMBERS = (Number, torch.Tensor, torch.dtype)
 
 _SPELLED = {
     bool: re.compile(r"true|false|yes|no|[tfyn01]", re.IGNORECASE),
@@ -97,8 +98,8 @@ def types_of(*classes: type) -> dict[str, Any]:
 def _hints(declaring: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for each in reversed(declaring.__mro__):
-        # Of a class within a function that names other classes there, nothing more is known.
-        with suppress(NameError):
+        # Of annotations that cannot be read here, as of a class within a function that names others there, nothing is known.
+        with suppress(AttributeError, NameError, TypeError):
             found |= get_type_hints(each)
     return found
 
@@ -134,7 +135,7 @@ def is_harmless(name: str, value: Any, declared: Any = None) -> bool:
         return all(_is_name(key) and is_harmless(key, each) for key, each in value.items())
     if isinstance(value, list | tuple | set | frozenset):
         return all(is_harmless(name, each, declared) for each in value)
-    return isinstance(value, TYPES)
+    return isinstance(value, NUMBERS)
 
 
 def is_plain(text: str) -> bool:

@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 from hf_sampa.cards import declare_options, started
-from hf_sampa.cards.harmless import is_plain, masked
+from hf_sampa.cards.harmless import is_plain, masked, shown, types_of
 from hf_sampa.variants.directions import Smoothed
 from hf_sampa.variants.recipe import Recipe
 from tests import tiny
@@ -415,6 +415,17 @@ def test_a_run_with_hidden_settings_goes_on_and_says_what_changed(tmp_path):
     file.write_text(json.dumps(found))
     assert run(tmp_path / "same", checkpoint, note="hunter", steps_of_mine=3).continued == []
     assert run(tmp_path / "changed", checkpoint, steps_of_mine=4).continued == changed
+
+
+def test_of_annotations_that_cannot_be_read_nothing_is_known():
+    @dataclass
+    class Unreadable(SAMPaTrainingArguments):
+        number: Elsewhere = 0  # noqa: F821 - that is the point
+        other: torch.no_such_type = 0
+
+    declared = types_of(Unreadable)
+    assert declared["number"] is declared["other"] is None and declared["seed"] is int
+    assert shown("number", "3", declared["number"]) == "HIDDEN" and shown("seed", "3", declared["seed"]) == "3"
 
 
 def test_what_is_masked_can_still_be_compared():
