@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Files that are whole or not there at all, also when the power fails."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def in_place_of(file: Path) -> Iterator[Path]:
     partial = partial_of(file)
     try:
         yield partial
-        with open(partial, "r+b") as opened:  # Windows syncs nothing that was opened for reading
-            os.fsync(opened.fileno())
+        sync(partial)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
@@ -31,3 +30,14 @@ def in_place_of(file: Path) -> Iterator[Path]:
 def partial_of(file: Path) -> Path:
     """What there is of `file` while it is written, or after the process was killed in it."""
     return file.with_name(f"_{file.name}.partial")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names of those in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # it syncs nothing that was opened for reading
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

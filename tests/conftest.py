@@ -37,7 +37,7 @@ def chosen(request) -> Callable[..., list[Any]]:
 @pytest.fixture
 def figure(record_property) -> Callable[[str, int, int], None]:
     """Report a kind of fault, how many of it were put in, and how many ended as they should: a row of the table at the end."""
-    return lambda name, tried, right: record_property(figures.PROPERTY, [name, tried, right])
+    return lambda name, tried, right: record_property(figures.PROPERTY, [name, int(tried), int(right)])
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

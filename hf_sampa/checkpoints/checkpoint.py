@@ -16,7 +16,6 @@ visible what happened to it afterwards. `SAMPaMixin._save_rng_state` and `Saving
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,9 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState
 
+from ..files import in_place_of, sync
 from . import manifest
 from .manifest import Manifest, Weights
-from .whole import OTHER, needed_in, problem_of, record, sync, unreadable, weights_in
+from .whole import OTHER, needed_in, problem_of, record, unreadable, weights_in
 
 
 MANIFEST, TENSORS = "sampa.json", "sampa.safetensors"
@@ -53,31 +53,26 @@ def write_states(folder: Path, tensors: dict[str, dict[str, Tensor]], states: di
         tensors: by prefix, "" for g_t, and name.
         states: by file name; plain values, tensors, and lists, tuples and dicts of them. What is empty has no file.
     """
-    partial = folder / f"{TENSORS}.partial"
     # Copies, where one memory has two names, or only a part of it is meant.
     named = {prefix + name: each for prefix, several in tensors.items() for name, each in several.items()}
-    save_file({name: each.contiguous() if name[0] != "." else each.clone() for name, each in named.items()}, partial)
-    _put_in_place(partial, folder / TENSORS)
+    with in_place_of(folder / TENSORS) as partial:
+        save_file(
+            {name: each.contiguous() if name[0] != "." else each.clone() for name, each in named.items()}, partial
+        )
     for name, state in (states or {}).items():
         (folder / name).unlink(missing_ok=True)
         if state:
-            partial = folder / f"{name}.partial"
-            torch.save(state, partial)
-            _put_in_place(partial, folder / name)
+            with in_place_of(folder / name) as partial:
+                torch.save(state, partial)
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Say that the checkpoint in `folder` is whole, which it is when all else is on the disk; `content` are fields of `Manifest`."""
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(manifest.written(manifest.built({**content, "files": record(folder, apart=partial.name)})))
-    _put_in_place(partial, folder / MANIFEST)
+    text = manifest.written(manifest.built({**content, "files": record(folder)}))
+    with in_place_of(folder / MANIFEST) as partial:
+        partial.write_text(text)
     for each in (folder, folder.parent):  # the names of the files, before older checkpoints are removed
         sync(each)
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    sync(partial)
-    os.replace(partial, final)
 
 
 # ---- Reading ----

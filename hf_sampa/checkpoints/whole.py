@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
+from ..files import sync
 from .manifest import Recorded
 
 
@@ -46,26 +46,15 @@ def needed_in(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if is_needed(file.relative_to(folder).as_posix())]
 
 
-def record(folder: Path, apart: str) -> dict[str, Recorded]:
-    """Every file of the checkpoint in `folder`, by its path in it, but the card and the file `apart`; synced to the disk."""
+def record(folder: Path) -> dict[str, Recorded]:
+    """Every file of the checkpoint in `folder` but the card, by its path in it; synced to the disk."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    kept = {name: file for name, file in files.items() if name not in (CARD, apart)}
+    kept = {name: file for name, file in files.items() if name != CARD}
     with ThreadPoolExecutor(1) as waiting:  # for the disk, while checksums are computed
         synced = waiting.map(sync, kept.values())
         found = {name: recorded(file) for name, file in kept.items()}
         list(synced)
     return found
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names of those in a folder, are on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders
-    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # it syncs nothing that was opened for reading
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def recorded(file: Path) -> Recorded:

@@ -27,6 +27,7 @@ from hf_sampa.variants.directions import Smoothed
 from hf_sampa.variants.recipe import Recipe
 from tests import tiny
 from tests.division import divided
+from tests.former import as_before
 from tests.hub import Hub
 from tests.test_docs import PAGES, commands
 
@@ -413,6 +414,7 @@ def test_a_run_with_hidden_settings_goes_on_and_says_what_changed(tmp_path):
     found = json.loads(file.read_text())
     found["computation"]["note"] = "hunter"
     file.write_text(json.dumps(found))
+    as_before(file.parent)
     assert run(tmp_path / "same", checkpoint, note="hunter", steps_of_mine=3).continued == []
     assert run(tmp_path / "changed", checkpoint, steps_of_mine=4).continued == changed
 
