@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from accelerate.logging import get_logger
 
-
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)  # not accelerate's, which asks other processes perhaps
 
 SECONDS = 1.0  # between two looks
 
@@ -41,8 +40,7 @@ def _watch(launcher: int, over: threading.Event) -> None:
         if os.getppid() != launcher:
             logger.error(
                 f"The launcher of this process (number {launcher}) is gone: the process ends, too. Start the run again with "
-                "resume_from_checkpoint=True.",
-                main_process_only=False,
+                "resume_from_checkpoint=True."
             )
             os.kill(os.getpid(), signal.SIGTERM)
             return
