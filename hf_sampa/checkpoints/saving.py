@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 
-from ..distributed import PeerLost
+from ..distributed import PeerLost, peers_expected
 from ..engine import SAM, SAMPa
 from ..state import stood_in
 from . import checkpoint
@@ -153,7 +153,7 @@ class Saving:
         self._content = to_save(self.run, folder)
         self._writing, self._saved = Writing(self.run.exchange), False
         try:
-            with self._as_before_the_step(), ExitStack() as replaced:
+            with peers_expected(), self._as_before_the_step(), ExitStack() as replaced:
                 old = self.attempt("the folder", lambda: self._make_way(folder, replaced))
                 self._writing.agree()  # the others write into the folder, once the old one is out of the way
                 with stood_in(state, "save_to_json", partial(self._finish, state.save_to_json)):

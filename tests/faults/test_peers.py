@@ -174,6 +174,7 @@ ENDLESS = {"max_steps": 1_000_000, "ddp_timeout": TIMEOUT, "logging_strategy": "
 def train(folder, place, on, kind):
     os.dup2(os.open(Path(folder) / f"log{rank()}", os.O_WRONLY | os.O_CREAT), 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a forked process has it ignored
     fault = Fault(folder, place, on, kind)
     fault.at("start")
     args = tiny.arguments(folder, **(SETTINGS if place != "any moment" else ENDLESS))
