@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,15 @@ def disk_problem(error: Exception) -> str | None:
         return text
     if isinstance(error, SafetensorError) and "I/O error" in text:
         return text.partition("I/O error: ")[2]
-    # torch's own writer gives no reason.
-    if isinstance(error, RuntimeError) and ("inline_container.cc" in text or text.startswith("Parent directory ")):
-        return "torch could not write the file"
+    if isinstance(error, RuntimeError) and _raised_in(error) == "torch.serialization":
+        return "torch could not write the file"  # its writer gives no reason, in words that differ
     return None
+
+
+def _raised_in(error: Exception) -> str | None:
+    """The module whose code raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__") if frames else None
 
 
 def _in_words(what: str, error: Exception) -> str:

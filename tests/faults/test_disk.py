@@ -12,11 +12,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from hf_sampa.checkpoints import checkpoint
 from hf_sampa.checkpoints.writing import NotSaved
 from tests import tiny
-from tests.division import divided_tuples
 from tests.ranks import run_ranks
 from tests.test_saving import Does, bytes_of, outcome, trainer_of
 
@@ -82,27 +82,38 @@ class Errors(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def run(folder, name=None):
-    """What came of a run whose disk fails in step 3 and is well again in step 5; what was said, and what is in its folder."""
-    folder, callbacks, errors = Path(folder) / "out", [], Errors()
+class Told(TrainerCallback):
+    """Steps whose checkpoints callbacks were told of."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+def run(folder, name=None, **changes):
+    """What came of a run whose disk fails in step 3 and is well again in step 5; what was said, told, and is in its folder."""
+    folder, callbacks, errors, told = Path(folder) / "out", [], Errors(), Told()
     if name is not None and rank() == 0:
         begins = FAULTS[name][0]
         callbacks = [Does("on_step_end", 3, lambda: begins(folder)), Does("on_step_end", 5, lambda: make_room(folder))]
     try:
         dataset = tiny.sentences(18 * max(1, int(os.environ.get("WORLD_SIZE", 1)) // 2))
-        found = outcome(trainer_of(folder, callbacks=callbacks, dataset=dataset, **SAVES))
+        found = outcome(trainer_of(folder, callbacks=[*callbacks, told], dataset=dataset, **SAVES, **changes))
     finally:
         make_room(folder)
         logging.getLogger("hf_sampa").removeHandler(errors)
-    return found, errors.said, sorted(os.listdir(folder)) if folder.is_dir() else []
+    return found, errors.said, told.steps, sorted(os.listdir(folder)) if folder.is_dir() else []
 
 
-def check(folder, name, found, errors, names, figure):
+def check(folder, name, found, errors, told, names, figure):
     """Everything went on as if nothing had been, but for the checkpoints that did not fit."""
     _, steps, message = FAULTS[name]
     assert names == [f"checkpoint-{step}" for step in sorted(steps)], errors
     assert all(checkpoint.is_whole(Path(folder) / "out" / each) for each in names)
     assert len(errors) == (2 if message else 0)
+    assert told == ([1, 2, 5, 6] if message else [1, 2, 3, 4, 5, 6])
     for step, error in zip((3, 4), errors, strict=False):
         words = rf"{folder}/out/checkpoint-{step} could not be saved, and nothing of it is left: {message}.*\. It needs [\d,]+ bytes; "
         assert re.search(words + r"[\d,]+ are free in .*\. The run goes on, and the next save tries again\.$", error)
@@ -111,26 +122,29 @@ def check(folder, name, found, errors, names, figure):
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_disk_that_fails(tmp_path, whole, name, figure):
-    found, errors, names = run(tmp_path, name)
+    found, *rest = run(tmp_path, name)
     assert tiny.differing(whole, found) == []
-    check(tmp_path, name, found, errors, names, figure)
+    check(tmp_path, name, found, *rest, figure)
 
 
-def every_fault(folder, names):
-    return [run(Path(folder) / str(i), name) for i, name in enumerate((None, *names))]
+def every_fault(folder, names, changes):
+    return [run(Path(folder) / str(i), name, **changes) for i, name in enumerate((None, *names))]
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("world_size", "names"),
-    divided_tuples(
-        [(2, ("the weights fit", "no manifest")), (2, (*FAULTS,)), (4, (*FAULTS,))],
-        whole=[(2, (*FAULTS,)), (4, (*FAULTS,))],
-    ),
+    ("world_size", "names", "changes"),
+    [
+        (2, ("the weights fit", "no manifest"), {"shard_optimizer": True}),
+        pytest.param(2, tuple(FAULTS), {}, marks=pytest.mark.whole),
+        pytest.param(4, tuple(FAULTS), {"shard_optimizer": True}, marks=pytest.mark.whole),
+    ],
 )
-def test_disks_that_fail_on_rank_0(tmp_path, world_size, names, figure):
+def test_disks_that_fail_on_rank_0(tmp_path, world_size, names, changes, figure):
     """All ranks give up the same checkpoints, and go on together."""
-    whole, *of_faults = zip(*run_ranks(every_fault, world_size, tmp_path, names, folder=tmp_path), strict=True)
+    whole, *of_faults = zip(
+        *run_ranks(every_fault, world_size, tmp_path, names, changes, folder=tmp_path), strict=True
+    )
     for i, (name, of_ranks) in enumerate(zip(names, of_faults, strict=True), start=1):
         for (expected, *_), (found, *_) in zip(whole, of_ranks, strict=True):
             assert tiny.differing(expected, found) == [], name
@@ -196,7 +210,7 @@ def mounted(tmp_path):
 def test_a_disk_that_is_full(mounted, whole, kilobytes, figure):
     """Some checkpoints fit: those that are there are whole, and a run that goes on from the last ends with the same bits."""
     folder = mounted(f"size={kilobytes}k")
-    found, errors, names = run(folder)
+    found, errors, _told, names = run(folder)
     assert tiny.differing(whole, found) == []
     assert len(names) + len(errors) == 6 and errors
     assert all(checkpoint.is_whole(folder / "out" / name) for name in names)
