@@ -13,7 +13,7 @@ from tests import tiny
 from tests.ranks import run_ranks
 
 
-STEPS, EVERY, BEGUN = 5000, 100, 1000
+EVERY = 100
 MEGABYTE = 2**20
 
 
@@ -31,7 +31,7 @@ class Meter(TrainerCallback):
             self.rows.append((held, process.num_threads(), process.num_fds(), len(process.children())))
 
 
-def soak(folder, settings):
+def soak(folder, steps, settings):
     meter = Meter()
     tiny.run(
         folder,
@@ -39,7 +39,7 @@ def soak(folder, settings):
         dataset=tiny.sentences(64),
         trainer_kwargs={"callbacks": [meter], "eval_dataset": tiny.sentences(16, seed=3)},
         **{
-            "max_steps": STEPS,
+            "max_steps": steps,
             "logging_steps": 50,
             "save_strategy": "steps",
             "save_steps": EVERY,
@@ -56,14 +56,13 @@ def soak(folder, settings):
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "settings", [{}, {"variant": "vasso", "dataloader_num_workers": 1}], ids=["a pair", "with workers"]
+    ("steps", "settings"), [(5000, {}), (2000, {"variant": "vasso", "dataloader_num_workers": 1})]
 )
-def test_nothing_grows(tmp_path, settings, figure):
-    of_ranks = run_ranks(soak, 2, tmp_path, settings, folder=tmp_path / "ranks", timeout=800)
-    for rows in of_ranks:
-        begun = rows[BEGUN // EVERY :]
+def test_nothing_grows(tmp_path, steps, settings, figure):
+    for rows in run_ranks(soak, 2, tmp_path, steps, settings, folder=tmp_path / "ranks", timeout=800):
+        begun = rows[steps * 2 // 5 // EVERY :]
         for counts in zip(*[row[1:] for row in begun], strict=True):
             assert len(set(counts)) == 1
-        # Of pages that the allocator keeps, and of the log, which has some 150 lines more at the end.
-        assert begun[-1][0] - begun[0][0] < 4 * MEGABYTE
-    figure("steps without growth", STEPS, STEPS)
+        # The log grows, and the allocator keeps some pages: 1.2 MB were seen.
+        assert begun[-1][0] - begun[0][0] < 3 * MEGABYTE
+    figure("steps without growth", steps, steps)
