@@ -195,8 +195,9 @@ class Saving:
 
     def _give_up(self, folder: Path, problem: NotSaved) -> None:
         """Say what could not be written. A collective. Raises NotSaved where no run goes on."""
-        saved, rest, optimizers = zip(*self.run.exchange.share_objects((self._saved, *self._bytes())), strict=True)
-        self._saved = any(saved)
+        own = self._saved if self.trainer.args.should_save else None, *self._bytes()
+        saved, rest, optimizers = zip(*self.run.exchange.share_objects(own), strict=True)
+        self._saved = False not in saved
         if self._saved:
             logger.error(f"{folder} is saved, but what comes after it failed: {problem}. The run goes on.")
             return
