@@ -30,7 +30,7 @@ from transformers import TrainerState
 from ..files import in_place_of, sync
 from . import manifest
 from .manifest import Manifest, Weights
-from .whole import OTHER, needed_in, problem_of, record, unreadable, weights_in
+from .whole import OTHER, needed_in, problem_of, record, refused, unreadable, weights_in
 
 
 MANIFEST, TENSORS = "sampa.json", "sampa.safetensors"
@@ -131,23 +131,24 @@ def inspect(folder: Path, ignore_changed_files: bool = False) -> dict[str, str]:
     """
     try:
         content, as_written = _read(folder)
-        if content is None or content.format == 1:
-            _check_readable(folder)
-        if content is None:
-            return {}
-        found = {name: problem_of(folder, name, kept) for name, kept in content.files.items()}
-        changes = {name: problem for name, problem in found.items() if problem}
+        changes = {} if content is None else _changes(folder, content)
         if not as_written:
             changes[MANIFEST] = OTHER
         if changes and not ignore_changed_files:
             raise ValueError(
                 f"The checkpoint {folder} is not as it was written: {listed(changes)}. {ON_PURPOSE} {ELSEWHERE}"
             )
-        if changes:
-            _check_readable(folder)
+        if changes or content is None or content.format == 1:
+            _check(folder, unreadable, "is torn or damaged")
+        _check(folder, refused, "cannot be loaded")
         return changes
     except OSError as error:
         raise ValueError(f"The checkpoint {folder} cannot be read: {error}. {ELSEWHERE}") from error
+
+
+def _changes(folder: Path, content: Manifest) -> dict[str, str]:
+    found = {name: problem_of(folder, name, kept) for name, kept in content.files.items()}
+    return {name: problem for name, problem in found.items() if problem}
 
 
 def listed(changes: dict[str, str]) -> str:
@@ -155,12 +156,12 @@ def listed(changes: dict[str, str]) -> str:
     return "; ".join(f"{name} {problem}" for name, problem in changes.items())
 
 
-def _check_readable(folder: Path) -> None:
-    """Raise ValueError where a file that is needed says by itself that it is damaged."""
+def _check(folder: Path, problem_of: Callable[[Path], str | None], words: str) -> None:
+    """Raise ValueError where a file that is needed has a problem."""
     for file in needed_in(folder):
-        if problem := unreadable(file):
+        if problem := problem_of(file):
             name = file.relative_to(folder).as_posix()
-            raise ValueError(f"The checkpoint {folder} is torn or damaged: {name} {problem}. {ELSEWHERE}")
+            raise ValueError(f"The checkpoint {folder} {words}: {name} {problem}. {ELSEWHERE}")
 
 
 def is_whole(folder: Path) -> bool:

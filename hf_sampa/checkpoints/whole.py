@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 import torch
 import xxhash
 from safetensors import safe_open
+from torch.serialization import get_unsafe_globals_in_checkpoint
+from transformers.trainer_pt_utils import safe_globals
 
 from ..files import sync
 from .manifest import Recorded
@@ -94,7 +96,20 @@ def unreadable(file: Path) -> str | None:
         else:
             with zipfile.ZipFile(file) as archive:  # torch writes a checksum of every record
                 damaged = archive.testzip()
-            return damaged and f"is damaged, in its record {damaged}"
+            if damaged:
+                return f"is damaged, in its record {damaged}"
     except Exception as error:  # a damaged file can raise anything
         return f"is damaged: {type(error).__name__} while it was read"
     return None
+
+
+def refused(file: Path) -> str | None:
+    """What torch would not load of a file, though it be whole: classes that are not known to be harmless."""
+    if file.suffix not in (".pt", ".pth", ".bin") or not zipfile.is_zipfile(file):
+        return None
+    with safe_globals():  # as Trainer does, for numpy's random state
+        names = get_unsafe_globals_in_checkpoint(str(file))
+    return names and (
+        f"holds {', '.join(sorted(names))}, which torch.load takes for unsafe. If you know that it is safe, name it to "
+        "torch.serialization.add_safe_globals before train()"
+    )

@@ -8,8 +8,9 @@ import shutil
 from functools import partial
 
 import pytest
+import torch
 
-from hf_sampa.checkpoints import checkpoint, manifest
+from hf_sampa.checkpoints import checkpoint, manifest, whole
 from tests import tiny
 from tests.division import divided
 from tests.former import as_before
@@ -127,6 +128,28 @@ def test_checkpoints_without_checksums(written, folder, name, damage, figure):
         for ours in last.glob("sampa*"):
             ours.unlink()
     figure("damage of files without checksums", 2, 2)
+
+
+class Mine:
+    """What an optimizer of one's own may keep."""
+
+
+def test_states_that_torch_does_not_load(written, folder, caplog, figure):
+    """They were written as they are, and would end in advice to set weights_only=False, which nobody can."""
+    last = folder / "checkpoint-3"
+    torch.save({"mine": Mine()}, last / "scheduler.pt")
+    content = json.loads((last / "sampa.json").read_text())
+    content["files"]["scheduler.pt"] = vars(whole.recorded(last / "scheduler.pt"))
+    (last / "sampa.json").write_text(put(content, ("format",), manifest.FORMAT))
+    words = "checkpoint-3 cannot be loaded: scheduler.pt holds tests.faults.test_damage.Mine, which torch.load takes for unsafe"
+    with pytest.raises(ValueError, match=words):
+        resumed(folder, str(last))
+    with tiny.transformers_log(caplog):
+        assert tiny.differing(written[0], resumed(folder)) == []
+    assert words in caplog.text
+    with torch.serialization.safe_globals([Mine]):
+        assert checkpoint.inspect(last) == {}
+    figure("passed over", 2, 2)
 
 
 # ---- sampa.json, of another program ----
