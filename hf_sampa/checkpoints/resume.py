@@ -267,7 +267,12 @@ class Resume:
         trainer = self.trainer
         best = trainer.state.best_model_checkpoint
         if all(self.run.exchange.share_objects(Path(best).is_dir())):
-            self._inspect(Path(best))
+            try:
+                self._inspect(Path(best))
+            except ValueError as problem:
+                raise ValueError(
+                    f"load_best_model_at_end: {problem} The model holds the weights of the last step."
+                ) from problem
         make_room(trainer.model, checkpoint.read_tensors(Path(best), checkpoint.FORWARD_STATE))
         load()
         if not Path(best).is_dir():

@@ -14,6 +14,7 @@ from hf_sampa.checkpoints import checkpoint, manifest, whole
 from tests import tiny
 from tests.division import divided
 from tests.former import as_before
+from tests.test_saving import Does, trainer_of
 
 
 RUN = {
@@ -128,6 +129,23 @@ def test_checkpoints_without_checksums(written, folder, name, damage, figure):
         for ours in last.glob("sampa*"):
             ours.unlink()
     figure("damage of files without checksums", 2, 2)
+
+
+def test_a_damaged_best_model_is_not_loaded(tmp_path, figure):
+    def damage():
+        for folder in tmp_path.glob("checkpoint-*"):
+            file = folder / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = trainer_of(
+        tmp_path, callbacks=[Does("on_save", 4, damage)], **{**settings, "load_best_model_at_end": True}
+    )
+    with pytest.raises(
+        ValueError, match="^load_best_model_at_end: The checkpoint .* is not as it was written: model.safetensors"
+    ):
+        trainer.train()
+    figure("damage of the best model", 1, 1)
 
 
 class Mine:
