@@ -288,15 +288,15 @@ class SAMPaMixin:
         self.state.num_input_tokens_seen = before + counted * self.args.num_replicas // self.args.world_size
 
     def _clip_grad_norm(self, model):
-        """Upstream's would clip by the norm of the part that is here, where processes share an optimizer."""
-        if self.sampa.placement.shared:
-            return self.sampa.placement.clip_grad_norm_(self.sampa.reached, self.args.max_grad_norm)
+        """Upstream's would clip by the norm of the part that is here, where processes share an optimizer, or to 0 by one that is infinity."""
+        if self.sampa.clips_itself:
+            return self.sampa.clip_grad_norm_(self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """As in `_clip_grad_norm`; and a skipped step has no gradient."""
-        if grad_norm is None and self.sampa.placement.shared:
-            grad_norm = self.sampa.placement.grad_norm(self.sampa.reached)
+        if grad_norm is None and self.sampa.clips_itself:
+            grad_norm = self.sampa.grad_norm()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return float("nan") if self.sampa.skipped_in_a_row else norm
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Role
-from ..functional import NORM_GUARD, global_norm
+from ..functional import global_norm, ratio
 from ..variants import Recipe
 from .buckets import Buckets
 from .gradients import Backward, Sums
@@ -169,7 +169,7 @@ class ShardAscents(Ascents):
         weights, (norm, of_model) = [weight for _, weight, _ in runs], engine.norms(sums)
         loss = _weighted([each.loss for each in found], weights)
         # The cosine that is reported is the mean of the shards'.
-        dot = norm * _weighted([each.dot / (each.norm + NORM_GUARD) for each in found], weights)
+        dot = norm * _weighted([ratio(each.dot, each.norm) for each in found], weights)
         used = [any(of_all) for of_all in zip(*(each.used for each in found), strict=True)]
         return Found(batch.fingerprint, loss, norm, dot, used, of_model)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from ..distributed import BUCKET_BYTES, partition
 from ..state import fingerprint_of_bits
 
+
+T = TypeVar("T")
 
 # At least about so many, so that a pair that shares its optimizer can share few adapters evenly, too.
 FEWEST_BUCKETS = 16
@@ -26,8 +30,8 @@ class Buckets:
         cut_at: index of a parameter that is in no bucket with those before it.
 
     Attributes:
-        flats: 1-d tensors, each holding whole parameters of one dtype and device, in the order in which backward
-            usually produces their gradients (the reverse of the model's).
+        flats: 1-d tensors of real numbers, each holding whole parameters of one dtype and device, in the order in which
+            backward usually produces their gradients (the reverse of the model's).
         views: per parameter, the part of `flats` that is its own, in its shape and memory layout.
         bucket_of: per parameter, the index into `flats`.
         members: per bucket, the indices of the parameters it holds, in the order of their places.
@@ -41,20 +45,33 @@ class Buckets:
         self.flats: list[Tensor] = []
         # Not contiguous where the parameter is not, so that a kernel does not see another layout in displaced weights.
         self._layouts = [(param.shape, torch.empty_like(param, device="meta").stride()) for param in params]
+        self._parts = [2 if param.is_complex() else 1 for param in params]  # real numbers per entry
         self.views: list[Tensor] = list(params)
+        numbers = [param.numel() * parts for param, parts in zip(params, self._parts, strict=True)]
+        self._sizes = [sum(numbers[i] for i in members) for members in self.members]
         for bucket, members in enumerate(self.members):
             first = params[members[0]]
-            flat = torch.zeros(sum(params[i].numel() for i in members), dtype=first.dtype, device=first.device)
+            flat = torch.zeros(self._sizes[bucket], dtype=first.dtype.to_real(), device=first.device)
             self.flats.append(flat)
             for i, view in zip(members, self.cut(bucket, flat), strict=True):
                 self.bucket_of[i], self.views[i] = bucket, view
 
+    def among(self, per_param: list[T], bucket: int) -> list[T]:
+        """Those of the parameters of a bucket, which follow one another from last to first, in the order of its members."""
+        members = self.members[bucket]
+        return per_param[members[-1] : members[0] + 1][::-1]
+
     def cut(self, bucket: int, flat: Tensor) -> list[Tensor]:
         """Parts of `flat`, which is as long as the bucket, as the parameters of the bucket would have them."""
         views, start = [], 0
-        for shape, stride in (self._layouts[i] for i in self.members[bucket]):
-            views.append(flat.as_strided(shape, stride, start))
-            start += shape.numel()
+        for i in self.members[bucket]:
+            shape, stride = self._layouts[i]
+            if self._parts[i] == 1:
+                views.append(flat.as_strided(shape, stride, start))
+            else:
+                pairs = flat.as_strided((*shape, 2), (*(2 * each for each in stride), 1), start)
+                views.append(torch.view_as_complex(pairs))
+            start += shape.numel() * self._parts[i]
         return views
 
     def swap(self, other: Buckets, buckets: Iterable[int]) -> None:
@@ -67,9 +84,9 @@ class Buckets:
     def take(self, i: int, grad: Tensor) -> None:
         """Put the gradient of parameter `i` into its place; a bucket of its own becomes `grad` itself, without a copy."""
         bucket = self.bucket_of[i]
-        own = len(self.members[bucket]) == 1 and grad.stride() == self._layouts[i][1]
-        if own and _is_sole_owner(grad):
-            self.flats[bucket], self.views[i] = grad.as_strided((grad.numel(),), (1,)), grad
+        alone = len(self.members[bucket]) == 1 and grad.stride() == self._layouts[i][1] and not grad.is_conj()
+        if alone and _is_sole_owner(grad):
+            self.flats[bucket], self.views[i] = in_memory_order(grad), grad
         else:
             self.ensure(bucket)
             self.views[i].copy_(grad)
@@ -87,15 +104,28 @@ class Buckets:
 
     def ensure(self, bucket: int) -> None:
         """Take memory for a bucket that was released; one that was not keeps its content."""
-        if not self.flats[bucket].numel():
-            size = sum(self._layouts[i][0].numel() for i in self.members[bucket])
+        size = self._sizes[bucket]
+        if self.flats[bucket].numel() < size:
             self._place(bucket, self.flats[bucket].new_empty(size))
 
     def _place(self, bucket: int, flat: Tensor) -> None:
         self.flats[bucket] = flat
-        empty = [flat] * len(self.members[bucket])
-        for i, view in zip(self.members[bucket], self.cut(bucket, flat) if flat.numel() else empty, strict=True):
+        released = flat.numel() < self._sizes[bucket]
+        views = [flat] * len(self.members[bucket]) if released else self.cut(bucket, flat)
+        for i, view in zip(self.members[bucket], views, strict=True):
             self.views[i] = view
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its entries fill their memory without gaps, in whatever order."""
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """All numbers of a dense tensor, ``(n,)``, in the order of their addresses; of a complex one real and imaginary parts."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _is_sole_owner(grad: Tensor) -> bool:
@@ -130,8 +160,7 @@ class GradientRecorder:
         self._into: Buckets | None = None
         self._on_full: Callable[[int], None] | None = None
         self._handles = [
-            param.register_post_accumulate_grad_hook(lambda param, i=i: self._record(i, param))
-            for i, param in enumerate(params)
+            param.register_post_accumulate_grad_hook(partial(self._record, i)) for i, param in enumerate(params)
         ]
 
     def start(self, into: Buckets) -> None:
@@ -172,9 +201,10 @@ class GradientRecorder:
             handle.remove()
 
     def _record(self, i: int, param: nn.Parameter) -> None:
-        if self._into is None:
+        into = self._into
+        if into is None:
             return
-        bucket = self._into.bucket_of[i]
+        bucket = into.bucket_of[i]
         if self._on_full is not None and bucket < self._next:
             raise RuntimeError(
                 f"A parameter of shape {tuple(param.shape)} received its gradient in more than one piece during one "
@@ -183,19 +213,21 @@ class GradientRecorder:
                 "overlap_exchange=False, which sends gradients after all of them, or, for checkpointing, "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        if param.grad is not self._into.views[i]:
+        grad = param.grad
+        if grad is not into.views[i]:
             # From here on autograd adds further micro-batches in place.
-            self._into.take(i, param.grad)
-            param.grad = self._into.views[i]
+            into.take(i, grad)
+            param.grad = into.views[i]
         self.used[i] = True
         if self.listening:
             self._heard[i] = fingerprint_of_bits([param.grad])
-        self.pieces |= self._fired[i]
-        if not self._fired[i]:
-            self._fired[i] = True
-            self._waiting[bucket] -= 1
-            if self.overlap:
-                self._report()
+        if self._fired[i]:
+            self.pieces = True
+            return
+        self._fired[i] = True
+        self._waiting[bucket] -= 1
+        if self.overlap and not self._waiting[bucket]:
+            self._report()
 
     def _take_assigned(self) -> None:
         """Gradients that a step of one's own put into ``.grad``, or changed there, after backward or without it."""

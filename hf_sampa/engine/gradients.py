@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..distributed import Exchange, Role, check_ranks_agree
-from ..functional import NORM_GUARD, displacement_dot_
+from ..functional import displacement_dot_, norms, ratio
 from ..state import ForwardState, fingerprint, fingerprint_of_bits
 from .buckets import Buckets, GradientRecorder
 from .passes import Batch, Found, Pass
@@ -185,7 +185,7 @@ class Gradients:
         if listening and any(self._recorder.used):
             self._heard()
         loss, (norm, of_model) = torch.stack(losses).sum().double(), self.norms(sums)
-        dot = self.placement.total(sums.dots or [torch.zeros_like(loss)]) / (self._displacement + NORM_GUARD)
+        dot = ratio(self.placement.total(sums.dots or [torch.zeros_like(loss)]), self._displacement)
         used = self._recorder.used
         wanted = used if only is None else [a and b for a, b in zip(used, only, strict=True)]
         return Found(batch.fingerprint, loss, norm, dot, wanted, of_model)
@@ -226,10 +226,10 @@ class Gradients:
             grad.mul_(self.unscale())
         if weights is not None:
             # Backward has read these weights for the last time. Should it read them after all, autograd will say so.
-            torch.autograd.graph.increment_version([self.params[i] for i in members])
+            torch.autograd.graph.increment_version(into.among(self.params, bucket))
             if role is Role.PERTURBED:
-                moved = [weights.views[i] for i in members]
-                sums.dots.append(displacement_dot_(moved, [x[i] for i in members], grad, weights.flats[bucket]))
+                moved, own = into.among(weights.views, bucket), into.among(x, bucket)
+                sums.dots.append(displacement_dot_(moved, own, grad, weights.flats[bucket]))
 
         ready = self.norm_of(bucket, into, sums)
         start = (
@@ -256,8 +256,8 @@ class Gradients:
     def norm_of(self, bucket: int, grads: Buckets, sums: Sums) -> Callable[[], None]:
         """What adds the norm of a bucket to `sums`, once it is the mean; that of other weights to one of their own."""
         # Must not know of `sums`, which may hold it: a cycle would keep the gradient in memory.
-        norms, grad = sums.norms if grads.members[bucket][0] < self.of_model else sums.other_norms, grads.flats[bucket]
-        return lambda: norms.append(torch.linalg.vector_norm(grad))
+        found, grad = sums.norms if grads.members[bucket][0] < self.of_model else sums.other_norms, grads.flats[bucket]
+        return lambda: found.append(norms([grad])[0])
 
     def norms(self, sums: Sums) -> tuple[Tensor, Tensor]:
         """Euclidean norms ``()`` over all weights and over the model's."""

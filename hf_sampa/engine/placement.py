@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..distributed import Role
+from ..functional import norms
+from .buckets import Buckets, in_memory_order
 
 
 if TYPE_CHECKING:
-    from .buckets import Buckets
     from .sharpness_aware import SharpnessAware
 
 
 class Placement:
-    """Everything whole in every process. One that is `shared` has `Shared.grad_norm` and `Shared.clip_grad_norm_`, too.
+    """Everything whole in every process.
 
     Args:
         engine: whose parameters, buckets, exchange and base optimizer it places.
@@ -110,9 +111,9 @@ class Placement:
 
     # ---- Norms ----
 
-    def norm(self, norms: Sequence[Tensor]) -> Tensor:
+    def norm(self, of_buckets: Sequence[Tensor]) -> Tensor:
         """Euclidean norm ``()`` of a gradient, given the norms ``()`` of its buckets."""
-        return torch.linalg.vector_norm(torch.stack(list(norms)).double())
+        return norms([torch.stack(list(of_buckets))])[0]
 
     def total(self, parts: Sequence[Tensor]) -> Tensor:
         """Sum ``()`` over a gradient, given the parts ``()`` of its buckets."""
@@ -121,6 +122,39 @@ class Placement:
     def of_all(self, numbers: Sequence[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
         """Numbers of all parameters, ``(parameters, *shape)`` in double precision, given those of the parameters that this process updates."""
         return torch.stack(list(numbers)).double()
+
+    def in_any_process(self, own: Tensor) -> Tensor:
+        """Numbers ``(n,)`` of at least 0, given those that this process has, and 0 for the others."""
+        return own
+
+    def grad_norm(self, reached: set[int], wide: bool) -> Tensor:
+        """||G_t|| of the model over all parts, from ``.grad``; the bits of `torch.nn.utils.get_total_norm`, but where that is infinity.
+
+        Args:
+            reached: parameters of which G_t has a part, on whichever process.
+            wide: whether it may be infinity.
+        """
+        of_model = [i for i in sorted(reached) if i < self.of_model]
+        mine = sorted(set(of_model).intersection(self.updated))
+
+        def of_parts(found: Callable[[list[Tensor]], Tensor]) -> Tensor:
+            own = torch.zeros(self.of_model, dtype=torch.float64, device=self.params[0].device)
+            if mine:
+                own[mine] = found([self.params[i].grad for i in mine])
+            return self.in_any_process(own)[of_model]
+
+        parts = of_parts(lambda grads: torch.stack(torch._foreach_norm(grads)).double())
+        # In the parameters' precisions, by which torch groups them.
+        alike = [part.to(self.params[i].dtype) for i, part in zip(of_model, parts, strict=True)]
+        norm = torch.nn.utils.get_total_norm(alike)
+        return norms([of_parts(norms)])[0] if wide and norm.isinf() else norm
+
+    def clip_grad_norm_(self, reached: set[int], max_norm: float, wide: bool) -> Tensor:
+        """Clip the own part of G_t by the norm of the whole, which is returned; see `grad_norm`."""
+        norm = self.grad_norm(reached, wide)
+        own = [self.params[i] for i in self.updated if i < self.of_model]
+        torch.nn.utils.clip_grads_with_norm_(own, max_norm, norm)
+        return norm
 
     # ---- Checkpoints: whole, whoever writes them ----
 
@@ -230,24 +264,11 @@ class Shared(Placement):
         ranks = torch.tensor([self._rank_of(self._owners[bucket]) for bucket in self.ascent_grads.bucket_of])
         return rows[ranks, torch.arange(len(self.params))]
 
-    def grad_norm(self, reached: set[int]) -> Tensor:
-        """||G_t|| of the model over all parts, from ``.grad``; the bits of `torch.nn.utils.get_total_norm`. A collective.
+    def in_any_process(self, own: Tensor) -> Tensor:
+        return self.exchange.gather(own).amax(dim=0)
 
-        reached: parameters of which G_t has a part, on whichever process.
-        """
-        own = torch.zeros(self.of_model, dtype=torch.float64, device=self.params[0].device)
-        of_model = [i for i in sorted(reached) if i < self.of_model]
-        mine = [i for i in of_model if i in set(self.updated)]
-        if mine:
-            own[mine] = torch.stack(torch._foreach_norm([self.params[i].grad for i in mine])).double()
-        norms = self.exchange.gather(own).amax(dim=0).unbind()
-        return torch.nn.utils.get_total_norm([norms[i].to(self.params[i].dtype) for i in of_model])
-
-    def clip_grad_norm_(self, reached: set[int], max_norm: float) -> Tensor:
-        """Clip the own part of G_t by the norm of the whole, which is returned. A collective."""
-        norm = self.grad_norm(reached)
-        own = [self.params[i] for i in self.updated if i < self.of_model]
-        torch.nn.utils.clip_grads_with_norm_(own, max_norm, norm)
+    def clip_grad_norm_(self, reached: set[int], max_norm: float, wide: bool) -> Tensor:
+        norm = super().clip_grad_norm_(reached, max_norm, wide)
         self.note_gradients()
         return norm
 
@@ -274,7 +295,7 @@ class Shared(Placement):
         """Exchange the parts of x_{t+1}, a bucket at a time."""
         if not self.exchange.mesh.paired:
             for bucket, owner in enumerate(self._owners):
-                self.exchange.broadcast(self._in_bucket(bucket, self.params), source=owner)
+                self.exchange.broadcast(self.ascent_grads.among(self.params, bucket), source=owner)
             return
         # The other half of what is not needed any more: of the displaced weights, or of G_t.
         free = self.ascent_grads if self._halves else self.perturbed_grads
@@ -286,19 +307,16 @@ class Shared(Placement):
             )
             self.exchange.finish()
             if foreign is not None:
-                torch._foreach_copy_(self._in_bucket(foreign, self.params), self._in_bucket(foreign, free.views))
+                torch._foreach_copy_(free.among(self.params, foreign), free.among(free.views, foreign))
 
     def _packed(self, bucket: int) -> Tensor:
         """The weights of a bucket, ``(n,)``; those of a large parameter where they are, without a copy."""
-        params, views = self._in_bucket(bucket, self.params), self._in_bucket(bucket, self.ascent_grads.views)
+        params, views = (self.ascent_grads.among(each, bucket) for each in (self.params, self.ascent_grads.views))
         if len(params) == 1 and params[0].stride() == views[0].stride():
-            return params[0].detach().as_strided((params[0].numel(),), (1,))
+            return in_memory_order(params[0].detach())
         packed = torch.empty_like(self.ascent_grads.flats[bucket])
         torch._foreach_copy_(self.ascent_grads.cut(bucket, packed), params)
         return packed
-
-    def _in_bucket(self, bucket: int, per_param: list[Tensor]) -> list[Tensor]:
-        return [per_param[i] for i in self.members[bucket]]
 
     # ---- Checkpoints ----
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..distributed import Role
+from ..functional import real
 from ..variants import Moment
 from .ascents import ShardAscents
 from .buckets import Buckets
@@ -60,9 +61,9 @@ class SAM(SharpnessAware):
         if found and recipe.waits:
             ascent = self._share(found)[Role.LOOKAHEAD]
             if not ascent.finite:
-                return self._finish(ascent, None, ascent.loss, ascent.used, skipped=True)
+                return self._finish(ascent, None, ascent, ascent.used, skipped=True)
             ascends = not recipe.when.reads_gradient or recipe.when(now, ascent.norm)
-            recipe.mask.observe(self.ascent_grads.views, now)
+            recipe.mask.observe(real(self.ascent_grads.views), now)
         if not ascends:
             return self._base_step(ascent, found, now)
         # x~_t = x_t + eps_t; eps_t = rho g_t / ||g_t||, or what the recipe makes of g_t
@@ -78,7 +79,7 @@ class SAM(SharpnessAware):
         at_x, found = shards.in_turn(batch, backward)
         shared = self._share({Role.LOOKAHEAD: at_x, Role.PERTURBED: found})
         ascent, perturbed = shared[Role.LOOKAHEAD], shared[Role.PERTURBED]
-        return self._finish(ascent, perturbed, ascent.loss, perturbed.used, skipped=not perturbed.finite)
+        return self._finish(ascent, perturbed, ascent, perturbed.used, skipped=not perturbed.finite)
 
     def _ascent_gradient(self, batch: Batch, backward: Backward, ascends: bool, now: Moment) -> Found:
         recipe = self.recipe
@@ -116,7 +117,7 @@ class SAM(SharpnessAware):
         used = perturbed.used
         if not skipped:
             used = self._mix(ascent, perturbed, self.ascent_grads, now)
-        return self._finish(ascent, perturbed, (ascent or perturbed).loss, used, skipped)
+        return self._finish(ascent, perturbed, ascent or perturbed, used, skipped)
 
     def _base_step(self, ascent: Pass | None, found: dict[Role, Found], now: Moment) -> StepReport:
         """G_t is g_t, with what the recipe stored of earlier steps."""
@@ -124,9 +125,9 @@ class SAM(SharpnessAware):
         if ascent.finite:
             self.perturbed_grads.swap(self.ascent_grads, self.placement.landed)
             with torch.no_grad():
-                self.recipe.mixing.reuse(self.perturbed_grads.views, now)
+                self.recipe.mixing.reuse(real(self.perturbed_grads.views), now)
         used = self.recipe.mixing.reached(ascent.used, None)
-        return self._finish(ascent, None, ascent.loss, used, skipped=not ascent.finite)
+        return self._finish(ascent, None, ascent, used, skipped=not ascent.finite)
 
     # ---- Single samples ----
 

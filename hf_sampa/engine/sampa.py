@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..distributed import Role
-from ..functional import NORM_GUARD, interpolate_
+from ..functional import interpolate_, ratio, real
 from ..variants import Moment
 from .ascents import Ascents, ascents_of
 from .buckets import Buckets
@@ -81,7 +81,7 @@ class SAMPa(SharpnessAware):
         # Until this step is through, there is no g_t to go on with.
         ascent, self.ascent = self.ascent, None
         if not ascent.finite:
-            return self._finish(ascent, ascent, ascent.loss, ascent.used, skipped=True)
+            return self._finish(ascent, ascent, ascent, ascent.used, skipped=True)
         self.moment = self.now(batch)
         if next_batch is None:
             return self._last_step(ascent, batch, backward)
@@ -94,7 +94,7 @@ class SAMPa(SharpnessAware):
         used = perturbed.used if skipped else self._combine(ascent, perturbed, lookahead)
         if lookahead.finite:
             self.ascent = lookahead
-        return self._finish(ascent, perturbed, lookahead.loss, used, skipped)
+        return self._finish(ascent, perturbed, lookahead, used, skipped)
 
     def _two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, backward: Backward) -> dict[Role, Found]:
         """What this process found of g~_t and g_{t+1}, in the roles that it plays; g_{t+1} takes the place of g_t on all."""
@@ -142,7 +142,7 @@ class SAMPa(SharpnessAware):
         skipped, used = not perturbed.finite, perturbed.used
         if not skipped:
             used = self._mix(ascent, perturbed, self._g, self.moment)
-        return self._finish(ascent, perturbed, ascent.loss, used, skipped)
+        return self._finish(ascent, perturbed, ascent, used, skipped)
 
     def settings(self) -> dict[str, float]:
         return {**super().settings(), "lmbda": self.lmbda}
@@ -185,11 +185,11 @@ class SAMPa(SharpnessAware):
         self.exchange.finish()
         for param in self.params:
             param.grad = None
-        pairs = [(self.ascent_grads.views[i], at_x.views[i]) for i in self.placement.updated]
+        pairs = [real([self.ascent_grads.views[i], at_x.views[i]]) for i in self.placement.updated]
         squares = [torch.stack([each.double().square().sum() for each in (g, exact, g - exact)]) for g, exact in pairs]
         of_g, of_exact, of_difference = sum(self.placement.of_all(squares, shape=(3,))).tolist()
         # By the law of cosines, which near 1 is exact where a product of the two is not.
-        cosine = (of_g + of_exact - of_difference) / (2 * (of_g * of_exact) ** 0.5 + NORM_GUARD)
+        cosine = ratio(of_g + of_exact - of_difference, 2 * (of_g * of_exact) ** 0.5)
         return cosine, of_difference**0.5
 
     def _start(self, batch: Batch, backward: Backward) -> Pass:
@@ -206,7 +206,7 @@ class SAMPa(SharpnessAware):
 
     def perturb(self, ascent: Pass) -> Buckets:
         """x~_t of g_t, in its place or, where that is still needed, in memory of its own."""
-        self.recipe.mask.observe(self.ascent_grads.views, self.moment)
+        self.recipe.mask.observe(real(self.ascent_grads.views), self.moment)
         with record_function("SAMPa.displace"):
             self.ascend(self.ascent_grads, ascent.norm, self.x_tilde, self.moment)
         return self.x_tilde

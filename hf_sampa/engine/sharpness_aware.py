@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..distributed import Exchange, Role, check_rest_alike
-from ..functional import NORM_GUARD, global_norm, perturb
+from ..functional import global_norm, inner, norms, perturb, ratio, real
 from ..variants import Moment, Norms, Recipe
 from .buckets import Buckets
 from .gradients import TRIAL_STEPS, Backward, Gradients
@@ -26,6 +26,7 @@ from .trained import Trained
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 20
+WIDE = 1e15  # norms that leave little room below the end of single precision for squares, sums and what a recipe multiplies
 NOT_TAKEN = float("nan")  # a number that a step does not have
 
 
@@ -79,6 +80,7 @@ class SharpnessAware(Gradients):
         self.placement = placement(self)
         self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
         self.skipped_steps = self.skipped_in_a_row = 0
+        self.wide = False  # whether G_t may be so large that single precision does not hold its norm
         self._kept: tuple[int, Sequence[bool] | None] = (-1, None)
 
     def check_state(self) -> None:
@@ -191,12 +193,13 @@ class SharpnessAware(Gradients):
         if not mask.wants_fisher(now):
             return
         places = torch.randint(self.num_samples, (mask.fisher_samples,), generator=now.generator("fisher")).tolist()
-        fisher = [torch.zeros_like(param) for param in self.params]
+        # Squares are soon out of the range of single precision.
+        fisher = [torch.zeros_like(param, dtype=torch.float64) for param in real(self.params)]
         for place in places:
             grads = torch.autograd.grad(self.samples.loss_at(place, now), self.params, allow_unused=True)
             for total, grad in zip(fisher, grads, strict=True):
                 if grad is not None:
-                    total.addcmul_(grad, grad)
+                    total.add_(real([grad])[0].double().square())
         mask.learn(fisher, now)
 
     @torch.no_grad()
@@ -205,7 +208,7 @@ class SharpnessAware(Gradients):
         recipe, keeps = self.recipe, self._keeps(now)
         for bucket in range(len(out.flats)):
             out.ensure(bucket)  # a pass that failed leaves large ones released
-        x, g, moved = self.params, list(grads.views), list(out.views)
+        x, g, moved = real(self.params), real(grads.views), real(out.views)
         if not recipe.plain and out is not grads and norm is not None:
             torch._foreach_copy_(moved, g)
             g = moved
@@ -217,26 +220,27 @@ class SharpnessAware(Gradients):
         thinned = recipe.mask.thin(g, now)
         rho = self.rho * recipe.direction.radius(now) * recipe.mask.scale
         exact = recipe.direction.unit and not thinned
-        self._displacement = rho if exact else rho * global_norm(g) / (divisor + NORM_GUARD)
+        self._displacement = rho if exact else ratio(rho * global_norm(g), divisor)
         perturb(x, g, rho, divisor, out=moved)
 
     @torch.no_grad()
     def _mix(self, ascent: Pass | None, perturbed: Pass, g: Buckets | None, now: Moment) -> list[bool]:
         """Turn what landed of g~_t into what the recipe makes of it and g_t; returns which parameters it has a part of."""
-        recipe, g_tilde = self.recipe, [self.perturbed_grads.views[i] for i in self.placement.held]
-        kept = [g.views[i] for i in self.placement.held] if recipe.mixing.needs_ascent else []
-        norms = Norms(ascent.norm if ascent else NOT_TAKEN, perturbed.norm)
+        recipe, g_tilde = self.recipe, real([self.perturbed_grads.views[i] for i in self.placement.held])
+        kept = real([g.views[i] for i in self.placement.held]) if recipe.mixing.needs_ascent else []
+        lengths = Norms(ascent.norm if ascent else NOT_TAKEN, perturbed.norm)
         if recipe.mixing.reads_dot:
-            norms = replace(norms, dot=self._dot(g, self.perturbed_grads))
+            lengths = replace(lengths, dot=self._dot(g, self.perturbed_grads, lengths))
         if Role.PERTURBED in self.roles:  # where the direction was made
             recipe.direction.observe(g_tilde)
         recipe.when.observe(kept, g_tilde, now)
-        recipe.mixing(g_tilde, kept, norms, now)
+        recipe.mixing(g_tilde, kept, lengths, now)
         return recipe.mixing.reached(ascent.used if ascent else perturbed.used, perturbed.used)
 
-    def _dot(self, left: Buckets, right: Buckets) -> float:
-        """Inner product over all parameters, wherever they are, added up in double precision."""
-        own = [torch.sum(left.views[i] * right.views[i]) for i in self.placement.updated]
+    def _dot(self, g: Buckets, g_tilde: Buckets, lengths: Norms) -> float:
+        """<g_t, g~_t> over all parameters, wherever they are, added up in double precision."""
+        left, right = ([each.views[i] for i in self.placement.updated] for each in (g, g_tilde))
+        own = inner(real(left), real(right), (lengths.ascent, lengths.perturbed)).unbind() if left else []
         return self.placement.of_all(own).sum().item()
 
     def recipe_state(self) -> dict[str, Any]:
@@ -250,9 +254,11 @@ class SharpnessAware(Gradients):
     # ---- The end of a step ----
 
     def _finish(
-        self, ascent: Pass | None, perturbed: Pass | None, loss: float, used: Sequence[bool], skipped: bool
+        self, ascent: Pass | None, perturbed: Pass | None, reported: Pass, used: Sequence[bool], skipped: bool
     ) -> StepReport:
         """Put G_t (or, where the step is skipped, nothing) into ``.grad``. None: that gradient was not taken."""
+        self.wide = max(each.norm for each in (ascent, perturbed, reported) if each) > WIDE
+        skipped = skipped or (self.wide and self._overflows())
         if self._trial:
             self._trial = TRIAL_STEPS if skipped else self._trial - 1
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
@@ -271,13 +277,31 @@ class SharpnessAware(Gradients):
             self.params[i].grad = self.perturbed_grads.views[i].detach()
         same_samples = not (self.recipe.samples.looks_again or self.recipe.samples.next_batch)
         return StepReport(
-            loss=loss,
+            loss=reported.loss,
             perturbed_loss=perturbed.loss if perturbed else NOT_TAKEN,
             sharpness=perturbed.loss - ascent.loss if perturbed and ascent and same_samples else NOT_TAKEN,
             ascent_grad_norm=ascent.norm if ascent else NOT_TAKEN,
-            ascent_cosine=perturbed.dot / (perturbed.norm + NORM_GUARD) if perturbed else NOT_TAKEN,
+            ascent_cosine=ratio(perturbed.dot, perturbed.norm) if perturbed else NOT_TAKEN,
             skipped=skipped,
         )
+
+    def _overflows(self) -> bool:
+        """Whether what the recipe and lambda made of finite gradients is not finite. A collective, with a host-device sync."""
+        own = [self.perturbed_grads.views[i] for i in self.placement.updated]
+        return not self.placement.of_all(norms(own).unbind() if own else []).isfinite().all()
+
+    def grad_norm(self) -> Tensor:
+        """||G_t|| of the model, from ``.grad``. A collective, where the optimizer is shared."""
+        return self.placement.grad_norm(self.reached, self.wide)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip G_t of the model in ``.grad`` by its norm, which is returned. As `grad_norm`."""
+        return self.placement.clip_grad_norm_(self.reached, max_norm, self.wide)
+
+    @property
+    def clips_itself(self) -> bool:
+        """Whether what torch finds in ``.grad`` may not be the norm of G_t, but that of a part, or infinity."""
+        return self.placement.shared or self.wide
 
     def late_reader(self) -> str:
         """What else may be behind a bad gradient in the first steps; empty afterwards."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..functional import global_norm
+from ..functional import global_norm, inner, real
 
 
 def hessian_product(losses: Sequence[Tensor], params: Sequence[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
@@ -63,7 +63,7 @@ def _dominant(
     for _ in range(iterations):
         vector = torch._foreach_div(vector, norm)
         moved = product(vector)
-        value = sum((a * b).sum().double() for a, b in zip(vector, moved, strict=True)).item()
+        value = inner(real(vector), real(moved), (1.0, global_norm(moved).item())).sum().item()
         moved = torch._foreach_add(moved, vector, alpha=shift)
         norm = global_norm(moved).item()
         before, found = found, norm - shift

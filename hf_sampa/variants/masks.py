@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..functional import norms
 from .parts import Mask, Moment
 
 
@@ -98,7 +99,7 @@ class ImportantTensors(Mask):
         if self.s == 1:
             return
         active = torch.tensor(self.keeps(now))
-        u = torch.stack(torch._foreach_norm(list(g))).double().cpu()
+        u = norms(g).cpu()
         raised = torch.where(active, (u / self.p) ** 2, 0.0)
         loss = torch.where(active, raised.max() - raised, 0.0)
         self.p = capped(torch.where(active, self.p * torch.exp(-self.a * loss / self.p), self.p), self.s * len(self.p))

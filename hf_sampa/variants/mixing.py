@@ -7,13 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..functional import NORM_GUARD
+from ..functional import global_norm, ratio
 from .parts import Mixing, Moment, Norms
-
-
-def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Inner product ``()`` over all entries, added up in double precision."""
-    return torch.stack([torch.sum(a * b).double() for a, b in zip(left, right, strict=True)]).sum()
 
 
 class Penalty(Mixing):
@@ -39,7 +34,7 @@ class Rescaled(Mixing):
     by_entries = True
 
     def __call__(self, g_tilde: list[Tensor], g: Sequence[Tensor], norms: Norms, now: Moment) -> None:
-        torch._foreach_mul_(g_tilde, norms.ascent / (norms.perturbed + NORM_GUARD))
+        torch._foreach_mul_(g_tilde, ratio(norms.ascent, norms.perturbed))
 
 
 class SurrogateGap(Mixing):
@@ -56,7 +51,7 @@ class SurrogateGap(Mixing):
 
     def __call__(self, g_tilde: list[Tensor], g: Sequence[Tensor], norms: Norms, now: Moment) -> None:
         if self.alpha:
-            along = norms.dot / (norms.perturbed**2 + NORM_GUARD)
+            along = ratio(ratio(norms.dot, norms.perturbed), norms.perturbed)
             torch._foreach_mul_(g_tilde, 1 + self.alpha * along)
             torch._foreach_add_(g_tilde, list(g), alpha=-self.alpha)
 
@@ -99,10 +94,10 @@ class Orthogonal(Stored):
         self.alpha = alpha
 
     def __call__(self, g_tilde: list[Tensor], g: Sequence[Tensor], norms: Norms, now: Moment) -> None:
-        along = norms.dot / (norms.ascent**2 + NORM_GUARD)
+        along = ratio(ratio(norms.dot, norms.ascent), norms.ascent)
         self.store(torch._foreach_add(g_tilde, list(g), alpha=-along))
 
     def reuse(self, g: list[Tensor], now: Moment) -> None:
         if self.vector is not None:
-            scale = self.alpha * (dot(g, g) / (dot(self.vector, self.vector) + NORM_GUARD)).sqrt().item()
+            scale = self.alpha * ratio(global_norm(g), global_norm(self.vector)).item()
             torch._foreach_add_(g, self.vector, alpha=scale)

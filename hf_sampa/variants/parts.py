@@ -56,6 +56,7 @@ class Moment:
 class Part:
     """One part of a recipe: its settings are what its constructor takes, its state what `state` names.
 
+    A complex parameter, and a gradient of it, are given as real and imaginary parts, ``(..., 2)``.
     State is ``None``, plain values, tensors or lists of tensors; a list of tensors has one per trainable parameter.
     """
 

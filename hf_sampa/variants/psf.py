@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..functional import NORM_GUARD, global_norm
+from ..functional import global_norm, ratio
 from .mixing import Stored
 from .parts import Mixing, Moment, Norms, When
 
@@ -89,7 +89,7 @@ class Quota(When):
         last, last_tilde = list(g)[-self.tensors :], list(g_tilde)[-self.tensors :]
         norm = global_norm(torch._foreach_sub(last_tilde, last)).item()
         self.norms = [*self.norms, norm][-self.window :]
-        self.ratios = [*self.ratios, norm / (global_norm(last).item() + NORM_GUARD)][-self.window :]
+        self.ratios = [*self.ratios, ratio(norm, global_norm(last).item())][-self.window :]
         blocks = torch.tensor(sorted(self.norms), dtype=torch.float64).tensor_split(5)
         variance = sum(block.var(correction=0).item() for block in blocks if block.numel()) / 5
         self.variances = [*self.variances, variance][-self.window :]

@@ -1,0 +1,164 @@
+"""Gradients at both ends of single precision."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sampa import SAMPaTrainer
+from hf_sampa.functional import global_norm, inner, norms, perturb, ratio
+from tests import tiny
+
+
+class Odd(nn.Module):
+    """A linear classifier, with a parameter that some layer might have."""
+
+    scale = 1.0
+
+    def __init__(self, extra: nn.Parameter | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(64, 3)
+        self.extra = extra
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.linear(pixel_values.flatten(1))
+        loss = nn.functional.cross_entropy(logits, labels)
+        if self.extra is not None:
+            loss = loss + self.extra.abs().square().sum().to(loss.dtype)
+        return {"loss": loss * self.scale, "logits": logits}
+
+
+class Scaled(Odd):
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+
+def randn(*shape: int, **kwargs) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), **kwargs)
+
+
+def test_a_complex_parameter_is_the_pair_of_its_parts(tmp_path):
+    """For every number that is logged, and where it ends."""
+    parts = randn(5, dtype=torch.complex64)
+
+    class Pair(Odd):
+        def __init__(self):
+            super().__init__(nn.Parameter(torch.view_as_real(parts).clone()))
+
+    for changes in ({}, {"variant": "gsam"}, {"variant": "asam"}, {"variant": "ssam_d"}, {"variant": "vasso"}):
+        one = tiny.run(tmp_path, Odd(nn.Parameter(parts.clone())), tiny.images(14), max_steps=4, **changes)
+        other = tiny.run(tmp_path, Pair, tiny.images(14), max_steps=4, **changes)
+        torch.testing.assert_close(torch.view_as_real(one["weights"]["extra"]), other["weights"]["extra"])
+        for line, expected in zip(one["logs"][:-1], other["logs"][:-1], strict=True):
+            assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert changes or all(line["ascent_cosine"] > 0.99 for line in one["logs"][:-1])
+
+
+# ---- Norms ----
+
+
+SCALES = [1e-42, 1e-38, 1e-30, 1e-25, 1e-20, 1e-13, 1.0, 1e15, 1e18, 1e19, 1e20, 1e25, 1e30, 1e37]
+
+
+def test_gradients_of_any_size_take_the_steps_of_gradients_of_size_one(tmp_path, figure):
+    """AdamW's do not depend on it, where clipping makes all of them 1 long, or eps is nothing beside them."""
+    settings = {"max_steps": 4, "optim_args": "eps=0", "max_grad_norm": 1e-3}
+    ends = {}
+    for scale in [scale for scale in SCALES if scale >= 1]:
+        ends[scale] = tiny.run(tmp_path, partial(Scaled, scale), tiny.images(14), **settings)
+    logs = [
+        [{k: v for k, v in line.items() if k == "ascent_cosine"} for line in each["logs"][:-1]]
+        for each in ends.values()
+    ]
+    right = 0
+    for scale, end in ends.items():
+        torch.testing.assert_close(end["weights"], ends[1.0]["weights"], rtol=1e-4, atol=1e-6)
+        grad_norms = [line["grad_norm"] for line in end["logs"][:-1]]
+        assert grad_norms == pytest.approx([scale * line["grad_norm"] for line in ends[1.0]["logs"][:-1]], rel=1e-3)
+        right += 1
+    assert all(each[0]["ascent_cosine"] == pytest.approx(logs[0][0]["ascent_cosine"], abs=1e-4) for each in logs)
+    figure("gradients of norm 1e15 to 1e37", len(ends), right)
+
+
+def test_a_small_gradient_is_a_direction_like_any_other(tmp_path, figure):
+    small = [scale for scale in SCALES if 1e-38 <= scale <= 1]
+    lines = [
+        tiny.run(tmp_path, partial(Scaled, scale), tiny.images(14), max_steps=1, learning_rate=0.0)["logs"][0]
+        for scale in small
+    ]
+    rise = [(line["sharpness"] / scale, line["ascent_cosine"]) for line, scale in zip(lines, small, strict=True)]
+    right = sum(each == pytest.approx(rise[-1], rel=1e-3) for each in rise)
+    figure("gradients of norm 1e-38 to 1", len(small), right)
+    assert right == len(small)
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("settings", [{}, {"method": "sam"}, {"variant": "gsam"}, {"variant": "stable_sam"}], ids=str)
+def test_a_norm_beyond_single_precision_is_no_reason_to_skip(tmp_path, settings, max_grad_norm):
+    """Plain Trainer clips such a gradient to 0, or, where it does not clip, makes NaN of it."""
+    start = Odd().linear.weight.detach()
+    run = partial(
+        tiny.run, tmp_path, partial(Scaled, 1e25), tiny.images(14), max_steps=3, optim="sgd", learning_rate=1e-2
+    )
+    end = (
+        run(max_grad_norm=max_grad_norm, **settings)
+        if max_grad_norm
+        else run(max_grad_norm=0.0, **{**settings, "learning_rate": 1e-27})
+    )
+    assert end["weights"]["linear.weight"].isfinite().all()
+    assert 0.9e-2 < (end["weights"]["linear.weight"] - start).norm() < 3.1e-2 or not max_grad_norm
+    assert all(1e24 < line["grad_norm"] < 1e27 and "skipped_steps" not in line for line in end["logs"][:-1])
+
+
+class Opposed(SAMPaTrainer):
+    """Gradients of the two passes of a step are finite, and their difference is not."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        steps = self._run.steps.micro_batches
+        sign = 1 if steps.in_pass and steps.in_pass[1].name == "PERTURBED" else -1
+        return loss * (sign * 3e38) if self.state.global_step == 2 and not self.sampa.rehearsing else loss
+
+
+def test_what_overflows_in_the_mix_is_skipped(tmp_path):
+    """g~_t and g_{t+1} are at the two ends of the range, and lambda's sum goes by way of their difference."""
+
+    class Straight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, pixel_values, labels=None):
+            return {"loss": self.weight.sum() * (pixel_values.mean() * 0 + 1.0)}
+
+    end = tiny.run(tmp_path, Straight, tiny.images(14), Opposed, max_steps=5, lmbda=0.5)
+    assert end["logs"][4]["skipped_steps"] >= 1
+    assert end["weights"]["weight"].isfinite().all()
+
+
+def test_norms_and_inner_products_in_any_range():
+    entries = randn(1000)
+    for scale in SCALES:
+        scaled = entries * scale
+        expected = scaled.double().norm().item()
+        assert global_norm([scaled[:300], scaled[300:]]).item() == pytest.approx(expected, rel=1e-6)
+        assert inner([scaled], [-scaled], (expected, expected)).item() == pytest.approx(-(expected**2), rel=1e-5)
+    found = norms([torch.zeros(2), torch.zeros(0), torch.full((2,), 1e200, dtype=torch.float64), torch.tensor(3 - 4j)])
+    assert found.tolist() == pytest.approx([0.0, 0.0, 2**0.5 * 1e200, 5.0])
+    assert norms([torch.tensor([1.0, float("nan")])]).isnan() and norms([torch.tensor([1.0, float("-inf")])]).isinf()
+
+
+@pytest.mark.parametrize("norm", [float, torch.tensor], ids=["number", "tensor"])
+def test_perturbations_of_length_rho_and_of_none(norm):
+    for scale in (1e-37, 1e-20, 1.0, 1e20, 1e37):
+        g, moved = torch.tensor([3.0, -4.0]) * scale, torch.empty(2)
+        perturb([torch.zeros(2)], [g], 0.5, norm(5.0 * scale), out=[moved])
+        torch.testing.assert_close(moved, torch.tensor([0.3, -0.4]))
+    perturb([torch.ones(2)], [torch.zeros(2)], 0.5, norm(0.0), out=[moved])
+    assert moved.tolist() == [1.0, 1.0]
+    assert ratio(norm(2.0), norm(0.0)) == 0.0 and ratio(norm(2.0), norm(4.0)) == 0.5
