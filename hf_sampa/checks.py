@@ -131,6 +131,7 @@ def check_model(model: torch.nn.Module) -> None:
 
     That is: in half precision, one memory under two names, or by sparse gradients.
     """
+    check_entries(model)
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not trainable:
         raise ValueError(
@@ -155,6 +156,44 @@ def check_model(model: torch.nn.Module) -> None:
                 f"Expected every trainable parameter to have memory of its own, but {one!r} and {other!r} share theirs: "
                 "when the one is moved to perturbed weights, the other would stay. Tie them as one Parameter."
             )
+
+
+def check_entries(model: torch.nn.Module) -> None:
+    """Raise ValueError where entries of a trainable parameter share memory. To be asked before the model is moved, which may part them."""
+    for name, param in model.named_parameters():
+        if param.requires_grad and _meets_itself(param):
+            raise ValueError(
+                f"Expected every entry of a trainable parameter to have memory of its own, but {name!r} of shape {tuple(param.shape)} "
+                f"has strides {param.stride()}, as expand() leaves them: its entries would be moved together on some devices, "
+                "and apart on others. Make the small tensor the Parameter and expand it in forward, or call .contiguous() before "
+                "making it one."
+            )
+
+
+def _meets_itself(tensor: torch.Tensor) -> bool:
+    """Whether entries of one dimension reach as far as those of the next; so they may have addresses in common."""
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+def check_savable(trainer: Trainer) -> None:
+    """Raise ValueError where a run saves, and Trainer would refuse to write the weights."""
+    model, kinds = trainer.model, type(trainer).__mro__
+    own = [each for each in kinds if not each.__module__.startswith(("hf_sampa.", "transformers."))]
+    saves_otherwise = any(name in vars(each) for each in own for name in ("_save", "save_model"))
+    if trainer.args.save_strategy == "no" or hasattr(model, "save_pretrained") or saves_otherwise:
+        return
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    for one, other in overlapping(state)[:1]:
+        raise ValueError(
+            f"save_strategy: expected 'no', because {one!r} and {other!r} are one tensor, and {type(model).__name__} is no "
+            "PreTrainedModel: its weights Trainer would refuse to save. Make it one that names them in _tied_weights_keys, or save "
+            "it yourself, by torch.save in a callback (on_step_end)."
+        )
 
 
 def check_precision(trained: dict[str, torch.nn.Parameter]) -> None:

@@ -18,14 +18,16 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .cards import Card, CardFacts, texts_in, without_secrets
-from .checkpoints import check_trained, load_missing, load_weights
+from .checkpoints import check_trained, contiguous, load_missing, load_weights
 from .checks import (
     check_dataset,
+    check_entries,
     check_groups,
     check_model,
     check_not_generating,
     check_optimizer,
     check_precision,
+    check_savable,
     check_trainer,
 )
 from .distributed import check_same_start, ending_with_launcher, peers_expected
@@ -135,6 +137,11 @@ class SAMPaMixin:
 
         accelerator.prepare_data_loader = prepare_and_remember
 
+    def _move_model_to_device(self, model, device):
+        """Upstream's gives entries that share memory memory of their own, where the device has another name."""
+        check_entries(model)
+        super()._move_model_to_device(model, device)
+
     def add_callback(self, callback):
         """Diagnostics go first: at the end of the training they log, and trackers before them would have closed their run."""
         super().add_callback(callback)
@@ -222,6 +229,7 @@ class SAMPaMixin:
         """Upstream makes model and optimizer ready, and loads their states: the engine is built on them, and loads its own."""
         run, args = self._run, self.args
         check_model(self.model)
+        check_savable(self)
         run.make_room()
         self._card.begin()
         self.continued = []
@@ -378,8 +386,10 @@ class SAMPaMixin:
             self._run.saving.write(output_dir)
 
     def _save(self, output_dir=None, state_dict=None):
-        """peft writes its own text into a README.md that is there, and training_args.bin would have the Hub's token in it."""
+        """peft writes into a README.md that is there; training_args.bin would have the Hub's token; what is not contiguous is refused."""
         save = super()._save
+        if state_dict is None and not hasattr(self.model, "save_pretrained"):
+            state_dict = contiguous(self.model.state_dict())
 
         def write():
             with self._card.kept(output_dir), without_secrets(self.args):

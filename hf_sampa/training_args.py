@@ -16,6 +16,9 @@ from .state import stood_in
 from .variants import Recipe, Variant, find, parse_arguments
 
 
+LARGEST_RHO = torch.finfo(torch.float32).max
+
+
 def named_world_size() -> str | None:
     """The environment variable by which a launcher said how many processes there are; None without a launcher."""
     return next((name for name in SIZE_VARIABLES if name in os.environ), None)
@@ -200,8 +203,17 @@ class SAMPaArgumentsMixin:
             and self.rho >= 0
         ):
             raise ValueError(f"rho: expected a finite number of at least 0, got {self.rho!r}. The paper uses 0.05.")
+        if self.rho > LARGEST_RHO:
+            raise ValueError(
+                f"rho: expected at most {LARGEST_RHO:.3g}, the largest number of float32, got {self.rho!r}. The paper uses 0.05."
+            )
         if not (isinstance(self.lmbda, int | float) and not isinstance(self.lmbda, bool) and 0 <= self.lmbda <= 1):
             raise ValueError(f"lmbda: expected a number from 0 to 1, got {self.lmbda!r}. The paper uses 0.2 and 0.1.")
+        if isinstance(self.learning_rate, int | float) and not 0 <= self.learning_rate < math.inf:
+            raise ValueError(
+                f"learning_rate: expected a finite number of at least 0, got {self.learning_rate!r}: the first step would make "
+                "every weight infinite or NaN."
+            )
         steps = self.diagnostics_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {steps!r}.")

@@ -4,7 +4,8 @@
 """
 
 from .resume import Resume, load_missing, load_weights
+from .saved_weights import contiguous
 from .saving import Saving, check_trained
 
 
-__all__ = ["Resume", "Saving", "check_trained", "load_missing", "load_weights"]
+__all__ = ["Resume", "Saving", "check_trained", "contiguous", "load_missing", "load_weights"]

@@ -55,10 +55,12 @@ def write_states(folder: Path, tensors: dict[str, dict[str, Tensor]], states: di
     """
     # Copies, where one memory has two names, or only a part of it is meant.
     named = {prefix + name: each for prefix, several in tensors.items() for name, each in several.items()}
+    packed = {
+        name: each.contiguous() if name[0] != "." else each.clone(memory_format=torch.contiguous_format)
+        for name, each in named.items()
+    }
     with in_place_of(folder / TENSORS) as partial:
-        save_file(
-            {name: each.contiguous() if name[0] != "." else each.clone() for name, each in named.items()}, partial
-        )
+        save_file(packed, partial)
     for name, state in (states or {}).items():
         (folder / name).unlink(missing_ok=True)
         if state:

@@ -55,6 +55,11 @@ def _fingerprint(model: nn.Module, names: list[str]) -> int | None:
     return int(fingerprint_of_bits([tensors[name].detach().contiguous() for name in names]))
 
 
+def contiguous(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict as safetensors takes it: a transposed weight is one that Trainer would not save."""
+    return {name: value.contiguous() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
 def load_every_tensor(model: nn.Module, folder: str) -> None:
     """Load the weights in `folder` into `model` by way of `from_pretrained`, which knows renamed keys and tied weights.
 

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from ..distributed import Exchange, Role, check_ranks_agree
 from ..functional import displacement_dot_, norms, ratio
 from ..state import ForwardState, fingerprint, fingerprint_of_bits
-from .buckets import Buckets, GradientRecorder
+from .buckets import Buckets, GradientRecorder, is_dense
 from .passes import Batch, Found, Pass
 from .placement import Placement
 from .trained import Trained
@@ -90,6 +90,11 @@ class Gradients:
         partial_backward: bool = True,
     ):
         self.names, self.params, self.of_model = trained.names, trained.params, trained.of_model
+        for param in self.params:
+            # Displaced weights have no gaps, and where they have them a kernel may add up in another order. A model that is moved to
+            # another device loses its gaps, too.
+            if not is_dense(param):
+                param.data = torch.empty_like(param).copy_(param.detach())
         self.forward_state = ForwardState({"": model, **(others or {})}, self.params, exchange)
         self.exchange, self.unscale, self.partial_backward = exchange, unscale, partial_backward
         self.perturbed_grads = self.buckets()  # g~_t, then G_t

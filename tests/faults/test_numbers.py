@@ -1,4 +1,4 @@
-"""Gradients at both ends of single precision."""
+"""Gradients at both ends of single precision, parameters of odd shapes and layouts, settings that no weight could follow."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 from hf_sampa.functional import global_norm, inner, norms, perturb, ratio
 from tests import tiny
+from tests.division import divided
+from tests.ranks import run_ranks
 
 
 class Odd(nn.Module):
@@ -38,8 +40,75 @@ class Scaled(Odd):
         self.scale = scale
 
 
+class Convolution(nn.Module):
+    """In channels_last, and a loss with a weight of its own, tied in another memory order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+        self.body[0].to(memory_format=torch.channels_last)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.body(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
 def randn(*shape: int, **kwargs) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), **kwargs)
+
+
+ODD = {
+    "of size 0": lambda: nn.Parameter(torch.zeros(3, 0, 2)),
+    "without dimensions": lambda: nn.Parameter(torch.tensor(1.0)),
+    "transposed": lambda: nn.Parameter(randn(6, 4).t()),
+    "strided": lambda: nn.Parameter(randn(8, 6)[::2]),
+    "complex": lambda: nn.Parameter(randn(5, dtype=torch.complex64)),
+    "complex, transposed": lambda: nn.Parameter(randn(5, 3, dtype=torch.complex64).t()),
+    "in double precision": lambda: nn.Parameter(randn(4, dtype=torch.float64)),
+}
+MODELS = {
+    **{name: lambda make=make: Odd(make()) for name, make in ODD.items()},
+    "channels_last": Convolution,
+    "gradients of norm 1e20": partial(Scaled, 1e20),
+}
+SETTINGS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+WORLDS = {"one": (1, {}), "two": (2, {}), "shared": (2, {"shard_optimizer": True})}
+
+
+def odd_runs(folder, names, changes):
+    found = {}
+    for name in names:
+        run = partial(tiny.run, folder / name, MODELS[name], tiny.images(14), **SETTINGS, **changes)
+        found[name] = run(), run(resume=str(folder / name / "checkpoint-2"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(chosen, tmp_path_factory):
+    """By world and model: what a run ended with, and what it ended with after a resume."""
+    folder = tmp_path_factory.mktemp("odd")
+    return {
+        world: run_ranks(odd_runs, n, folder / world, chosen("name"), changes, folder=folder / f"{world}-ranks")[0]
+        for world, (n, changes) in WORLDS.items()
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "name", divided(MODELS, {"without dimensions", "transposed", "complex", "in double precision", "channels_last"})
+)
+def test_an_odd_parameter_trains_alike_on_one_process_and_on_two(runs, name, figure):
+    one, wrong = runs["one"][name][0], []
+    assert one["steps"] == 4 and not any("skipped_steps" in line for line in one["logs"])
+    for world in WORLDS:
+        own, resumed = runs[world][name]
+        # A process that shares the optimizer holds a part of its state.
+        left_out = {"optimizer": None} if world == "shared" else {}
+        wrong += tiny.differing({**own, **left_out}, {**one, **left_out}, world)
+        wrong += tiny.differing(resumed["weights"], one["weights"], f"{world}, resumed")
+    figure("odd parameters, one process = two = shared = resumed", 1, int(not wrong))
+    assert wrong == []
 
 
 def test_a_complex_parameter_is_the_pair_of_its_parts(tmp_path):
@@ -162,3 +231,54 @@ def test_perturbations_of_length_rho_and_of_none(norm):
     perturb([torch.ones(2)], [torch.zeros(2)], 0.5, norm(0.0), out=[moved])
     assert moved.tolist() == [1.0, 1.0]
     assert ratio(norm(2.0), norm(0.0)) == 0.0 and ratio(norm(2.0), norm(4.0)) == 0.5
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize("make", [lambda: randn(1, 6).expand(4, 6), lambda: randn(6).as_strided((3, 2), (1, 1))])
+def test_entries_that_share_memory_are_refused(tmp_path, make):
+    with pytest.raises(
+        ValueError,
+        match=r"memory of its own, but 'extra' of shape .* has strides .*expand it in forward, or call .contiguous",
+    ):
+        SAMPaTrainer(model=Odd(nn.Parameter(make())), args=tiny.arguments(tmp_path), train_dataset=tiny.images(14))
+
+
+def test_a_tied_weight_that_trainer_would_not_save_is_refused_before_the_first_step(tmp_path):
+    model = Odd()
+    model.other = nn.Linear(64, 3)
+    model.other.weight = model.linear.weight
+    with pytest.raises(
+        ValueError,
+        match=r"save_strategy: expected 'no', because 'linear.weight' and 'other.weight' are one tensor, and Odd is no Pre",
+    ):
+        tiny.run(tmp_path, model, tiny.images(14), **SETTINGS)
+    assert tiny.run(tmp_path, model, tiny.images(14), max_steps=1)["steps"] == 1
+
+    class Own(SAMPaTrainer):
+        def _save(self, output_dir=None, state_dict=None):
+            super()._save(output_dir, {"first": self.model.linear.weight.detach()})
+
+    assert tiny.run(tmp_path, model, tiny.images(14), Own, **SETTINGS)["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rho": 1e300}, r"rho: expected at most 3.4e\+38, the largest number of float32, got 1e\+300"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a finite number of at least 0, got inf"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number of at least 0, got nan"),
+        ({"lmbda": float("nan")}, "lmbda: expected a number from 0 to 1, got nan"),
+        ({"lmbda": float("inf")}, "lmbda: expected a number from 0 to 1, got inf"),
+    ],
+)
+def test_numbers_that_no_weight_could_follow(tmp_path, setting, message, figure):
+    with pytest.raises(ValueError, match=message):
+        SAMPaTrainingArguments(str(tmp_path), use_cpu=True, **setting)
+    figure("settings that are no use", 1, 1)
+
+
+def test_a_radius_below_single_precision_is_none(tmp_path):
+    ends = [tiny.run(tmp_path, tiny.bert, tiny.sentences(14), max_steps=3, rho=rho) for rho in (0.0, 1e-300)]
+    assert tiny.differing(*(each["weights"] for each in ends)) == []
