@@ -137,6 +137,32 @@ def test_clips_its_own_copy_and_takes_some_of_the_parameters(name):
     torch.testing.assert_close(out[0], expected_params[1].detach())
 
 
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw"])
+def test_small_parameters_are_stepped_together_and_alike_whoever_else_is_there(name):
+    """As if by themselves but for roundings, and to the bit as where other buckets are another process's."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(1 + i % 7)) for i in range(300)]
+    optimizer_class, options = OPTIMIZERS[name]
+    optimizer = optimizer_class([{"params": params[::2]}, {"params": params[1::2], "lr": 0.2}], **options)
+    for step in range(2):
+        for i, param in enumerate(params):
+            param.grad = torch.randn_like(param) if step or i % 5 else None  # counts differ
+        optimizer.step()
+    grads, buckets = [torch.randn_like(param) for param in params], [i // 10 % 3 for i in range(len(params))]
+
+    def gone(chosen, **kwargs):
+        out = [torch.empty_like(params[i]) for i in chosen]
+        look_ahead(optimizer, [params[i] for i in chosen], [grads[i] for i in chosen], out=out, **kwargs)
+        return out
+
+    together = gone(range(len(params)), apart=buckets)
+    torch.testing.assert_close(together, [gone([i])[0] for i in range(len(params))])
+    for bucket in range(3):
+        own = [i for i, each in enumerate(buckets) if each == bucket]
+        found = gone(own, apart=[bucket] * len(own))
+        assert tiny.differing(found, [together[i] for i in own]) == []
+
+
 def test_a_parameter_that_the_optimizer_does_not_hold_stays():
     held, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     out = [torch.zeros(1), torch.zeros(1)]

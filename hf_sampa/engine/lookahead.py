@@ -7,13 +7,17 @@ torch's own functions; every other optimizer takes a real step, after which it a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from .buckets import in_memory_order, is_dense
 from .undone_step import Grads, Places, step_and_undo, try_out
 
 
@@ -32,6 +36,7 @@ def look_ahead(
     out: Sequence[Tensor],
     scale: float = 1.0,
     on_trial: bool = False,
+    apart: Sequence[int] | None = None,
 ) -> bool:
     """Write the look-ahead weights y_{t+1} (Algorithm 2, look-ahead) into `out`.
 
@@ -45,6 +50,8 @@ def look_ahead(
         out: receives y_{t+1}, same shapes; may be `ascent_grads`.
         scale: what clipping multiplies g_t by, in (0, 1].
         on_trial: whether a step that has to be undone is taken twice, to see that nothing is left of the first.
+        apart: a number for each parameter, as that of its bucket. Those of different numbers are not stepped as one on a CPU, whose
+            roundings depend on a number's place in memory: who takes some of the buckets has the bits of who takes all.
 
     Returns:
         Whether there was such a trial and it moved a weight: one at a learning rate of 0 shows nothing.
@@ -52,22 +59,21 @@ def look_ahead(
     Raises:
         ValueError: in a trial the second step went elsewhere, or the optimizer spoke to other processes.
     """
-    held = {param for group in base_optimizer.param_groups for param in group["params"]}
-    grads: Grads = {}
-    places: Places = {}
-    for param, grad, moved in zip(params, ascent_grads, out, strict=True):
-        if param in held:
-            places[param] = moved
-        if grad is not None and param in held:
-            grads[param] = grad
+    held = {id(param) for group in base_optimizer.param_groups for param in group["params"]}
+    moves: dict[int, _Move] = {}
+    for i, (param, grad, place) in enumerate(zip(params, ascent_grads, out, strict=True)):
+        if grad is not None and id(param) in held:
+            moves[id(param)] = _Move(param, grad, place, _kept_of(base_optimizer, param), apart[i] if apart else 0)
         else:
-            moved.copy_(param)
-    if not grads:
+            place.copy_(param)
+    if not moves:
         return False
     in_pieces = _is_known(base_optimizer) and all(map(_is_plain, base_optimizer.param_groups))
-    if in_pieces and all(_is_flat(base_optimizer, param, grad, places[param]) for param, grad in grads.items()):
-        _step_in_pieces(base_optimizer, grads, places, scale)
+    if in_pieces and all(map(_is_flat, moves.values())):
+        _step_in_pieces(base_optimizer, moves, scale)
         return False
+    grads: Grads = {move.param: move.grad for move in moves.values()}
+    places: Places = {param: place for param, place in zip(params, out, strict=True) if id(param) in held}
     if not on_trial:
         step_and_undo(base_optimizer, grads, places, scale)
         return False
@@ -88,72 +94,134 @@ def _is_plain(group: dict) -> bool:
     return not (group.get("differentiable") or any(isinstance(option, Tensor) for option in options))
 
 
-def _is_flat(optimizer: Optimizer, param: Tensor, *others: Tensor) -> bool:
+class _Move(NamedTuple):
+    """A parameter, its gradient, where it goes, what the optimizer keeps of it (nothing before its first step), its bucket."""
+
+    param: Tensor
+    grad: Tensor
+    place: Tensor
+    kept: dict[str, Tensor]
+    bucket: int
+
+
+def _kept_of(optimizer: Optimizer, param: Tensor) -> dict[str, Tensor]:
+    return {name: value for name, value in optimizer.state.get(param, {}).items() if value is not None}
+
+
+def _is_flat(move: _Move) -> bool:
     """Whether a parameter and all that belongs to it are dense and of one layout and precision.
 
     torch's fused functions walk through memory and look at no strides.
     """
-    tensors = (param, *others, *_state_of(optimizer, param).values())
-    layouts = {(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors}
-    dense = torch.empty_like(param, device="meta").stride() == param.stride()
-    return len(layouts) == 1 and dense and not param.is_complex()
+    param = move.param
+    shape, stride, dtype = param.shape, param.stride(), param.dtype
+    others = [move.grad, move.place, *(value for name, value in move.kept.items() if name != "step")]
+    alike = all(each.stride() == stride and each.shape == shape and each.dtype == dtype for each in others)
+    return alike and is_dense(param) and not param.is_complex()
 
 
-def _step_in_pieces(optimizer: Optimizer, grads: Grads, places: Places, scale: float) -> None:
-    for group in optimizer.param_groups:
-        for piece in _pieces([param for param in group["params"] if param in grads]):
-            # g_t may be where y_{t+1} goes: it is out of the way before x_t is put there.
-            scaled = _copies([_flat(grads[param])[part] for param, part in piece], scale)
-            moved = [_flat(places[param])[part] for param, part in piece]
-            torch._foreach_copy_(moved, [_flat(param)[part] for param, part in piece])
-            states = [_state_of(optimizer, param, part) for param, part in piece]
-            PIECEWISE[type(optimizer)](moved, scaled, states, group)
+class _Run:
+    """Parameters that are stepped as if they were one, or a part of a parameter that is cut.
 
-
-def _pieces(params: list[Tensor]) -> Iterator[list[tuple[Tensor, slice]]]:
-    """Cut parameters and gather small ones, so that a piece holds at most as many numbers as it should."""
-    piece, filled, kind = [], 0, None
-    for param in params:
-        start = 0
-        while start < param.numel():
-            if piece and (filled == _longest(param) or kind != (param.device, param.dtype)):
-                yield piece
-                piece, filled = [], 0
-            size = min(param.numel() - start, _longest(param) - filled)
-            piece.append((param, slice(start, start + size)))
-            start, filled, kind = start + size, filled + size, (param.device, param.dtype)
-    if piece:
-        yield piece
-
-
-def _longest(param: Tensor) -> int:
-    return CPU_PIECE if param.device.type == "cpu" else DEVICE_PIECE
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """All numbers of a dense tensor, ``(n,)``, in the order of their addresses."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _copies(tensors: list[Tensor], scale: float = 1.0) -> list[Tensor]:
-    """Scaled clones; on a GPU by one launch for all."""
-    return torch._foreach_mul(tensors, scale)
-
-
-def _state_of(optimizer: Optimizer, param: Tensor, part: slice | None = None) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter, or of a part of it; empty before its first step. No copies.
-
-    Without a `part` only what is kept per number, that is without the step count.
+    Args:
+        moves: of these parameters.
+        part: of the only one, in the order of its memory; None: all.
     """
-    state = {name: value for name, value in optimizer.state.get(param, {}).items() if value is not None}
-    if part is None:
-        return {name: value for name, value in state.items() if name != "step"}
-    return {name: value if name == "step" else _flat(value)[part] for name, value in state.items()}
+
+    def __init__(self, moves: list[_Move], part: slice | None = None):
+        self.moves, self.part = moves, part
+        self.alone = len(moves) == 1
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What the optimizer keeps of the first, whose step count is that of all."""
+        return self.moves[0].kept
+
+    def joined(self, tensors: Callable[[_Move], Tensor]) -> Tensor:
+        """What belongs to them, one after the other, ``(n,)``; of one parameter alone without a copy."""
+        found = [tensors(move) for move in self.moves]
+        if not self.alone:
+            return _flatten_dense_tensors(found)
+        flat = in_memory_order(found[0])
+        return flat if self.part is None else flat[self.part]
+
+
+def _step_in_pieces(optimizer: Optimizer, moves: dict[int, _Move], scale: float) -> None:
+    for group in optimizer.param_groups:
+        own = [moves[id(param)] for param in group["params"] if id(param) in moves]
+        for piece in _pieces(sorted(own, key=attrgetter("bucket"))):
+            _step(optimizer, group, piece, scale)
+
+
+def _step(optimizer: Optimizer, group: dict, runs: list[_Run], scale: float) -> None:
+    # g_t may be where y_{t+1} goes: it is out of the way before x_t is put there.
+    scaled = _copies(runs, attrgetter("grad"), scale)
+    weights = [run.joined(attrgetter("place" if run.alone else "param")) for run in runs]
+    if alone := [each for each, run in zip(weights, runs, strict=True) if run.alone]:
+        torch._foreach_copy_(alone, [run.joined(attrgetter("param")) for run in runs if run.alone])
+    PIECEWISE[type(optimizer)](weights, scaled, _states(runs), group)
+    for run, moved in zip(runs, weights, strict=True):
+        if not run.alone:
+            places = [move.place for move in run.moves]
+            torch._foreach_copy_(places, list(_unflatten_dense_tensors(moved, places)))
+
+
+def _pieces(moves: list[_Move]) -> Iterator[list[_Run]]:
+    """Cut parameters and join small ones, so that a piece holds at most as many numbers as it should."""
+    piece, filled, kind, age = [], 0, None, None
+    for move, own_age in zip(moves, _ages(moves), strict=True):
+        param = move.param
+        size, longest = param.numel(), CPU_PIECE if param.is_cpu else DEVICE_PIECE
+        own_kind = (param.dtype, move.bucket if param.is_cpu else param.device)
+        if piece and (filled + size > longest or kind != own_kind):
+            yield [_Run(run) for run in piece]
+            piece, filled, age = [], 0, None
+        for start in range(0, size, longest) if size > longest else ():
+            yield [_Run([move], slice(start, start + longest))]
+        if 0 < size <= longest:
+            if own_age != age:
+                piece.append([])
+            piece[-1].append(move)
+            filled, kind, age = filled + size, own_kind, own_age
+    if piece:
+        yield [_Run(run) for run in piece]
+
+
+def _ages(moves: list[_Move]) -> list[Any]:
+    """Equal for parameters whose step is the same computation: after as many steps, with as much that is kept."""
+    steps = [move.kept.get("step") for move in moves]
+    on_cpu = [step for step in steps if step is not None and step.is_cpu]
+    read = iter(torch.stack(on_cpu).tolist() if on_cpu else [])
+    # Of counts on a device nobody knows whether they are equal: reading them would stall the queue.
+    counts = [next(read) if step is not None and step.is_cpu else id(step) for step in steps]
+    return [(count, *move.kept) for count, move in zip(counts, moves, strict=True)]
+
+
+def _copies(runs: list[_Run], tensors: Callable[[_Move], Tensor], scale: float = 1.0) -> list[Tensor]:
+    """Scaled copies of what belongs to each of the runs, ``(n,)``; of single parameters, on a GPU, by one launch for all."""
+    found = [run.joined(tensors) for run in runs]
+    alone = [i for i, run in enumerate(runs) if run.alone]
+    for i, copied in zip(alone, torch._foreach_mul([found[i] for i in alone], scale) if alone else [], strict=True):
+        found[i] = copied
+    if len(alone) < len(runs):
+        torch._foreach_mul_([flat for run, flat in zip(runs, found, strict=True) if not run.alone], scale)
+    return found
+
+
+def _states(runs: list[_Run]) -> list[dict[str, Tensor]]:
+    """Copies of what the optimizer keeps, but for the step count."""
+    states: list[dict[str, Tensor]] = [{"step": run.kept["step"]} if "step" in run.kept else {} for run in runs]
+    for name in {name: None for run in runs for name in run.kept if name != "step"}:
+        holders = [i for i, run in enumerate(runs) if name in run.kept]
+        copies = _copies([runs[i] for i in holders], lambda move, name=name: move.kept[name])
+        for i, copied in zip(holders, copies, strict=True):
+            states[i][name] = copied
+    return states
 
 
 def _sgd(weights: list[Tensor], grads: list[Tensor], states: list[dict], group: dict) -> None:
     """U of `torch.optim.SGD`, with momentum, Nesterov, dampening and weight decay as the group says."""
-    velocities = [state["momentum_buffer"].clone() if "momentum_buffer" in state else None for state in states]
+    velocities = [state.get("momentum_buffer") for state in states]
     names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
     sgd(weights, grads, velocities, **{name: group[name] for name in names})
 
@@ -163,7 +231,7 @@ def _adam(weights: list[Tensor], grads: list[Tensor], states: list[dict], group:
 
     def moments(name: str) -> list[Tensor]:
         found = zip(weights, states, strict=True)
-        return _copies([state[name] if state else torch.zeros_like(weight) for weight, state in found])
+        return [state[name] if state else torch.zeros_like(weight) for weight, state in found]
 
     names = ("amsgrad", "lr", "weight_decay", "eps", "maximize")
     adam(

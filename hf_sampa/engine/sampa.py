@@ -226,6 +226,7 @@ class SAMPa(SharpnessAware):
             out=[out.views[i] for i in own],
             scale=scale,
             on_trial=self._lookahead_trials > 0,
+            apart=[self.ascent_grads.bucket_of[i] for i in own],
         )
         self._lookahead_trials -= int(tried)
 
