@@ -242,3 +242,59 @@ def test_it_hears_of_gradients_that_come_in_pieces_or_change(recording, change):
     assert recorder.pieces == (change != "none")
     assert into.views[0].tolist() == [2.0 if change == "second backward" else 1.0] * 3
     assert into.views[1].tolist() == [2.0 if change == "after backward" else 1.0] * 3
+
+
+@pytest.fixture
+def grouping():
+    """A large parameter and two small ones of its bucket, which are taken in groups, one before it and one after."""
+    params = [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(200)), nn.Parameter(torch.ones(1))]
+    recorder, into = GradientRecorder(params), Buckets(params, bucket_bytes=10_000)
+    recorder.group(into)
+    recorder.start(into)
+    yield params, recorder, into
+    recorder.close()
+
+
+def test_small_gradients_are_taken_with_the_next_other_or_after_backward(grouping):
+    (first, large, last), recorder, into = grouping
+    full, seen = [], []
+    large.register_post_accumulate_grad_hook(
+        lambda _: seen.append([grad is not None for grad in (last.grad, first.grad)])
+    )
+    with recorder.record(into):
+        (first * (large * last.exp()).sum()).sum().backward()
+    with recorder.record(into, on_full=full.append):
+        (2 * first).sum().backward()
+        last.sum().backward()
+        assert full == []
+    assert full == [0] and len(seen) == 1
+    assert recorder.used == [True, True, True] and not recorder.pieces
+    e = torch.tensor(1.0).exp()
+    torch.testing.assert_close(into.views, [200 * e[None] + 2, e.expand(200), 200 * e[None] + 1])
+    assert all(param.grad is view for param, view in zip(grouping[0], into.views, strict=True))
+
+
+def test_small_gradients_that_are_taken_away_or_come_again(grouping):
+    (first, large, last), recorder, into = grouping
+    with recorder.record(into, on_full=lambda bucket: None):
+        (first + last).sum().backward()
+        first.grad = None
+    assert recorder.used == [False, False, True] and into.views[0].item() == 0.0
+    recorder.start(into)
+    with recorder.record(into, on_full=lambda bucket: None):
+        (first + last).sum().backward()
+        last.sum().backward()
+    assert recorder.pieces and into.views[2].item() == 2.0
+    recorder.start(into)
+    with pytest.raises(RuntimeError, match=r"shape \(1,\) received its gradient in more than one piece"):
+        with recorder.record(into, on_full=lambda bucket: None):
+            (first + last).sum().backward()
+            large.sum().backward()
+            last.sum().backward()
+    first.sum().backward()  # of nobody's
+    assert recorder._arrived[-1] is first
+    first.grad = None
+    recorder.start(into)
+    with recorder.record(into, on_full=lambda bucket: None):
+        large.sum().backward()
+    assert recorder.used == [False, True, False]

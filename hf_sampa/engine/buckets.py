@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +13,10 @@ from ..distributed import BUCKET_BYTES, partition
 from ..state import fingerprint_of_bits
 
 
-T = TypeVar("T")
-
 # At least about so many, so that a pair that shares its optimizer can share few adapters evenly, too.
 FEWEST_BUCKETS = 16
+# Of a bucket's numbers one in so many: what a parameter has at most that is taken together with others.
+LITTLE_PART = 64
 
 
 class Buckets:
@@ -56,7 +55,7 @@ class Buckets:
             for i, view in zip(members, self.cut(bucket, flat), strict=True):
                 self.bucket_of[i], self.views[i] = bucket, view
 
-    def among(self, per_param: list[T], bucket: int) -> list[T]:
+    def among(self, per_param: list[Tensor], bucket: int) -> list[Tensor]:
         """Those of the parameters of a bucket, which follow one another from last to first, in the order of its members."""
         members = self.members[bucket]
         return per_param[members[-1] : members[0] + 1][::-1]
@@ -80,6 +79,10 @@ class Buckets:
             self.flats[bucket], other.flats[bucket] = other.flats[bucket], self.flats[bucket]
             for i in self.members[bucket]:
                 self.views[i], other.views[i] = other.views[i], self.views[i]
+
+    def is_small(self, i: int) -> bool:
+        """Whether a parameter has little part in its bucket."""
+        return self._layouts[i][0].numel() * self._parts[i] * LITTLE_PART <= self._sizes[self.bucket_of[i]]
 
     def take(self, i: int, grad: Tensor) -> None:
         """Put the gradient of parameter `i` into its place; a bucket of its own becomes `grad` itself, without a copy."""
@@ -162,6 +165,20 @@ class GradientRecorder:
         self._handles = [
             param.register_post_accumulate_grad_hook(partial(self._record, i)) for i, param in enumerate(params)
         ]
+        self._grouped: dict[int, int] | None = None  # small parameters, by their ids, once they are taken in groups
+        self._arrived: list[nn.Parameter] = []  # those of them whose gradients have come, and are to be taken
+
+    def group(self, into: Buckets) -> None:
+        """From now on take small gradients, as those of biases, in groups: with the next of another parameter, or after backward.
+
+        A call of Python for each takes longer than all that is done with it. A bucket may then be full a moment before it is reported.
+        """
+        if self._grouped is not None:
+            return
+        self._grouped = {id(param): i for i, param in enumerate(self.params) if into.is_small(i)}
+        for i in self._grouped.values():
+            self._handles[i].remove()
+            self._handles[i] = self.params[i].register_post_accumulate_grad_hook(self._arrived.append)
 
     def start(self, into: Buckets) -> None:
         """Forget gradients, so that the next backward starts a new sum in `into`."""
@@ -188,6 +205,7 @@ class GradientRecorder:
         self._waiting = [len(members) for members in into.members]
         self._fired = [False] * len(self.params)
         self._next, self._heard = 0, {}
+        self._arrived.clear()  # of passes that are none of ours
         try:
             yield
             self._take_assigned()
@@ -204,33 +222,61 @@ class GradientRecorder:
         into = self._into
         if into is None:
             return
-        bucket = into.bucket_of[i]
-        if self._on_full is not None and bucket < self._next:
-            raise RuntimeError(
-                f"A parameter of shape {tuple(param.shape)} received its gradient in more than one piece during one "
-                "step, after the first piece had been sent to the other process. Reentrant activation checkpointing "
-                "does this, and so does a training_step of your own that calls backward twice: set "
-                "overlap_exchange=False, which sends gradients after all of them, or, for checkpointing, "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
+        if self._arrived:
+            self._take_arrived(into)
+        if into.bucket_of[i] < self._sent:
+            raise _late_piece(param)
         grad = param.grad
         if grad is not into.views[i]:
             # From here on autograd adds further micro-batches in place.
             into.take(i, grad)
             param.grad = into.views[i]
-        self.used[i] = True
         if self.listening:
             self._heard[i] = fingerprint_of_bits([param.grad])
-        if self._fired[i]:
-            self.pieces = True
-            return
-        self._fired[i] = True
-        self._waiting[bucket] -= 1
-        if self.overlap and not self._waiting[bucket]:
+        self._count(i)
+        if self.overlap:
             self._report()
+
+    def _take_arrived(self, into: Buckets) -> None:
+        """What `_record` does, for all small gradients that have come."""
+        grads, views, sent, ensured = [], [], self._sent, None
+        for param in self._arrived:
+            i, grad = self._grouped[id(param)], param.grad
+            if grad is None:  # taken away again
+                continue
+            bucket = into.bucket_of[i]
+            if bucket < sent:
+                raise _late_piece(param)
+            if bucket != ensured:
+                into.ensure(bucket)
+                ensured = bucket
+            view = into.views[i]
+            if grad is not view:
+                grads.append(grad)
+                views.append(view)
+                param.grad = view
+            self._count(i)
+        self._arrived.clear()
+        if grads:
+            torch._foreach_copy_(views, grads)
+        if self.overlap:
+            self._report()
+
+    @property
+    def _sent(self) -> int:
+        """How many buckets are on their way."""
+        return 0 if self._on_full is None else self._next
+
+    def _count(self, i: int) -> None:
+        self.used[i] = True
+        self.pieces |= self._fired[i]
+        if not self._fired[i]:
+            self._fired[i] = True
+            self._waiting[self._into.bucket_of[i]] -= 1
 
     def _take_assigned(self) -> None:
         """Gradients that a step of one's own put into ``.grad``, or changed there, after backward or without it."""
+        self._take_arrived(self._into)
         for i, param in enumerate(self.params):
             if param.grad is not None and param.grad is not self._into.views[i]:
                 self._record(i, param)
@@ -242,7 +288,7 @@ class GradientRecorder:
 
     def _drop(self, i: int) -> None:
         """A gradient that was taken away after backward: of this micro-batch, and of those before it."""
-        if self._on_full is not None and self._into.bucket_of[i] < self._next:
+        if self._into.bucket_of[i] < self._sent:
             raise RuntimeError(
                 f"The gradient of a parameter of shape {tuple(self.params[i].shape)} was set to None after it had been sent to the "
                 "other process. Do so from the first step on, or set overlap_exchange=False, which sends gradients at the end."
@@ -265,3 +311,13 @@ class GradientRecorder:
                 into.views[i].zero_()
         self._waiting = [0] * len(self._waiting)
         self._report()
+
+
+def _late_piece(param: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"A parameter of shape {tuple(param.shape)} received its gradient in more than one piece during one "
+        "step, after the first piece had been sent to the other process. Reentrant activation checkpointing "
+        "does this, and so does a training_step of your own that calls backward twice: set "
+        "overlap_exchange=False, which sends gradients after all of them, or, for checkpointing, "
+        "gradient_checkpointing_kwargs={'use_reentrant': False}."
+    )

@@ -261,6 +261,8 @@ class SharpnessAware(Gradients):
         skipped = skipped or (self.wide and self._overflows())
         if self._trial:
             self._trial = TRIAL_STEPS if skipped else self._trial - 1
+        if not self._trial and not self.first_pass:
+            self._recorder.group(self.perturbed_grads)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.skipped_steps += skipped
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+import sys
+import time
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 from hf_sampa.functional import global_norm, inner, norms, perturb, ratio
@@ -282,3 +287,109 @@ def test_numbers_that_no_weight_could_follow(tmp_path, setting, message, figure)
 def test_a_radius_below_single_precision_is_none(tmp_path):
     ends = [tiny.run(tmp_path, tiny.bert, tiny.sentences(14), max_steps=3, rho=rho) for rho in (0.0, 1e-300)]
     assert tiny.differing(*(each["weights"] for each in ends)) == []
+
+
+# ---- Thousands of parameters ----
+
+
+class Thousands(nn.Module):
+    def __init__(self, count: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(64, 3)
+        self.many = nn.ParameterList([nn.Parameter(torch.randn(1 + i % 3) * 0.01) for i in range(count)])
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.linear(pixel_values.flatten(1))
+        squares = torch.stack([param.square().sum() for param in self.many]).sum()
+        return {"loss": nn.functional.cross_entropy(logits, labels) + 0.1 * squares, "logits": logits}
+
+
+class Calls(TrainerCallback):
+    """Counts what Python calls of this package, and of torch from within it, in step `at`."""
+
+    def __init__(self, at: int):
+        self.at, self.found = at, Counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            sys.setprofile(self.count)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        sys.setprofile(None)
+
+    def count(self, frame, event, arg):
+        if event in ("call", "c_call") and "hf_sampa" in frame.f_code.co_filename:
+            self.found[arg.__name__ if event == "c_call" else frame.f_code.co_qualname] += 1
+
+
+def calls(folder, count: int) -> Counter:
+    counter = Calls(at=5)  # the first steps are on trial, and listen to every gradient
+    tiny.run(folder, Thousands(count), tiny.images(14), max_steps=6, trainer_kwargs={"callbacks": [counter]})
+    return counter.found
+
+
+def test_a_step_calls_little_per_parameter(tmp_path):
+    """What one more parameter costs, wherever else the time goes: a count does not depend on the machine."""
+    few, many = (calls(tmp_path, count) for count in (2000, 2400))
+    per_parameter = {name: (many[name] - few[name]) / 400 for name in many}
+    tensors = sum(per_parameter.get(name, 0.0) for name in TENSORS)
+    assert tensors < 1.5  # G_t in ``.grad``
+    assert per_parameter["GradientRecorder._record"] < 0.1  # the hook
+    assert sum(per_parameter.values()) < 70
+
+
+TENSORS = ("as_strided", "clone", "copy_", "detach", "empty_like", "mul", "reshape", "view", "zeros_like")
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.thread_time())
+
+
+def seconds_per_step(folder, trainer_class, count: int) -> float:
+    """As the thread itself counts them; the first steps, which are on trial, left out."""
+    clock = Clock()
+    kwargs = {"callbacks": [clock]}
+    tiny.run(folder, Thousands(count), tiny.images(14), trainer_class, max_steps=9, trainer_kwargs=kwargs)
+    return statistics.median(end - start for start, end in zip(clock.ends[3:], clock.ends[4:], strict=False))
+
+
+def seconds_of_the_arithmetic(folder, count: int) -> float:
+    """Two passes and one update, by hand."""
+    model, data, seconds = Thousands(count), tiny.images(4), []
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    batch = {"pixel_values": torch.stack([each["pixel_values"] for each in data]), "labels": torch.arange(4) % 3}
+    for _ in range(6):
+        start = time.thread_time()
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(**batch)["loss"].backward()
+        optimizer.step()
+        seconds.append(time.thread_time() - start)
+    return statistics.median(seconds[1:])
+
+
+@pytest.mark.whole
+@pytest.mark.distributed
+def test_5000_tiny_parameters_cost_little_more_than_the_arithmetic(tmp_path, figure):
+    def one(function, *args) -> float:
+        return run_ranks(function, 1, tmp_path / "runs", *args, folder=tmp_path / "ranks")[0]
+
+    rounds = [
+        (
+            one(seconds_of_the_arithmetic, 5000),
+            one(seconds_per_step, SAMPaTrainer, 5000),
+            one(seconds_per_step, Trainer, 5000),
+        )
+        for _ in range(3)
+    ]
+    arithmetic, sampa, plain = (statistics.median(each) for each in zip(*rounds, strict=True))
+    print(
+        f"5000 tiny parameters: {sampa / arithmetic:.2f} times the arithmetic of SAM, {sampa / plain:.2f} times plain Trainer"
+    )
+    figure("percent of SAM's arithmetic, 5000 parameters", 100, round(100 * sampa / arithmetic))
+    assert sampa < 1.6 * arithmetic
