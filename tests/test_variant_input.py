@@ -15,6 +15,7 @@ from hf_sampa.variants.parts import Direction, Mask, Mixing, When
 from hf_sampa.variants.recipe import Recipe
 from hf_sampa.variants.sample_parts import Loss, Samples
 from tests import tiny
+from tests.former import as_before
 
 
 REFUSED = {
@@ -301,6 +302,7 @@ def test_a_checkpoint_from_before_variants_goes_on(tmp_path):
     del manifest["recipe"]
     manifest["unlogged"]["means"]["steps"] = 2  # one number for all means
     file.write_text(json.dumps(manifest))
+    as_before(file.parent)
     resumed = tiny.run(tmp_path, tiny.bert, tiny.sentences(16), resume=str(file.parent), **settings)
     assert tiny.differing(tiny.comparable(whole), tiny.comparable(resumed)) == []
 

@@ -9,9 +9,6 @@ REASONS = {
     "run.engine.ascent is not None -> (run.engine.ascent is None)": (
         "only read for whether the processes differ, which they then do in the other way round"
     ),
-    "checkpoints/saving.py: self.run.exchange.meet() -> pass": (
-        "without it two processes race for one folder, which the tests' processes, on one disk, win as a rule"
-    ),
     "data/loaders.py: self.batch_sampler, self.seed, self.epoch = batch_sampler, seed, 0: 0 -> 1": (
         "the stream sets the epoch before it reads anything"
     ),
