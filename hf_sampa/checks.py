@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import zip_longest
 from typing import Any
 
@@ -40,6 +41,11 @@ def check_trainer(trainer: Trainer) -> None:
         )
     if args.fp16 and args.device.type == "cpu":
         logger.warning("fp16: Trainer has it on GPUs only, so that this run computes in fp32. On a CPU use bf16.")
+    if args.save_on_each_node and int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) < args.world_size:
+        raise ValueError(
+            "save_on_each_node: expected False, because transformers writes weights on the first machine alone: no run could go "
+            "on from what the others have. Let all machines write to one disk."
+        )
     if args.auto_find_batch_size and args.world_size > 1:
         raise ValueError(
             f"auto_find_batch_size lets one process start again while the other waits for it, so it needs a world of "

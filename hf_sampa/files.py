@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -23,8 +23,10 @@ def in_place_of(file: Path) -> Iterator[Path]:
         yield partial
         sync(partial)
         os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # what went wrong is on its way
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def partial_of(file: Path) -> Path:
@@ -32,12 +34,19 @@ def partial_of(file: Path) -> Path:
     return file.with_name(f"_{file.name}.partial")
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names of those in a folder, are on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders
-    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # it syncs nothing that was opened for reading
+def sync(file: Path) -> None:
+    """Wait until a file is on the disk."""
+    try:
+        opened = os.open(file, os.O_RDWR)  # Windows syncs nothing that was opened for reading
+    except (IsADirectoryError, PermissionError):
+        opened = os.open(file, os.O_RDONLY)
     try:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the names of the files in a folder are on the disk, where the system has that."""
+    with suppress(OSError):  # as Windows and some network file systems
+        sync(folder)

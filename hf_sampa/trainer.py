@@ -158,8 +158,7 @@ class SAMPaMixin:
         """
         before, self._run, state = self._run, Run(self, self._run), self.state
         try:
-            if resume_from_checkpoint:
-                resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
+            resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
             with peers_expected(), ending_with_launcher():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
@@ -365,9 +364,13 @@ class SAMPaMixin:
         check_trained(self.sampa)
         if self._run.saving.is_put_off(trial):
             return
-        with self._run.saving.checkpoint(trial) as (folder, old):
+        upstream = partial(super()._save_checkpoint, model, trial)
+
+        def write(folder, old):
             self._attempt("the card", partial(self._card.begin_checkpoint, folder, old))
-            super()._save_checkpoint(model, trial)
+            upstream()
+
+        self._run.saving.checkpoint(trial, write)
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
         """`write`, so that what fails on one process within a checkpoint leaves none of the others waiting."""
@@ -409,19 +412,24 @@ class SAMPaMixin:
         self._run.saving.write(output_dir)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Upstream's pushes no card of the whole run, and the Hub's token, and says nothing of a push that fails."""
-        push = partial(super()._push_from_checkpoint, checkpoint_folder)
-        with without_secrets(self.args):
-            if self.is_world_process_zero():
-                self._card.push(push)
-            else:
-                push()
+        """Upstream's pushes no card of the whole run, and the Hub's token, and says nothing of a push that fails; it comes too early."""
+        upstream = partial(super()._push_from_checkpoint, checkpoint_folder)
+
+        def push():
+            with without_secrets(self.args):
+                if self.is_world_process_zero():
+                    self._card.push(upstream)
+                else:
+                    upstream()
+
+        self._run.saving.later(push)
 
     # ---- The end ----
 
     def _finalize_training(self, *args, **kwargs):
-        """Processes compare their weights in the step after; there is none after the last."""
+        """Processes compare their weights in the step after; there is none after the last. Upstream loads the best where it is."""
         self.sampa.check_alike()
+        self._run.resume.agree_on_best()
         return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self):

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState
 
-from ..files import in_place_of, sync
+from ..files import in_place_of, sync_names
 from . import manifest
 from .manifest import Manifest, Weights
 from .whole import OTHER, needed_in, problem_of, record, refused, unreadable, weights_in
@@ -68,13 +68,24 @@ def write_states(folder: Path, tensors: dict[str, dict[str, Tensor]], states: di
                 torch.save(state, partial)
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Say that the checkpoint in `folder` is whole, which it is when all else is on the disk; `content` are fields of `Manifest`."""
+def write_manifest(folder: Path, content: dict[str, Any], expected: set[str]) -> None:
+    """Say that the checkpoint in `folder` is whole, which it is when all else is on the disk.
+
+    Args:
+        folder: the checkpoint.
+        content: fields of `Manifest`.
+        expected: paths in it of files that were written.
+
+    Raises:
+        OSError: it cannot be written, or somebody has removed a file meanwhile.
+    """
+    if missing := sorted(name for name in expected if not (folder / name).exists()):
+        raise FileNotFoundError(f"{missing[0]} was removed from {folder} while the checkpoint was written")
     text = manifest.written(manifest.built({**content, "files": record(folder)}))
     with in_place_of(folder / MANIFEST) as partial:
         partial.write_text(text)
     for each in (folder, folder.parent):  # the names of the files, before older checkpoints are removed
-        sync(each)
+        sync_names(each)
 
 
 # ---- Reading ----
@@ -102,11 +113,12 @@ def _read(folder: Path) -> tuple[Manifest | None, bool]:
             f"{found}The checkpoint {folder} is torn or no checkpoint: expected a whole {TRAINER_STATE}, which is written "
             f"after all others but {MANIFEST}. {ELSEWHERE}"
         )
-    if not (folder / MANIFEST).exists() and not (folder / TENSORS).exists():
-        return None, True
-    if not (folder / MANIFEST).exists():
+    if not (folder / MANIFEST).is_file():
+        ours = [name for name in (TENSORS, RECIPE, COLLECTED) if (folder / name).exists()]
+        if not ours:
+            return None, True
         raise ValueError(
-            f"The checkpoint {folder} is torn: it has {TENSORS}, but not {MANIFEST}, which is written last. {ELSEWHERE}"
+            f"The checkpoint {folder} is torn: it has {ours[0]}, but not {MANIFEST}, which is written last. {ELSEWHERE}"
         )
     try:
         return manifest.read((folder / MANIFEST).read_bytes())
@@ -122,18 +134,25 @@ def _is_state(file: Path) -> bool:
         step = TrainerState.load_from_json(str(file)).global_step
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return False
-    return isinstance(step, int)
+    return type(step) is int and 0 <= step < 2**63
 
 
-def inspect(folder: Path, ignore_changed_files: bool = False) -> dict[str, str]:
+def inspect(
+    folder: Path, ignore_changed_files: bool = False, counts: Callable[[str], bool] = lambda name: True
+) -> dict[str, str]:
     """Read every file that a run would go on from; what has changed, by file, where changes are ignored.
+
+    Args:
+        folder: the checkpoint.
+        ignore_changed_files: whether what can be read is enough.
+        counts: by the path of a file, whether it matters how it is.
 
     Raises:
         ValueError: see `read`; or a file is missing, cannot be read, or is not as it was written. The message names it.
     """
     try:
         content, as_written = _read(folder)
-        changes = {} if content is None else _changes(folder, content)
+        changes = {} if content is None else _changes(folder, content, counts)
         if not as_written:
             changes[MANIFEST] = OTHER
         if changes and not ignore_changed_files:
@@ -141,15 +160,15 @@ def inspect(folder: Path, ignore_changed_files: bool = False) -> dict[str, str]:
                 f"The checkpoint {folder} is not as it was written: {listed(changes)}. {ON_PURPOSE} {ELSEWHERE}"
             )
         if changes or content is None or content.format == 1:
-            _check(folder, unreadable, "is torn or damaged")
-        _check(folder, refused, "cannot be loaded")
+            _check(folder, counts, unreadable, "is torn or damaged")
+        _check(folder, counts, refused, "cannot be loaded")
         return changes
     except OSError as error:
         raise ValueError(f"The checkpoint {folder} cannot be read: {error}. {ELSEWHERE}") from error
 
 
-def _changes(folder: Path, content: Manifest) -> dict[str, str]:
-    found = {name: problem_of(folder, name, kept) for name, kept in content.files.items()}
+def _changes(folder: Path, content: Manifest, counts: Callable[[str], bool]) -> dict[str, str]:
+    found = {name: problem_of(folder, name, kept) for name, kept in content.files.items() if counts(name)}
     return {name: problem for name, problem in found.items() if problem}
 
 
@@ -158,11 +177,10 @@ def listed(changes: dict[str, str]) -> str:
     return "; ".join(f"{name} {problem}" for name, problem in changes.items())
 
 
-def _check(folder: Path, problem_of: Callable[[Path], str | None], words: str) -> None:
-    """Raise ValueError where a file that is needed has a problem."""
-    for file in needed_in(folder):
-        if problem := problem_of(file):
-            name = file.relative_to(folder).as_posix()
+def _check(folder: Path, counts: Callable[[str], bool], problem_of: Callable[[Path], str | None], words: str) -> None:
+    """Raise ValueError where a file that is needed, and counts, has a problem."""
+    for name in filter(counts, needed_in(folder)):
+        if problem := problem_of(folder / name):
             raise ValueError(f"The checkpoint {folder} {words}: {name} {problem}. {ELSEWHERE}")
 
 

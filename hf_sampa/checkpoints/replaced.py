@@ -23,10 +23,12 @@ def replacing(folder: Path) -> Iterator[Path | None]:
 
     Should the block raise, what it wrote is removed and the old one put back; should the process be killed, `restore` does that.
     """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file")
     restore(folder)
     aside = aside_of(folder)
     if folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)  # of two that are not whole, the later one
+        _remove(aside)  # of two that are not whole, the later one
         os.rename(folder, aside)
     try:
         yield aside if aside.exists() else None
@@ -58,7 +60,7 @@ def restore_all(output_dir: Path) -> None:
 
 
 def _put_back(folder: Path, aside: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     if aside.exists():
         os.rename(aside, folder)
 
@@ -68,7 +70,14 @@ def _finish(folder: Path, aside: Path) -> None:
     for path in aside.iterdir() if aside.exists() else ():
         if not (folder / path.name).exists() and not _is_of_the_run(path):
             shutil.move(path, folder / path.name)
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """A folder with all that is in it; of a link, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_of_the_run(path: Path) -> bool:

@@ -20,7 +20,7 @@ from . import checkpoint, content
 from .manifest import Manifest
 from .replaced import restore, restore_all
 from .saved_weights import holds, left_out, load_every_tensor
-from .whole import is_weights
+from .whole import is_weights, weights_in
 
 
 if TYPE_CHECKING:
@@ -51,32 +51,44 @@ class Resume:
         self.changes: dict[str, str] = {}
         self._expected: list[int] | None = None  # fingerprints of the next update batch
 
-    def find(self, given: str | bool) -> str:
-        """A whole checkpoint, after putting back what a process that was killed had moved aside. A collective.
+    def find(self, given: str | bool | None) -> str | None:
+        """A whole checkpoint, after putting back what a process that was killed had moved aside; None for none. A collective.
 
-        Raises ValueError for one that is torn, damaged, or of a newer format.
+        Raises ValueError for one that is torn, damaged, or of a newer format, and where only some processes are to go on from one.
         """
+        asked = [
+            each or None for each in self.run.exchange.share_objects(given if given is True else given and str(given))
+        ]
+        kinds = [each if each in (None, True) else "a path" for each in asked]
+        if len(set(kinds)) > 1:
+            rank = next(rank for rank, kind in enumerate(kinds) if kind != kinds[0])
+            raise ValueError(
+                f"resume_from_checkpoint: expected the same on every process, but got {asked[0]!r} on rank 0 and {asked[rank]!r} on "
+                f"rank {rank}."
+            )
+        if not given:
+            return None
         args, output_dir = self.trainer.args, Path(self.trainer.args.output_dir)
         if args.should_save:
             with suppress(OSError):  # of a folder that is read only; what is found there is inspected
-                restore_all(output_dir) if given is True else restore(Path(given))
+                restore_all(output_dir) if given is True else restore(Path(given).absolute())
         self.run.exchange.meet()
         if given is not True:
             self._inspect(Path(given))
-            return given
+            return str(given)
         names = self.run.exchange.share_objects(checkpoint.steps_in(output_dir))[0]
         folder, problems = checkpoint.last_whole(output_dir, names, self._inspect)
         for problem in problems:
             logger.warning(f"Passing over a checkpoint. {problem}")
         return str(folder)
 
-    def _inspect(self, folder: Path) -> None:
+    def _inspect(self, folder: Path, counts: Callable[[str], bool] = lambda name: True) -> None:
         """`checkpoint.inspect`, by one process of every machine, with the same end on all of them. A collective."""
         args = self.trainer.args
         problem, changes = None, {}
         if args.local_process_index == 0:
             try:
-                changes = checkpoint.inspect(folder, args.ignore_changed_files)
+                changes = checkpoint.inspect(folder, args.ignore_changed_files, counts)
             except ValueError as error:
                 problem = str(error)
         of_all = self.run.exchange.share_objects((problem, changes))
@@ -262,17 +274,36 @@ class Resume:
 
     # ---- The best weights ----
 
+    def agree_on_best(self) -> None:
+        """All processes load the best weights, or none does. A collective.
+
+        Raises ValueError where they are damaged, or only some processes have them.
+        """
+        state = self.trainer.state
+        best = self.run.exchange.share_objects(state.best_model_checkpoint)[0]
+        if not self.trainer.args.load_best_model_at_end or best is None:
+            return
+        state.best_model_checkpoint = best
+        there = self.run.exchange.share_objects(bool(weights_in(Path(best))))
+        if not any(there):
+            return  # upstream says so
+        if not all(there):
+            raise ValueError(
+                f"load_best_model_at_end: expected {best} on every process, but rank {there.index(False)} has no weights there. Let "
+                "all machines write to one disk. The model holds the weights of the last step."
+            )
+        try:
+            self._inspect(Path(best), lambda name: is_weights(name) or name == checkpoint.TENSORS)
+        except ValueError as problem:
+            words = str(problem).removesuffix(checkpoint.ELSEWHERE)
+            raise ValueError(
+                f"load_best_model_at_end: {words}The model holds the weights of the last step."
+            ) from problem
+
     def load_best(self, load: Callable[[], None]) -> None:
         """The best checkpoint's weights by Trainer's `load`, and what else belongs to them."""
         trainer = self.trainer
         best = trainer.state.best_model_checkpoint
-        if all(self.run.exchange.share_objects(Path(best).is_dir())):
-            try:
-                self._inspect(Path(best))
-            except ValueError as problem:
-                raise ValueError(
-                    f"load_best_model_at_end: {problem} The model holds the weights of the last step."
-                ) from problem
         make_room(trainer.model, checkpoint.read_tensors(Path(best), checkpoint.FORWARD_STATE))
         load()
         if not Path(best).is_dir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers.trainer as upstream
 from accelerate.logging import get_logger
 
 from ..distributed import PeerLost, peers_expected
@@ -22,6 +23,7 @@ from ..state import stood_in
 from . import checkpoint
 from .content import to_save
 from .replaced import replacing
+from .whole import needed_in
 from .writing import NotSaved, Writing, room
 
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+# Of Trainer's state.
+BEST = ("best_model_checkpoint", "best_global_step", "best_metric")
 # What transformers' save on SIGTERM leaves in the folder that it makes beforehand.
 ANNOUNCED = "checkpoint-is-incomplete.txt"
 
@@ -48,6 +52,9 @@ class Saving:
         self._put_off = self._stop_put_off = False
         self._content: dict[str, Any] | None = None  # what is written, while a checkpoint is, by a process that writes
         self._writing: Writing | None = None  # while a checkpoint is written
+        self._into, self._there = Path(), set()  # its folder, and files that are there already
+        self._later: list[Callable[[], None]] = []  # what comes when it is whole
+        self._best: dict[str, Any] = {}  # what Trainer knew of the best weights before this step's evaluation
         self._saved = True  # whether the last one was
         self._counted: tuple[int, float, float] | None = None  # see `note_counts`
 
@@ -64,6 +71,7 @@ class Saving:
         self._agree_on_ending()
         self.run.stage, self._saves_next = "between", True
         events = trainer.callback_handler
+        self._note_best()
         try:
             with stood_in(events, "on_save", partial(self._on_save, events.on_save)):
                 log_save_evaluate()
@@ -140,43 +148,48 @@ class Saving:
 
     # ---- Writing ----
 
-    @contextmanager
-    def checkpoint(self, trial) -> Iterator[tuple[Path, Path | None]]:
-        """Around Trainer's writing of a checkpoint: its folder, and where the one is meanwhile that it replaces.
+    def checkpoint(self, trial, write: Callable[[Path, Path | None], None]) -> None:
+        """Let Trainer `write` a checkpoint into its folder, while the one that it replaces, if there is one, is in another.
 
         All that can be refused is refused before anything is written. Of what the disk does not take nothing is left, and the
         run goes on. Raises NotSaved where there is none that could.
         """
         self._reach_others()
-        folder, state = self._folder(trial), self.trainer.state
-        best = state.best_model_checkpoint
+        folder = self._folder(trial)
         self._content = to_save(self.run, folder)
+        self._into, self._there, self._later = folder, set(), []
         self._writing, self._saved = Writing(self.run.exchange), False
         try:
             with peers_expected(), self._as_before_the_step(), ExitStack() as replaced:
                 old = self.attempt("the folder", lambda: self._make_way(folder, replaced))
                 self._writing.agree()  # the others write into the folder, once the old one is out of the way
-                with stood_in(state, "save_to_json", partial(self._finish, state.save_to_json)):
-                    yield folder, old
-            self._writing.agree()
+                with self._put_last(folder):
+                    write(folder, old)
+                self._writing.agree()  # before any older one is removed
             self._saved = True
         except PeerLost:
             raise
         except Exception as error:
             problem = self._writing.agree_on(error)
+            self._forget_best()
             self._give_up(folder, problem)
-            if not self._saved:
-                state.best_model_checkpoint = best
         finally:
             self._content = self._writing = None
         self._put_off = False
+        if self._saved:
+            self._do_what_is_left(folder)
 
     def _make_way(self, folder: Path, replaced: ExitStack) -> Path | None:
         return replaced.enter_context(replacing(folder)) if self.trainer.args.should_save else None
 
     def attempt(self, what: str, write: Callable[[], Any]) -> Any:
         """`write` what belongs to a checkpoint, if one is being written, or something else: see `Writing.attempt`."""
-        return write() if self._writing is None else self._writing.attempt(what, write)
+        if self._writing is None:
+            return write()
+        found = self._writing.attempt(what, write)
+        if self._content is not None and self._into.is_dir():
+            self._there.update(needed_in(self._into))
+        return found
 
     def write(self, output_dir: str) -> None:
         """Add SAMPa's states to what Trainer has written, if a checkpoint is being written, and see whether all processes could."""
@@ -187,20 +200,53 @@ class Saving:
             self.attempt("SAMPa's state", lambda: checkpoint.write_states(Path(output_dir), tensors, states))
         self._writing.agree()
 
-    def _finish(self, save_to_json: Callable[[str], None], file: str) -> None:
-        """Trainer's last file, and the one that says that all are there; before a push, and before old checkpoints are removed."""
-        save_to_json(file)
-        checkpoint.write_manifest(Path(file).parent, self._content["content"])
-        self._saved = True
+    @contextmanager
+    def _put_last(self, folder: Path) -> Iterator[None]:
+        """Within the block Trainer's last file is followed by the manifest, and the removal of older checkpoints waits."""
+        state = self.trainer.state
+
+        def finish(save_to_json: Callable[[str], None], file: str) -> None:
+            save_to_json(file)
+            checkpoint.write_manifest(folder, self._content["content"], self._there)
+
+        def rotate(remove_older: Callable[..., None], **given) -> None:
+            self.later(partial(_remove_older, remove_older, folder, **given))
+
+        with (
+            stood_in(state, "save_to_json", partial(finish, state.save_to_json)),
+            stood_in(upstream, "rotate_checkpoints", partial(rotate, upstream.rotate_checkpoints)),
+        ):
+            yield
+
+    def later(self, act: Callable[[], None]) -> None:
+        """`act` when the checkpoint that is being written is whole on all processes; at once, if none is."""
+        if self._writing is None:
+            act()
+        else:
+            self._later.append(act)
+
+    def _do_what_is_left(self, folder: Path) -> None:
+        for act in self._later:
+            try:
+                act()
+            except OSError as problem:
+                logger.error(f"{folder} is saved, but what comes after it failed: {problem}. The run goes on.")
+
+    def _note_best(self) -> None:
+        """Before an evaluation that may find a better one."""
+        state = self.trainer.state
+        self._best = {name: getattr(state, name) for name in BEST}
+
+    def _forget_best(self) -> None:
+        """The best weights are not those of a checkpoint that is not there."""
+        state = self.trainer.state
+        if self._best and state.best_global_step == state.global_step:
+            for name, value in self._best.items():
+                setattr(state, name, value)
 
     def _give_up(self, folder: Path, problem: NotSaved) -> None:
         """Say what could not be written. A collective. Raises NotSaved where no run goes on."""
-        own = self._saved if self.trainer.args.should_save else None, *self._bytes()
-        saved, rest, optimizers = zip(*self.run.exchange.share_objects(own), strict=True)
-        self._saved = False not in saved
-        if self._saved:
-            logger.error(f"{folder} is saved, but what comes after it failed: {problem}. The run goes on.")
-            return
+        rest, optimizers = zip(*self.run.exchange.share_objects(self._bytes()), strict=True)
         needed = max(rest) + (sum if self.run.engine.placement.shared else max)(optimizers)
         words = f"{folder} could not be saved, and nothing of it is left: {problem}. It needs {needed:,} bytes{room(folder)}."
         if not self.run.active:
@@ -210,10 +256,11 @@ class Saving:
     def _bytes(self) -> tuple[int, int]:
         """What is large in a checkpoint: weights and SAMPa's tensors, and the optimizer's that are here."""
         own = self._content["tensors"].values() if self._content is not None else ()
-        tensors = [*self.trainer.model.state_dict().values(), *(each for several in own for each in several.values())]
+        weights = self.trainer.model.state_dict().values()
+        tensors = [each for several in (weights, *(each.values() for each in own)) for each in several]
         states = self.trainer.optimizer.optimizer.state.values()
         moments = [each for state in states for each in state.values() if isinstance(each, torch.Tensor)]
-        return sum(each.nbytes for each in tensors), sum(each.nbytes for each in moments)
+        return tuple(sum(getattr(each, "nbytes", 0) for each in several) for several in (tensors, moments))
 
     def _reach_others(self) -> None:
         """Connect the processes anew, where an exception has cut what they were sending."""
@@ -264,3 +311,13 @@ def check_trained(engine: SAMPa | SAM | None) -> None:
             "Expected a run whose checkpoint could be saved, but nothing was trained yet, or the last call of train() was refused. "
             "Call train() first; save_model() saves the weights alone."
         )
+
+
+def _remove_older(remove_older: Callable[..., None], folder: Path, output_dir: str, **given) -> None:
+    """Trainer's removal of older checkpoints, if `folder`, the one just saved, is the last by its order.
+
+    That goes by time or number. A damaged one that was passed over may be the last by both, and would be kept in its place.
+    """
+    in_order = upstream.sort_checkpoints(output_dir, use_mtime=given.get("use_mtime", False))
+    if in_order[-1:] == [str(folder)]:
+        remove_older(output_dir=output_dir, **given)

@@ -148,6 +148,20 @@ def test_a_damaged_best_model_is_not_loaded(tmp_path, figure):
     figure("damage of the best model", 1, 1)
 
 
+def test_a_best_model_needs_no_optimizer(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+
+    def removed():
+        (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+        (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+
+    trainer = trainer_of(
+        tmp_path, callbacks=[Does("on_save", 4, removed)], **{**settings, "load_best_model_at_end": True}
+    )
+    trainer.train()
+    assert trainer.weights_step == trainer.state.best_global_step
+
+
 class Mine:
     """What an optimizer of one's own may keep."""
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from hf_sampa import SAMPaTrainer
 from hf_sampa.checkpoints import checkpoint
 from hf_sampa.checkpoints.writing import NotSaved
+from hf_sampa.files import sync
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_saving import Does, bytes_of, outcome, trainer_of
@@ -184,6 +186,182 @@ def test_a_checkpoint_that_is_replaced_comes_back(tmp_path):
     finally:
         make_room(tmp_path / "out")
     assert bytes_of(tmp_path / "out") == before
+
+
+def failing(call, error, name):
+    """`call`, which raises `error` where a path of this name is given."""
+
+    def fails(*paths, **kwargs):
+        if any(Path(path).name == name for path in paths[:2] if isinstance(path, str | Path)):
+            raise error
+        return call(*paths, **kwargs)
+
+    return fails
+
+
+def test_a_folder_that_cannot_be_moved_aside(tmp_path, whole, monkeypatch):
+    """A torn checkpoint of the step, say, in a folder that is read only."""
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    monkeypatch.setattr(
+        os, "rename", failing(os.rename, OSError(errno.EROFS, "Read-only file system"), "checkpoint-3")
+    )
+    found, errors, told, names = run(tmp_path)
+    assert tiny.differing(whole, found) == [] and told == [1, 2, 4, 5, 6] and len(names) == 6
+    assert "checkpoint-3 could not be saved" in errors[0] and "the folder ([Errno 30] Read-only" in errors[0]
+
+
+def test_a_file_in_place_of_the_folder(tmp_path, whole):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint-3").write_text("somebody's")
+    found, errors, told, _names = run(tmp_path)
+    assert tiny.differing(whole, found) == [] and told == [1, 2, 4, 5, 6]
+    assert "the folder (" in errors[0] and "checkpoint-3 is a file)" in errors[0]
+    assert (tmp_path / "out" / "checkpoint-3").read_text() == "somebody's"
+
+
+def test_a_link_in_place_of_the_folder(tmp_path):
+    trainer = trainer_of(tmp_path / "out", **SAVES)
+    trainer.train()
+    last = tmp_path / "out" / "checkpoint-6"
+    last.rename(tmp_path / "elsewhere")
+    last.symlink_to(tmp_path / "elsewhere")
+    before = bytes_of(tmp_path / "elsewhere")
+    for _ in range(2):
+        trainer._save_checkpoint(trainer.model, trial=None)
+        assert checkpoint.is_whole(last) and not last.is_symlink()
+    assert bytes_of(tmp_path / "elsewhere") == before
+    assert len(os.listdir(tmp_path / "out")) == 6
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", None])
+def test_what_is_removed_while_a_checkpoint_is_written(tmp_path, whole, name, figure):
+    class Removed(SAMPaTrainer):
+        def _save_rng_state(self, output_dir):
+            if self.state.global_step == 3:
+                shutil.rmtree(output_dir) if name is None else Path(output_dir, name).unlink()
+                Path(output_dir).mkdir(exist_ok=True)
+            super()._save_rng_state(output_dir)
+
+    errors = Errors()
+    found = outcome(trainer_of(tmp_path / "out", Removed, **SAVES))
+    logging.getLogger("hf_sampa").removeHandler(errors)
+    assert tiny.differing(whole, found) == []
+    assert "checkpoint-3" not in os.listdir(tmp_path / "out") and len(errors.said) == 1
+    assert f"{name or 'model.safetensors'} was removed from" in errors.said[0]
+    figure("disks that failed", 1, 1)
+
+
+def test_file_systems_that_do_not_sync_folders(tmp_path, whole, monkeypatch):
+    fsync = os.fsync
+
+    def files_alone(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    found, errors, told, _names = run(tmp_path)
+    assert tiny.differing(whole, found) == [] and errors == [] and told == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_file_that_is_read_only(tmp_path, monkeypatch):
+    file, opens, modes = tmp_path / "file", os.open, []
+    file.write_text("content")
+
+    def for_reading(path, flags):
+        modes.append(flags)
+        if flags != os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opens(path, flags)
+
+    monkeypatch.setattr(os, "open", for_reading)
+    sync(file)
+    assert modes == [os.O_RDWR, os.O_RDONLY]
+
+
+def test_the_one_just_saved_outlives_a_damaged_one_that_was_passed_over(tmp_path, whole):
+    """Of two that are kept by the limit, neither is removed until the damaged one has been written anew."""
+    trainer_of(tmp_path / "out", **SAVES).train()
+    (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    found = []
+
+    class Kept(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            found.append(checkpoint.is_whole(tmp_path / "out" / f"checkpoint-{state.global_step}"))
+
+    resumed = trainer_of(tmp_path / "out", callbacks=[Kept()], save_total_limit=1, **SAVES)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-5")
+    again = outcome(resumed, True)
+    assert tiny.differing(whole["weights"], again["weights"]) == []
+    assert found == [True, True]
+    assert os.listdir(tmp_path / "out") == ["checkpoint-6"]
+
+
+def test_the_best_model_is_one_that_was_saved(tmp_path, figure):
+    """The third step's is better, and cannot be written."""
+    scores = iter([0.5, 0.6, 0.9, 0.7, 0.1, 0.2])
+    trainer = trainer_of(
+        tmp_path / "out",
+        callbacks=[
+            Does("on_step_end", 3, lambda: no_room_for("sampa.json")),
+            Does("on_step_end", 4, lambda: make_room(tmp_path / "out")),
+        ],
+        **{**SAVES, "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1},
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = lambda prediction: {"score": next(scores)}
+    try:
+        trainer.train()
+    finally:
+        make_room(tmp_path / "out")
+    assert trainer.state.best_metric == 0.7 and trainer.weights_step == 4
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-4")
+    assert checkpoint.steps_in(tmp_path / "out") == ["checkpoint-4", "checkpoint-2", "checkpoint-1"]
+    figure("disks that failed", 1, 1)
+
+
+# ---- Processes that have other folders ----
+
+
+def on_two(folder):
+    found = {}
+
+    def refusal(name, act):
+        try:
+            act()
+        except ValueError as problem:
+            found[name] = str(problem)
+
+    trainer = trainer_of(Path(folder) / "out", **SAVES)
+    trainer.train()
+    given = {"only one goes on": [None, True], "one by its path": [True, str(Path(folder) / "out" / "checkpoint-2")]}
+    for name, of_ranks in given.items():
+        refusal(name, lambda of_ranks=of_ranks: trainer_of(Path(folder) / "out").train(of_ranks[rank()]))
+    best = {**SAVES, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    own = Path(folder) / f"disk{rank()}"
+    own.mkdir()
+    os.chdir(own)
+    refusal("the best is elsewhere", lambda: trainer_of("out", **best).train())
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    refusal("on each node", lambda: trainer_of(Path(folder) / "out", save_on_each_node=True))
+    return found
+
+
+@pytest.mark.distributed
+def test_processes_that_have_other_folders(tmp_path):
+    one, two = run_ranks(on_two, 2, tmp_path, folder=tmp_path / "ranks")
+    assert one == two
+    same = "resume_from_checkpoint: expected the same on every process, but got"
+    assert one["only one goes on"] == f"{same} None on rank 0 and True on rank 1."
+    assert one["one by its path"] == f"{same} True on rank 0 and '{tmp_path}/out/checkpoint-2' on rank 1."
+    assert re.search(
+        r"expected out/checkpoint-\d on every process, but rank 1 has no weights there", one["the best is elsewhere"]
+    )
+    assert one["on each node"].startswith(
+        "save_on_each_node: expected False, because transformers writes weights on the first"
+    )
 
 
 # ---- File systems that are full, or read only ----
