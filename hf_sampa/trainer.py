@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .cards import Card, CardFacts, texts_in, without_secrets
-from .checkpoints import check_trained, contiguous, load_missing, load_weights
+from .checkpoints import check_trained, contiguous, load_missing, load_weights, loading
 from .checks import (
     check_dataset,
     check_entries,
@@ -258,6 +258,11 @@ class SAMPaMixin:
             group.update(options)
         return optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Upstream's names no file where one holds something else than it expects."""
+        with loading(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     # ---- An epoch ----
 
     def _run_epoch(self, train_dataloader, **kwargs):
@@ -270,6 +275,11 @@ class SAMPaMixin:
             self.control.should_training_stop = True
             return
         self._run.epoch(super()._run_epoch, **kwargs)
+
+    def _load_rng_state(self, checkpoint):
+        """As in `_load_optimizer_and_scheduler`."""
+        with loading(checkpoint, "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Upstream's loss is the one that is asked for; a pass also notes it, and takes a variant's own or that of single samples."""

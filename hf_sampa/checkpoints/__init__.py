@@ -3,9 +3,9 @@
 `checkpoint.py` says what is written; `saving.py` when; `resume.py` how a run goes on.
 """
 
-from .resume import Resume, load_missing, load_weights
+from .resume import Resume, load_missing, load_weights, loading
 from .saved_weights import contiguous
 from .saving import Saving, check_trained
 
 
-__all__ = ["Resume", "Saving", "check_trained", "contiguous", "load_missing", "load_weights"]
+__all__ = ["Resume", "Saving", "check_trained", "contiguous", "load_missing", "load_weights", "loading"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -313,6 +313,18 @@ class Resume:
         found = checkpoint.read(Path(best))
         if found is not None and found.moving is not None:
             self._load_beside(best, found)
+
+
+@contextmanager
+def loading(folder: str | None, names: str) -> Iterator[None]:
+    """Around Trainer's loading of files `names` in `folder`. Raises ValueError where they hold something else than it expects."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint {folder} cannot be loaded: {names} holds another state than that of this run "
+            f"({type(error).__name__}: {error}). {checkpoint.ELSEWHERE}"
+        ) from error
 
 
 def load_weights(model: torch.nn.Module, folder: str, load: Callable[[], None], changed: bool = False) -> None:

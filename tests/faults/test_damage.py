@@ -184,6 +184,21 @@ def test_states_that_torch_does_not_load(written, folder, caplog, figure):
     figure("passed over", 2, 2)
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("content", [{}, {"other": 1}, [1]], ids=str)
+def test_states_of_another_kind(folder, name, content, figure):
+    """Of plain Trainer's checkpoints, which have no checksums."""
+    last = folder / "checkpoint-3"
+    for ours in last.glob("sampa*"):
+        ours.unlink()
+    torch.save(content, last / name)
+    try:
+        resumed(folder, str(last), variant="sam")
+    except ValueError as problem:
+        assert f"{last} cannot be loaded" in str(problem) and name.partition(".")[0] in str(problem)
+    figure("states of another kind", 1, 1)
+
+
 # ---- sampa.json, of another program ----
 
 
