@@ -392,4 +392,5 @@ def test_5000_tiny_parameters_cost_little_more_than_the_arithmetic(tmp_path, fig
         f"5000 tiny parameters: {sampa / arithmetic:.2f} times the arithmetic of SAM, {sampa / plain:.2f} times plain Trainer"
     )
     figure("percent of SAM's arithmetic, 5000 parameters", 100, round(100 * sampa / arithmetic))
-    assert sampa < 1.6 * arithmetic
+    # The goal is 1.3; what was seen on a busy machine 1.24.
+    assert sampa < 1.4 * arithmetic
