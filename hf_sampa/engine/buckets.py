@@ -278,10 +278,12 @@ class GradientRecorder:
         """Gradients that a step of one's own put into ``.grad``, or changed there, after backward or without it."""
         self._take_arrived(self._into)
         for i, param in enumerate(self.params):
-            if param.grad is not None and param.grad is not self._into.views[i]:
+            grad = param.grad
+            if grad is None:
+                if self.used[i] and self._into.views[i].numel():  # not sent and let go
+                    self._drop(i)
+            elif grad is not self._into.views[i]:
                 self._record(i, param)
-            elif param.grad is None and self.used[i] and self._into.views[i].numel():  # not sent and let go
-                self._drop(i)
         if self.listening:
             now = {i: fingerprint_of_bits([self._into.views[i]]) for i in self._heard}
             self.pieces |= any(bool(now[i] != before) for i, before in self._heard.items())

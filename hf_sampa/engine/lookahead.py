@@ -114,10 +114,11 @@ def _is_flat(move: _Move) -> bool:
     torch's fused functions walk through memory and look at no strides.
     """
     param = move.param
-    shape, stride, dtype = param.shape, param.stride(), param.dtype
-    others = [move.grad, move.place, *(value for name, value in move.kept.items() if name != "step")]
-    alike = all(each.stride() == stride and each.shape == shape and each.dtype == dtype for each in others)
-    return alike and is_dense(param) and not param.is_complex()
+    stride, dtype = param.stride(), param.dtype
+    for name, each in (("grad", move.grad), ("place", move.place), *move.kept.items()):
+        if name != "step" and (each.stride() != stride or each.dtype != dtype):
+            return False
+    return is_dense(param) and not param.is_complex()
 
 
 class _Run:
