@@ -114,9 +114,9 @@ def _is_flat(move: _Move) -> bool:
     torch's fused functions walk through memory and look at no strides.
     """
     param = move.param
-    stride, dtype = param.stride(), param.dtype
+    shape, stride, dtype = param.shape, param.stride(), param.dtype
     for name, each in (("grad", move.grad), ("place", move.place), *move.kept.items()):
-        if name != "step" and (each.stride() != stride or each.dtype != dtype):
+        if name != "step" and (each.stride() != stride or each.shape != shape or each.dtype != dtype):
             return False
     return is_dense(param) and not param.is_complex()
 
