@@ -30,7 +30,7 @@ from .checks import (
     check_savable,
     check_trainer,
 )
-from .distributed import check_same_start, ending_with_launcher, peers_expected
+from .distributed import check_same_start, end_with_launcher, peers_expected
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
 from .monitoring import DiagnosticsCallback
 from .run import Run
@@ -84,6 +84,7 @@ class SAMPaMixin:
         check_not_generating(type(self))
         given, named, args = self._with_arguments(given, named)
         args.mesh  # refuses odd worlds before anything is built  # noqa: B018
+        end_with_launcher()
         try:
             super().__init__(*given, **named)
         except TypeError as error:
@@ -159,7 +160,7 @@ class SAMPaMixin:
         before, self._run, state = self._run, Run(self, self._run), self.state
         try:
             resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
-            with peers_expected(), ending_with_launcher():
+            with peers_expected():
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
             if not self._run.ready and self.state is state:

@@ -499,7 +499,7 @@ def test_files_that_were_changed_on_purpose(folder, whole, caplog, change, name)
     with tiny.transformers_log(caplog):
         assert tiny.differing(whole, outcome(trainer, str(last))) == []
     assert f"ignore_changed_files: {last} is not as it was written, and is taken as it is: {name} " in caplog.text
-    assert trainer.continued == [f"continued after step 4 from files that were changed: {name}"]
+    assert trainer.continued[0].startswith(f"continued after step 4 from files that were changed: {name}")
 
 
 def test_a_part_that_is_missing_or_cut(folder):
@@ -507,14 +507,20 @@ def test_a_part_that_is_missing_or_cut(folder):
     in_parts(last)
     part = sorted(last.glob("model-*-of-*.safetensors"))[1]
     part.write_bytes(part.read_bytes()[:-1])
-    named = "checkpoint-4 is torn or damaged: model"
-    for words in (
-        f"{named}-00002-of-.* is damaged: SafetensorError",
-        f"{named}.*index.json names model-00002-of-.* missing",
-    ):
-        with pytest.raises(ValueError, match=words):
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="checkpoint-4 cannot be taken as it is.* is missing or damaged: model.safetensors is missing; model-00001-of"
+        ):
             trainer_of(folder, ignore_changed_files=True).train(resume_from_checkpoint=str(last))
         part.unlink(missing_ok=True)
+
+
+def test_weights_beside_those_that_were_written(folder, whole):
+    """As save_pretrained leaves them, where it writes in parts."""
+    last = folder / "checkpoint-4"
+    (last / "pytorch_model.bin").write_bytes((last / "optimizer.pt").read_bytes())
+    with pytest.raises(ValueError, match="is not as it was written: pytorch_model.bin was put there later"):
+        trainer_of(folder).train(resume_from_checkpoint=str(last))
 
 
 def test_a_header_of_more_bytes_than_any_file_has(tmp_path):

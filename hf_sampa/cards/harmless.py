@@ -72,7 +72,7 @@ _SECRET_LOOK = re.compile(
     r"|sk-[\w-]{16,}|A(?:3T|KIA|SIA|GPA|IDA|ROA|BIA|CCA)[A-Z0-9]{12,}|AIza[\w-]{30,}|ya29\.|eyJ[\w-]{8,}|-----BEGIN)"
     r"|://[^/\s]*@|[?&](?i:sig|sv|key|x-amz-\w+|\w*token)="
     r"|(?i:bearer\s|(?:\bx-[a-z-]{0,40}(?:key|token)|authorization|cookie)\s*:)"
-    r"|[\"'?&_\s](?i:token|password|secret|api_?key)[\"']?\s*[:=]"
+    r"|(?:^|[\"'?&_,;{(\s])(?i:token|pass(?:word|wd|phrase)?|pwd|secret|(?:api|access)_?key)[\"']?\s*[:=]"
 )
 
 

@@ -30,7 +30,19 @@ from transformers import TrainerState
 from ..files import in_place_of, sync_names
 from . import manifest
 from .manifest import Manifest, Weights
-from .whole import OTHER, needed_in, problem_of, record, refused, unreadable, weights_in
+from .whole import (
+    LATER,
+    MISSING,
+    OTHER,
+    can_be_read,
+    is_weights,
+    needed_in,
+    problem_of,
+    record,
+    refused,
+    unreadable,
+    weights_in,
+)
 
 
 MANIFEST, TENSORS = "sampa.json", "sampa.safetensors"
@@ -39,7 +51,7 @@ TRAINER_STATE = "trainer_state.json"  # transformers.trainer.TRAINER_STATE_NAME
 # Of tensors in `TENSORS` besides g_t. No parameter's name begins with a dot.
 FORWARD_STATE, OTHERS = ".forward_state.", ".others."
 ELSEWHERE = "Resume from another one; resume_from_checkpoint=True finds the last whole one."
-ON_PURPOSE = "If that was done on purpose, ignore_changed_files=True goes on from it."
+ON_PURPOSE = "If that was done on purpose, ignore_changed_files=True goes on from it. "
 
 
 # ---- Writing ----
@@ -123,7 +135,7 @@ def _read(folder: Path) -> tuple[Manifest | None, bool]:
     try:
         return manifest.read((folder / MANIFEST).read_bytes())
     except manifest.Foreign as problem:
-        raise ValueError(f"{folder / MANIFEST} {problem}.") from problem
+        raise ValueError(f"{folder / MANIFEST} {problem}. {ELSEWHERE}") from problem
     except ValueError as problem:
         raise ValueError(f"The checkpoint {folder} is damaged: in {MANIFEST}, {problem}. {ELSEWHERE}") from problem
 
@@ -156,8 +168,14 @@ def inspect(
         if not as_written:
             changes[MANIFEST] = OTHER
         if changes and not ignore_changed_files:
+            way_out = ON_PURPOSE if _can_be_ignored(folder, changes) else ""
             raise ValueError(
-                f"The checkpoint {folder} is not as it was written: {listed(changes)}. {ON_PURPOSE} {ELSEWHERE}"
+                f"The checkpoint {folder} is not as it was written: {listed(changes)}. {way_out}{ELSEWHERE}"
+            )
+        if not _can_be_ignored(folder, changes):
+            raise ValueError(
+                f"The checkpoint {folder} cannot be taken as it is, because what has changed is missing or damaged: {listed(changes)}. "
+                f"{ELSEWHERE}"
             )
         if changes or content is None or content.format == 1:
             _check(folder, counts, unreadable, "is torn or damaged")
@@ -169,7 +187,20 @@ def inspect(
 
 def _changes(folder: Path, content: Manifest, counts: Callable[[str], bool]) -> dict[str, str]:
     found = {name: problem_of(folder, name, kept) for name, kept in content.files.items() if counts(name)}
-    return {name: problem for name, problem in found.items() if problem}
+    changes = {name: problem for name, problem in found.items() if problem}
+    # Others would be loaded in the place of those that were written, or beside them.
+    added = [name for name in needed_in(folder) if is_weights(name) and name not in content.files and counts(name)]
+    return changes | dict.fromkeys(added if content.format > 1 else (), LATER)
+
+
+def _can_be_ignored(folder: Path, changes: dict[str, str]) -> bool:
+    """Whether a run could go on from what there is: other weights may be there, anything else is read as it is named."""
+    missing = [name for name, problem in changes.items() if problem == MISSING]
+    weights = any(map(is_weights, needed_in(folder))) or not missing
+    damaged = [
+        name for name in changes if (folder / name).is_file() and can_be_read(name) and unreadable(folder / name)
+    ]
+    return weights and all(map(is_weights, missing)) and not damaged
 
 
 def listed(changes: dict[str, str]) -> str:

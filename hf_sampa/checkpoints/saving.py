@@ -53,6 +53,7 @@ class Saving:
         self._content: dict[str, Any] | None = None  # what is written, while a checkpoint is, by a process that writes
         self._writing: Writing | None = None  # while a checkpoint is written
         self._into, self._there = Path(), set()  # its folder, and files that are there already
+        self._size = 0  # of the last one
         self._later: list[Callable[[], None]] = []  # what comes when it is whole
         self._best: dict[str, Any] = {}  # what Trainer knew of the best weights before this step's evaluation
         self._saved = True  # whether the last one was
@@ -208,6 +209,7 @@ class Saving:
         def finish(save_to_json: Callable[[str], None], file: str) -> None:
             save_to_json(file)
             checkpoint.write_manifest(folder, self._content["content"], self._there)
+            self._size = sum(file.stat().st_size for file in folder.rglob("*"))
 
         def rotate(remove_older: Callable[..., None], **given) -> None:
             self.later(partial(_remove_older, remove_older, folder, **given))
@@ -247,8 +249,8 @@ class Saving:
     def _give_up(self, folder: Path, problem: NotSaved) -> None:
         """Say what could not be written. A collective. Raises NotSaved where no run goes on."""
         rest, optimizers = zip(*self.run.exchange.share_objects(self._bytes()), strict=True)
-        needed = max(rest) + (sum if self.run.engine.placement.shared else max)(optimizers)
-        words = f"{folder} could not be saved, and nothing of it is left: {problem}. It needs {needed:,} bytes{room(folder)}."
+        needed = max(max(rest) + (sum if self.run.engine.placement.shared else max)(optimizers), self._size)
+        words = f"{folder} could not be saved, and nothing of it is left: {problem}. It needs at least {needed:,} bytes{room(folder)}."
         if not self.run.active:
             raise NotSaved(words) from problem
         logger.error(f"{words} The run goes on, and the next save tries again.")

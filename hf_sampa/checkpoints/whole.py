@@ -25,7 +25,7 @@ WEIGHTS = re.compile(r"(?:model|pytorch_model|adapter_model)(?:-\d+-of-\d+)?\.(?
 # People write them anew, and no run reads them.
 CARD = "README.md"
 CHUNK = 2**20
-OTHER = "has another content than what was written"
+OTHER, MISSING, LATER = "has another content than what was written", "is missing", "was put there later"
 
 
 def is_needed(name: str) -> bool:
@@ -75,11 +75,16 @@ def problem_of(folder: Path, name: str, kept: Recorded) -> str | None:
     if not is_needed(name) and (not file.is_file() or kept.xxh3_128 is None):
         return None
     if not file.is_file():
-        return "is missing"
+        return MISSING
     size = file.stat().st_size
     if size != kept.bytes:
         return f"has {size} bytes, where {kept.bytes} were written"
     return None if kept.xxh3_128 is None or recorded(file) == kept else OTHER
+
+
+def can_be_read(name: str) -> bool:
+    """Whether `unreadable` knows the format of a file of this name."""
+    return is_needed(name) or name.endswith(".json")
 
 
 def unreadable(file: Path) -> str | None:
@@ -88,8 +93,9 @@ def unreadable(file: Path) -> str | None:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 return None  # its header says where the file is to end, and it does
-        if file.suffix == ".json":  # says in which files weights are
-            parts = json.loads(file.read_bytes())["weight_map"].values()
+        if file.suffix == ".json":
+            found = json.loads(file.read_bytes())
+            parts = found["weight_map"].values() if is_weights(file.name) else ()
             missing = [name for name in parts if not (file.parent / name).is_file()]
             return f"names {missing[0]}, which is missing" if missing else None
         elif not zipfile.is_zipfile(file):

@@ -59,6 +59,8 @@ class Writing:
         self.over = True
         if own and not own[0]:
             raise self._failed[1]
+        if self._failed:
+            _let_go(self._failed[1])
         if others := [words for of_the_disk, words in failed if not of_the_disk]:
             raise RuntimeError(
                 f"A checkpoint was given up, because another process failed to write {others[0]}; see its log. "
@@ -86,8 +88,15 @@ def disk_problem(error: Exception) -> str | None:
     if isinstance(error, SafetensorError) and "I/O error" in text:
         return text.partition("I/O error: ")[2]
     if isinstance(error, RuntimeError) and _raised_in(error) == "torch.serialization":
-        return "torch could not write the file"  # its writer gives no reason, in words that differ
+        return "torch could not write the file, as on a full disk"  # its writer gives no reason, in words that differ
     return None
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Of what the frames hold that `error` went through: a file that could not be written is open there, and takes room."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def _raised_in(error: Exception) -> str | None:

@@ -5,7 +5,7 @@ Processes that ought to be equal are compared here. Knows nothing of the algorit
 
 from .agreement import check_ranks_agree, check_repeatable, check_rest_alike, check_same_start
 from .exchange import BUCKET_BYTES, Exchange, PeerLost, close_groups, partition, peers_expected
-from .launcher import ending_with_launcher
+from .launcher import end_with_launcher
 from .role_world import SIZE_VARIABLES, groups_of_modules, whole_size_and_rank
 from .roles import Mesh, Role
 
@@ -22,7 +22,7 @@ __all__ = [
     "check_rest_alike",
     "check_same_start",
     "close_groups",
-    "ending_with_launcher",
+    "end_with_launcher",
     "groups_of_modules",
     "partition",
     "peers_expected",

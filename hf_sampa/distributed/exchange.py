@@ -106,11 +106,11 @@ def _lost(error: Exception) -> PeerLost:
         else:  # it was waited for in vain when the world was to begin
             rank, others = os.environ.get("RANK", "?"), int(os.environ.get("WORLD_SIZE", 2)) - 1
     return PeerLost(
-        f"Rank {rank} expected an answer from the other {others} process(es) of this run and got none: {error}. Most likely one "
+        f"Rank {rank} expected an answer from the other {others} process(es) of this run and got none. Most likely one "
         "of them has died; the cause is in its own log. If none has: a process takes part in something that the others do not "
         "reach, as code of your own that speaks to the other processes outside of a pass (a callback, a metric) does on some of "
         "them only, or an evaluation, a save or a stop that only one of them begins. Processes that are merely slow need a larger "
-        "--ddp_timeout. Start the run again with resume_from_checkpoint=True."
+        f"--ddp_timeout. Start the run again with resume_from_checkpoint=True. What torch says: {error}"
     )
 
 

@@ -6,8 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 
 
 logger = logging.getLogger(__name__)  # not accelerate's, which asks other processes perhaps
@@ -15,28 +14,23 @@ logger = logging.getLogger(__name__)  # not accelerate's, which asks other proce
 SECONDS = 1.0  # between two looks
 
 
-@contextmanager
-def ending_with_launcher() -> Iterator[None]:
-    """Within the block, if ``torchrun`` or ``accelerate launch`` has started this process and is gone, it gets a SIGTERM.
+_watching: list[threading.Thread] = []
+
+
+def end_with_launcher() -> None:
+    """If ``torchrun`` or ``accelerate launch`` has started this process and is gone, from now on, the process gets a SIGTERM.
 
     That is what the launcher sends when it is ended itself: who has asked for a checkpoint then, gets it.
     """
     # Processes started by hand may outlive their shell, as under nohup.
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    over = threading.Event()
-    watching = threading.Thread(target=_watch, args=(os.getppid(), over), daemon=True)
-    watching.start()
-    try:
-        yield
-    finally:
-        over.set()
-        watching.join()
+    if "TORCHELASTIC_RUN_ID" in os.environ and not any(each.is_alive() for each in _watching):
+        _watching[:] = [threading.Thread(target=_watch, args=(os.getppid(),), daemon=True)]
+        _watching[0].start()
 
 
-def _watch(launcher: int, over: threading.Event) -> None:
-    while not over.wait(SECONDS):
+def _watch(launcher: int) -> None:
+    while True:
+        time.sleep(SECONDS)
         if os.getppid() != launcher:
             logger.error(
                 f"The launcher of this process (number {launcher}) is gone: the process ends, too. Start the run again with "

@@ -162,6 +162,25 @@ def test_a_best_model_needs_no_optimizer(tmp_path):
     assert trainer.weights_step == trainer.state.best_global_step
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("README.md", "training_args.bin")])
+@pytest.mark.parametrize("damage", ["missing", "empty"])
+def test_what_cannot_be_ignored(written, folder, caplog, name, damage, figure):
+    """The way out is not shown where it leads nowhere, and a file that is not there is not ignored."""
+    last = folder / "checkpoint-3"
+    (last / name).unlink()
+    if damage == "empty":
+        (last / name).touch()
+    elif name == "config.json":
+        pytest.skip("a run goes on without it")
+    for ignore in (False, True):
+        with pytest.raises(ValueError, match=name) as refused:
+            checkpoint.inspect(last, ignore)
+        assert "ignore_changed_files" not in str(refused.value)
+    with tiny.transformers_log(caplog):
+        assert tiny.differing(written[0], resumed(folder, ignore_changed_files=True)) == []
+    figure("damage that cannot be ignored", 1, 1)
+
+
 class Mine:
     """What an optimizer of one's own may keep."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -117,7 +118,7 @@ def check(folder, name, found, errors, told, names, figure):
     assert len(errors) == (2 if message else 0)
     assert told == ([1, 2, 5, 6] if message else [1, 2, 3, 4, 5, 6])
     for step, error in zip((3, 4), errors, strict=False):
-        words = rf"{folder}/out/checkpoint-{step} could not be saved, and nothing of it is left: {message}.*\. It needs [\d,]+ bytes; "
+        words = rf"{folder}/out/checkpoint-{step} could not be saved, and nothing of it is left: {message}.*\. It needs at least [\d,]+ bytes; "
         assert re.search(words + r"[\d,]+ are free in .*\. The run goes on, and the next save tries again\.$", error)
     figure("disks that failed", 1, 1)
 
@@ -173,6 +174,22 @@ def test_saving_by_hand_raises(tmp_path):
     assert os.listdir(tmp_path / "out") == []
     trainer._save_checkpoint(trainer.model, trial=None)
     assert checkpoint.is_whole(tmp_path / "out" / "checkpoint-6")
+
+
+def test_a_file_that_could_not_be_written_takes_no_room(tmp_path):
+    """As long as it is open, a file that was removed does."""
+    trainer = trainer_of(tmp_path / "out", save_strategy="no")
+    trainer.train()
+    gc.disable()
+    try:
+        limit(30_000)
+        with pytest.raises(NotSaved):
+            trainer._save_checkpoint(trainer.model, trial=None)
+        opened = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink() and each.exists()]
+    finally:
+        limit(resource.RLIM_INFINITY)
+        gc.enable()
+    assert [path for path in opened if str(tmp_path) in path] == []
 
 
 def test_a_checkpoint_that_is_replaced_comes_back(tmp_path):

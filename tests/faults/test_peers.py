@@ -301,18 +301,21 @@ def test_a_process_whose_launcher_is_gone_gets_a_sigterm(monkeypatch):
     received = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:
-        with launcher.ending_with_launcher():
-            assert not received.wait(0.1)
-            monkeypatch.setattr(os, "getppid", lambda: 1)
-            assert received.wait(10)
+        launcher.end_with_launcher()
+        threads = threading.active_count()
+        launcher.end_with_launcher()
+        assert threading.active_count() == threads
+        assert not received.wait(0.1)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert received.wait(10)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def test_processes_without_a_launcher_may_outlive_their_parent():
     threads = threading.active_count()
-    with launcher.ending_with_launcher():
-        assert threading.active_count() == threads
+    launcher.end_with_launcher()
+    assert threading.active_count() == threads
 
 
 @pytest.mark.whole
