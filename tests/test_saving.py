@@ -509,7 +509,8 @@ def test_a_part_that_is_missing_or_cut(folder):
     part.write_bytes(part.read_bytes()[:-1])
     for _ in range(2):
         with pytest.raises(
-            ValueError, match="checkpoint-4 cannot be taken as it is.* is missing or damaged: model.safetensors is missing; model-00001-of"
+            ValueError,
+            match="checkpoint-4 cannot be taken as it is.* is missing or damaged: model.safetensors is missing; model-00001-of",
         ):
             trainer_of(folder, ignore_changed_files=True).train(resume_from_checkpoint=str(last))
         part.unlink(missing_ok=True)
