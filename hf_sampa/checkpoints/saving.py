@@ -170,6 +170,7 @@ class Saving:
             self._saved = True
         except PeerLost:
             raise
+        # Whatever it is: it is raised again, unless the disk did not take a file, once the others know of it.
         except Exception as error:
             problem = self._writing.agree_on(error)
             self._forget_best()

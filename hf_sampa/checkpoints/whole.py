@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+import struct
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer_pt_utils import safe_globals
 
@@ -25,6 +28,22 @@ WEIGHTS = re.compile(r"(?:model|pytorch_model|adapter_model)(?:-\d+-of-\d+)?\.(?
 # People write them anew, and no run reads them.
 CARD = "README.md"
 CHUNK = 2**20
+# What readers of JSON, zip archives, pickles and safetensors raise where a file is not what they expect. Not all errors: one of
+# our own would make every checkpoint a damaged one.
+DAMAGE = (
+    *(
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        struct.error,
+    ),
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, SafetensorError),
+)
 OTHER, MISSING, LATER = "has another content than what was written", "is missing", "was put there later"
 
 
@@ -106,7 +125,7 @@ def unreadable(file: Path) -> str | None:
                 damaged = archive.testzip() if any(each.CRC for each in archive.infolist()) else None
             if damaged:
                 return f"is damaged, in its record {damaged}"
-    except Exception as error:  # a damaged file can raise anything
+    except DAMAGE as error:
         return f"is damaged: {type(error).__name__} while it was read"
     return None
 

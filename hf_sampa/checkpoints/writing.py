@@ -38,6 +38,7 @@ class Writing:
                 return write()
             except PeerLost:
                 raise
+            # Whatever it is: `agree` raises it again, once no other process waits for this one.
             except Exception as error:
                 self._failed = what, error
         return None

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from cifar_files import read_cifar_folder
 
+from tests.faults.no_files import INSTEAD_OF_A_FILE
+
 
 def dumped(contents, protocol=2):
     return pickle.dumps(contents, protocol)
@@ -215,15 +217,6 @@ def test_a_file_beyond_all_measure_is_not_read(folder):
         file.truncate(50 << 30)
     with pytest.raises(ValueError, match=r"test_batch: expected at most 1073741824 bytes, got 53687091200\. Fetch"):
         read_cifar_folder("cifar10", folder)
-
-
-INSTEAD_OF_A_FILE = {
-    "a folder": lambda path: path.mkdir(),
-    "a pipe": os.mkfifo,
-    "endless zeros": lambda path: path.symlink_to("/dev/zero"),
-    "a link to itself": lambda path: path.symlink_to(path),
-    "a link to nothing": lambda path: path.symlink_to("nothing"),
-}
 
 
 @pytest.mark.timeout(30)

@@ -100,7 +100,7 @@ class Events(TrainerCallback):
 
 
 class Faulty(SAMPaTrainer):
-    """Comes by every place at which one process waits for another."""
+    """Comes by every place at which one process waits for another; see `METHODS`."""
 
     fault: Fault
 
@@ -109,37 +109,31 @@ class Faulty(SAMPaTrainer):
             self.fault.at("pass")
         return super().compute_loss(*args, **kwargs)
 
-    def log(self, *args, **kwargs):
-        self.fault.at("log")
-        return super().log(*args, **kwargs)
 
-    def evaluation_loop(self, *args, **kwargs):
-        self.fault.at("evaluation")
-        return super().evaluation_loop(*args, **kwargs)
+METHODS = {
+    "log": "log",
+    "evaluation_loop": "evaluation",
+    "prediction_step": "evaluated batch",
+    "_save_checkpoint": "save",
+    "_save_optimizer_and_scheduler": "saving the optimizer",
+    "_save_rng_state": "saving random states",
+    "_load_best_model": "loading the best model",
+    "get_train_dataloader": "loader",
+}
 
-    def prediction_step(self, *args, **kwargs):
-        self.fault.at("evaluated batch")
-        return super().prediction_step(*args, **kwargs)
 
-    def _save_checkpoint(self, *args, **kwargs):
-        self.fault.at("save")
-        return super()._save_checkpoint(*args, **kwargs)
+def coming_by(place: str, method: str):
+    """A `method` that first comes to a place."""
 
-    def _save_optimizer_and_scheduler(self, *args, **kwargs):
-        self.fault.at("saving the optimizer")
-        return super()._save_optimizer_and_scheduler(*args, **kwargs)
+    def override(self, *args, **kwargs):
+        self.fault.at(place)
+        return getattr(super(Faulty, self), method)(*args, **kwargs)
 
-    def _save_rng_state(self, *args, **kwargs):
-        self.fault.at("saving random states")
-        return super()._save_rng_state(*args, **kwargs)
+    return override
 
-    def _load_best_model(self):
-        self.fault.at("loading the best model")
-        return super()._load_best_model()
 
-    def get_train_dataloader(self):
-        self.fault.at("loader")
-        return super().get_train_dataloader()
+for method, place in METHODS.items():
+    setattr(Faulty, method, coming_by(place, method))
 
 
 class Data(torch.utils.data.Dataset):

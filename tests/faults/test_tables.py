@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import os
 import re
 
 import numpy as np
 import pytest
 from glue_tsv import read_glue_file, read_glue_folder
 from tasks import TASKS
+
+from tests.faults.no_files import INSTEAD_OF_A_FILE
 
 
 SST2 = b"sentence\tlabel\n"
@@ -95,15 +96,6 @@ def test_tables(tmp_path, figure):
             wrong[name] = found
     figure("TSV files", len(CASES), len(CASES) - len(wrong))
     assert wrong == {}
-
-
-INSTEAD_OF_A_FILE = {
-    "a folder": lambda path: path.mkdir(),
-    "a pipe": os.mkfifo,
-    "endless zeros": lambda path: path.symlink_to("/dev/zero"),
-    "a link to itself": lambda path: path.symlink_to(path),
-    "a link to nothing": lambda path: path.symlink_to("nothing"),
-}
 
 
 @pytest.mark.timeout(30)
