@@ -2,7 +2,8 @@
 
 import sys
 
-from . import distributed, variants
+# compat first: it refuses versions that the others would fail with.
+from . import compat, distributed, variants  # noqa: F401
 from .monitoring import DiagnosticsCallback
 from .trainer import SAMPaMixin, SAMPaTrainer
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .compat import divided_by
 from .data import INDICES, MicroBatch, UpdateBatch
 from .distributed import Role
 from .engine import check_classes, logits_of, recipe_loss
@@ -106,18 +107,19 @@ class MicroBatches:
     def _pass(self, micro_batch: MicroBatch, role: Role) -> Iterator[None]:
         """What `training_step` and `compute_loss` find on the trainer during a pass."""
         trainer = self.trainer
-        before = trainer.loss_is_scaled_for_ga
-        # Every loss is the mean over one micro-batch here, which Trainer's training_step divides by this, whatever it is of.
-        trainer.loss_is_scaled_for_ga, trainer.current_gradient_accumulation_steps = False, 1 / micro_batch.share
         self.in_pass = (micro_batch, role)
         hook = register_optimizer_step_post_hook(_refuse_other_optimizer)
         generates = self.steps.engine.first_pass and hasattr(trainer.model, "generate")
         try:
-            with stood_in(trainer.model, "generate", _refuse_generation) if generates else nullcontext():
+            # Every loss is the mean over one micro-batch here.
+            with (
+                divided_by(trainer, 1 / micro_batch.share),
+                stood_in(trainer.model, "generate", _refuse_generation) if generates else nullcontext(),
+            ):
                 yield
         finally:
             hook.remove()
-            self.in_pass, trainer.loss_is_scaled_for_ga = None, before
+            self.in_pass = None
 
     def compute_loss(self, own: Callable, model, inputs, *args, **kwargs) -> Any:
         """What `own`, the class's ``compute_loss``, says in a pass, and what the recipe makes of it."""

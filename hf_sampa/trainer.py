@@ -30,6 +30,7 @@ from .checks import (
     check_savable,
     check_trainer,
 )
+from .compat import check_hooks, let_trainer_divide, say_what_is_untested
 from .distributed import check_same_start, end_with_launcher, peers_expected
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
 from .monitoring import DiagnosticsCallback
@@ -41,6 +42,8 @@ from .variants import Recipe, check_recipe, find
 
 
 logger = get_logger(__name__)
+
+check_hooks(Trainer)
 
 
 class SAMPaMixin:
@@ -95,6 +98,7 @@ class SAMPaMixin:
             raise self._foreign_arguments(args)
         check_recipe(recipe, args.variant)
         check_trainer(self)
+        say_what_is_untested()
         self._recipe, self._card, self.continued = recipe, Card(self), []
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))
@@ -123,6 +127,7 @@ class SAMPaMixin:
     def create_accelerator_and_postprocess(self) -> None:
         """Upstream's would average the two roles' gradients, and scale fp16's losses on each process by a scale of its own."""
         super().create_accelerator_and_postprocess()
+        let_trainer_divide(self)
         accelerator = self.accelerator
         if accelerator.scaler is not None:
             accelerator.scaler = SharedGradScaler(accelerator.scaler, accelerator.device.type)

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import secrets
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from fnmatch import fnmatch
 from typing import Any
 
@@ -59,7 +59,7 @@ class Commit:
     parent: Commit | None = None
     text: str = ""
     id: str = field(default_factory=lambda: secrets.token_hex(20))
-    date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
+    date: str = field(default_factory=lambda: datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
 
     def history(self) -> list[Commit]:
         """This commit and those before it, newest first."""

@@ -7,6 +7,7 @@ torch's own functions; every other optimizer takes a real step, after which it a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
+from ..compat import adam_step
 from .buckets import in_memory_order, is_dense
 from .undone_step import Grads, Places, step_and_undo, try_out
 
@@ -227,7 +228,9 @@ def _sgd(weights: list[Tensor], grads: list[Tensor], states: list[dict], group: 
     sgd(weights, grads, velocities, **{name: group[name] for name in names})
 
 
-def _adam(weights: list[Tensor], grads: list[Tensor], states: list[dict], group: dict) -> None:
+def _adam(
+    weights: list[Tensor], grads: list[Tensor], states: list[dict], group: dict, *, decoupled: bool = False
+) -> None:
     """U of `torch.optim.Adam` and `AdamW`; always the fused form, which is one pass over memory."""
 
     def moments(name: str) -> list[Tensor]:
@@ -235,7 +238,7 @@ def _adam(weights: list[Tensor], grads: list[Tensor], states: list[dict], group:
         return [state[name] if state else torch.zeros_like(weight) for weight, state in found]
 
     names = ("amsgrad", "lr", "weight_decay", "eps", "maximize")
-    adam(
+    adam_step(
         weights,
         grads,
         moments("exp_avg"),
@@ -245,7 +248,7 @@ def _adam(weights: list[Tensor], grads: list[Tensor], states: list[dict], group:
         fused=True,
         beta1=group["betas"][0],
         beta2=group["betas"][1],
-        decoupled_weight_decay=group["decoupled_weight_decay"],
+        decoupled_weight_decay=group.get("decoupled_weight_decay", decoupled),
         **{name: group[name] for name in names},
     )
 
@@ -263,5 +266,5 @@ def _count(state: dict[str, Tensor], device: torch.device) -> Tensor:
 PIECEWISE: dict[type[Optimizer], Callable[..., None]] = {
     SGD: _sgd,
     Adam: _adam,
-    AdamW: _adam,
+    AdamW: partial(_adam, decoupled=True),
 }

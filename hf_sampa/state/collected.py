@@ -15,7 +15,7 @@ import textwrap
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from enum import Enum, EnumType
+from enum import Enum, EnumMeta
 from functools import cache, reduce
 from hashlib import blake2b
 from typing import Any
@@ -455,7 +455,7 @@ def _painted(picture: tuple, value: Any, make: Any = None) -> Any:
     if kind == "enum":
         *of_class, name = content
         found = _find_class(*of_class) or type(value)
-        return found[name] if isinstance(found, EnumType) else value
+        return found[name] if isinstance(found, EnumMeta) else value
     if value is None and make is not None:
         value = make()
     if kind.startswith(("dict", "counter")):

@@ -1,0 +1,174 @@
+"""What differs between versions of what this package is built on: which ones work, and what is done for those that do less.
+
+Each difference names the version that it ends with. Code elsewhere is written for the newest versions, so that a difference can be
+taken out together with the floor that made it necessary. The room imports nothing of transformers: it looks at what it is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from accelerate.logging import get_logger
+from packaging.version import Version
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+logger = get_logger(__name__)
+
+
+class Range(NamedTuple):
+    """Versions that the tests were run with (``make test-versions``): the lowest, and the newest that there was."""
+
+    lowest: str
+    newest: str
+
+
+TESTED = {
+    "transformers": Range("5.3.0", "5.24.0"),
+    "torch": Range("2.6.0", "2.15.0"),
+    "accelerate": Range("1.10.0", "1.15.0"),
+}
+
+# What the trainer is hung on, with the parameters that it hands on by name or place. Before transformers 5.3 training was one
+# function, without a place between its steps.
+HOOKS = {
+    "create_accelerator_and_postprocess": (),
+    "_load_from_checkpoint": ("resume_from_checkpoint",),
+    "_inner_training_loop": (),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "set_initial_training_values": ("args", "dataloader"),
+    "get_total_train_batch_size": ("args",),
+    "_init_training_state": (
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    "_run_epoch": ("epoch", "train_dataloader", "steps_trained_in_current_epoch"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+    "compute_loss": ("model", "inputs", "return_outputs"),
+    "_clip_grad_norm": ("model",),
+    "_get_grad_norm": ("model", "grad_norm"),
+    "_maybe_log_save_evaluate": ("tr_loss", "grad_norm", "model", "trial"),
+    "_save_checkpoint": ("model", "trial"),
+    "_save": ("output_dir", "state_dict"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
+    "_save_rng_state": ("output_dir",),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_rng_state": ("checkpoint",),
+    "_finalize_training": (),
+    "_load_best_model": (),
+}
+
+
+def check_versions() -> None:
+    """Raise ImportError for packages that are older than what is needed, with the versions that work."""
+    for name, (lowest, newest) in TESTED.items():
+        if Version(version(name)) < Version(lowest):
+            raise ImportError(
+                f"hf_sampa needs {name} {lowest} or newer (tested: {lowest} to {newest}), but {version(name)} is installed: "
+                f"pip install --upgrade '{name}>={lowest}'."
+            )
+
+
+def check_hooks(trainer_class: type[Trainer]) -> None:
+    """Raise ImportError for a Trainer that lacks what `HOOKS` has: of a version to come, in which it was renamed."""
+
+    def has(name: str, parameters: tuple[str, ...]) -> bool:
+        method = getattr(trainer_class, name, None)
+        return method is not None and set(parameters) <= inspect.signature(method).parameters.keys()
+
+    if lacking := [name for name, parameters in HOOKS.items() if not has(name, parameters)]:
+        lowest, newest = TESTED["transformers"]
+        raise ImportError(
+            f"hf_sampa works within Trainer's {', '.join(lacking)}, which transformers {version('transformers')} does not have, or not "
+            f"in this form (tested: {lowest} to {newest}): pip install 'transformers=={newest}'."
+        )
+
+
+@cache
+def say_what_is_untested() -> None:
+    """One warning, on the main process, where something is newer than what the tests were run with."""
+    newer = [name for name, (_, newest) in TESTED.items() if _minor(version(name)) > _minor(newest)]
+    if newer:
+        logger.warning(
+            f"{', '.join(f'{name} {version(name)}' for name in newer)}: newer than what this hf_sampa was tested with "
+            f"({', '.join(f'{name} {TESTED[name].newest}' for name in newer)}). If something looks wrong, try that first."
+        )
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    """2.15.1+cu130 as 2.15: releases of fixes, and builds, are no news."""
+    return Version(version).release[:2]
+
+
+# ---- transformers ----
+
+
+@contextmanager
+def divided_by(trainer: Trainer, divisor: float) -> Iterator[None]:
+    """Have ``training_step`` divide what ``compute_loss`` returns by `divisor`, whatever it is the mean of."""
+    trainer.current_gradient_accumulation_steps = divisor
+    with _never_scaled(trainer):
+        yield
+
+
+@contextmanager
+def _never_scaled(trainer: Trainer) -> Iterator[None]:
+    """Before transformers 5.19 ``training_step`` goes by two attributes that ``compute_loss`` goes by, too: it gets them back."""
+    if hasattr(trainer, "loss_is_scaled_for_ga"):
+        with _set(trainer, loss_is_scaled_for_ga=False):
+            yield
+        return
+    accepts, func, own = trainer.model_accepts_loss_kwargs, trainer.compute_loss_func, trainer.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        with _set(trainer, model_accepts_loss_kwargs=accepts, compute_loss_func=func):
+            return own(*args, **kwargs)
+
+    with _set(trainer, model_accepts_loss_kwargs=False, compute_loss_func=None, compute_loss=compute_loss):
+        yield
+
+
+@contextmanager
+def _set(owner: object, **values: Any) -> Iterator[None]:
+    before = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    vars(owner).update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            delattr(owner, name)
+        vars(owner).update(before)
+
+
+def let_trainer_divide(trainer: Trainer) -> None:
+    """Before transformers 5.5.4 accelerate divides losses by the accumulation steps once more, after Trainer did."""
+    trainer.accelerator.gradient_accumulation_steps = 1
+
+
+# ---- torch ----
+
+
+def adam_step(*args, decoupled_weight_decay: bool, **kwargs) -> None:
+    """`torch.optim.adam.adam`. Before torch 2.7 AdamW is a function of its own."""
+    if ADAM_DECOUPLES:
+        adam(*args, decoupled_weight_decay=decoupled_weight_decay, **kwargs)
+    else:
+        (adamw if decoupled_weight_decay else adam)(*args, **kwargs)
+
+
+ADAM_DECOUPLES = "decoupled_weight_decay" in inspect.signature(adam).parameters
+
+check_versions()
