@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from accelerate.commands.config.config_args import ClusterConfig
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.project import PYPROJECT, ROOT
 
-ROOT = Path(__file__).parents[1]
+
 CONFIGS = {"cpu_2_processes": 2, "cpu_4_processes": 4, "gpu_2": 2, "gpu_4": 4, "one_process": 1}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = PYPROJECT["project"]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
 
 

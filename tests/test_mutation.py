@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +14,7 @@ from tests.mutation.copies import HANG, Copy
 from tests.mutation.noticing import ROOMS, check_unchanged, measure, notice, quick_and_slow, split, work
 from tests.mutation.reach import instrumented, reached
 from tests.mutation.reasons import REASONS
+from tests.project import PYPROJECT
 
 
 SOURCE = '''"""About 1 thing."""
@@ -186,7 +186,7 @@ def tried(tmp_path_factory):
     (project / "package/engine").mkdir(parents=True)
     (project / "package/engine/one.py").write_text(MODULE)
     (project / "test_one.py").write_text(TESTS)
-    ours = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    ours = PYPROJECT["tool"]["pytest"]["ini_options"]
     (project / "pytest.ini").write_text("\n    ".join(["[pytest]\nmarkers =", *ours["markers"]]))
     before = {file: file.read_bytes() for file in project.rglob("*") if file.is_file()}
     # In a process of its own, which has no threads when it forks.

@@ -18,7 +18,8 @@ def without_secrets(args: Any) -> Iterator[None]:
 
     Only there: processes that are started with arguments get them as pickles, too, and copies are made like pickles.
     """
-    state_of = args.__getstate__
+    # Every object has one from Python 3.11 on.
+    state_of = getattr(args, "__getstate__", lambda: vars(args))
 
     def pickled() -> dict[str, Any]:
         return {name: _blank(name, value) for name, value in state_of().items() if name != "__getstate__"}
