@@ -8,14 +8,23 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AlbertConfig, AlbertForSequenceClassification, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainingArguments,
+)
 
 from tests import tiny
 
 
+# Before transformers 5.23 it had another name.
+CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name))
 # Settings of a run whose layers are computed again in backward.
-CHECKPOINTED = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
-CHECKPOINTED_REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+CHECKPOINTED = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+CHECKPOINTED_REENTRANT = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
 # Settings of a run with torch.compile, by the backend that compiles fastest.
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 

@@ -13,6 +13,7 @@ from tests.ecosystem import models, table
 from tests.ecosystem.refused_cases import REFUSED
 from tests.ecosystem.runs import SETTINGS
 from tests.ecosystem.trl_cases import load_language_model
+from tests.models import CHECKPOINTING
 
 
 def test_the_page_says_what_the_tests_prove():
@@ -37,7 +38,7 @@ def test_trainers_that_generate_are_refused(name, start, tmp_path, monkeypatch):
     model = load_language_model(models.path(start, "llama", dropout=False))
     distils = name == "DistillationTrainer"
     own = {"teacher_model": model} if distils else {"reward_funcs": reward}
-    settings = {**SETTINGS, "bf16": False, "activation_checkpointing": False}
+    settings = {**SETTINGS, "bf16": False, CHECKPOINTING: False}
     args = Arguments(str(tmp_path), **settings, **({} if distils else {"num_generations": 2}))
     data = Dataset.from_dict({"prompt": models.texts(8, 4)})
     with pytest.raises(ValueError, match=rf"(?s){name}.*generat"):

@@ -1,0 +1,39 @@
+"""What the package does from the command line: ``python -m hf_sampa``."""
+
+from __future__ import annotations
+
+import sys
+
+from .launch import configurations, described, launch
+
+
+USAGE = """usage: python -m hf_sampa launch script.py   start a script as a SAMPa pair; launch --help has its options
+       python -m hf_sampa config [NAME]      print the path of a launch configuration, for accelerate launch
+       python -m hf_sampa.variants           the catalogue of sharpness-aware methods"""
+
+
+def main(argv: list[str]) -> None:
+    """Run the command line `argv`. Raises SystemExit for one that says something else."""
+    command, *rest = argv or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "launch":
+        launch(rest)
+    elif command == "config":
+        _show(rest)
+    else:
+        sys.exit(f"{USAGE}\n\nexpected launch or config, got {command!r}.")
+
+
+def _show(names: list[str]) -> None:
+    known = configurations()
+    if not names or names[0] in ("-h", "--help"):
+        print(f"python -m hf_sampa config NAME prints the path of one of these:\n{described()}")
+    elif len(names) == 1 and names[0] in known:
+        print(known[names[0]])
+    else:
+        sys.exit(f"expected one of {', '.join(known)}, got {' '.join(names)}.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

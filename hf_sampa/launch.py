@@ -1,0 +1,67 @@
+"""``python -m hf_sampa launch script.py``: `accelerate launch` with one of the configurations that come with the package.
+
+A launch configuration says how many processes there are; two of them are a SAMPa pair. They are the files of ``accelerate_configs/``,
+which the wheel carries along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.commands import launch as accelerate_launch
+
+
+# In an installed package they are in it, in a clone beside it.
+FOLDERS = [Path(__file__).with_name("accelerate_configs"), Path(__file__).parents[1] / "accelerate_configs"]
+
+
+def configurations() -> dict[str, Path]:
+    """The launch configurations that come with the package, by name."""
+    folder = next(folder for folder in FOLDERS if folder.is_dir())
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def for_this_machine() -> str:
+    """The name of the configuration of one pair: on two devices, or without any on the CPU; one process on a single device."""
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    return {0: "cpu_2_processes", 1: "one_process"}.get(devices, "gpu_2")
+
+
+def described() -> str:
+    """A line on each configuration, from the comment at its top."""
+    width = max(map(len, configurations()))
+    return "\n".join(
+        f"  {name:{width}}  {file.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}"
+        for name, file in configurations().items()
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """That of ``accelerate launch``, with one option more."""
+    made = accelerate_launch.launch_command_parser()
+    made.prog = "python -m hf_sampa launch"
+    made.usage = "%(prog)s [options] script.py [options of the script]"
+    made.description = "Start a script as a SAMPa pair: accelerate launch, with a configuration that comes with this package."
+    made.epilog = f"configurations (--config):\n{described()}"
+    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made.add_argument(
+        "--config",
+        choices=list(configurations()),
+        help=f"a launch configuration of this package; without it and --config_file the pair of this machine, {for_this_machine()}",
+    )
+    return made
+
+
+def launch(argv: list[str]) -> None:
+    """Do what ``accelerate launch`` does with `argv`, in a configuration of ours unless it has a ``--config_file``."""
+    args = parser().parse_args(argv)
+    if args.config and args.config_file:
+        sys.exit("--config: expected either a configuration of this package or one of your own (--config_file), got both.")
+    args.config_file = args.config_file or str(configurations()[args.config or for_this_machine()])
+    del args.config
+    print(f"accelerate launch --config_file {shlex.quote(args.config_file)}", file=sys.stderr, flush=True)
+    accelerate_launch.launch_command(args)
