@@ -32,7 +32,7 @@ from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("*.md"))]
 # Of a line of code: what fits a page of the built documentation in a window of 1280 pixels.
 WIDTH = 88
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
