@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench bench-scaling bench-memory bench-variants test-gpu docs docs-links clean
+.PHONY: help demo test test-all lint bench bench-scaling bench-memory bench-variants test-gpu docs docs-links wheel test-versions clean
 
 help: ## Show the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -14,9 +14,7 @@ help: ## Show the targets
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	# compat: a path entry, which wins where a script lies beside a clone that is called hf_sampa like the package.
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
-		--config-settings editable_mode=compat -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: .venv ## Fine-tune a small BERT and a small ViT with AdamW, SAM and SAMPa; a table and a picture (under 3 minutes)
@@ -50,6 +48,15 @@ bench-variants: .venv ## Train a small ViT with every variant: accuracy, time, m
 test-gpu: .venv ## The tests that need a CUDA device; some need two
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
+test-versions: .venv ## The tests against the lowest, middle and newest versions of transformers, torch and others; a table
+	# nox knows interpreters by what is on the path: Python 3.10, 3.12 and 3.13.
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m nox -s versions $(NOX_ARGS)
+
+wheel: .venv ## Build the wheel and the sdist into dist/, and check what a package index will make of them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
 docs: .venv ## Build the documentation, and say where its first page is
 	$(BIN)/python -m sphinx -b html -E -W --keep-going -n -q docs docs/_build/html
 	@echo "docs/_build/html/index.html"
@@ -58,5 +65,5 @@ docs-links: .venv ## Try every link of the documentation that leads out of it; n
 	$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/links
 
 clean: ## Remove the virtual environment and what the targets wrote
-	rm -rf .venv out/demo out/mutation out/scaling out/sharpness out/variants docs/_build
-	rm -rf .import_linter_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .nox .venv build dist out/demo out/versions out/mutation out/scaling out/sharpness out/variants docs/_build
+	rm -rf .import_linter_cache .pytest_cache .ruff_cache

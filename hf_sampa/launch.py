@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     made = accelerate_launch.launch_command_parser()
     made.prog = "python -m hf_sampa launch"
     made.usage = "%(prog)s [options] script.py [options of the script]"
-    made.description = "Start a script as a SAMPa pair: accelerate launch, with a configuration that comes with this package."
+    made.description = (
+        "Start a script as a SAMPa pair: accelerate launch, with a configuration that comes with this package."
+    )
     made.epilog = f"configurations (--config):\n{described()}"
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument(
@@ -60,7 +62,9 @@ def launch(argv: list[str]) -> None:
     """Do what ``accelerate launch`` does with `argv`, in a configuration of ours unless it has a ``--config_file``."""
     args = parser().parse_args(argv)
     if args.config and args.config_file:
-        sys.exit("--config: expected either a configuration of this package or one of your own (--config_file), got both.")
+        sys.exit(
+            "--config: expected either a configuration of this package or one of your own (--config_file), got both."
+        )
     args.config_file = args.config_file or str(configurations()[args.config or for_this_machine()])
     del args.config
     print(f"accelerate launch --config_file {shlex.quote(args.config_file)}", file=sys.stderr, flush=True)
