@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from accelerate.logging import get_logger
 from packaging.version import Version
 from torch.optim.adam import adam
@@ -156,6 +157,11 @@ def _set(owner: object, **values: Any) -> Iterator[None]:
 def let_trainer_divide(trainer: Trainer) -> None:
     """Before transformers 5.5.4 accelerate divides losses by the accumulation steps once more, after Trainer did."""
     trainer.accelerator.gradient_accumulation_steps = 1
+
+
+def without_cpu_index(device: torch.device) -> torch.device:
+    """Before transformers 5.18 optimizers are loaded onto the device as it is called, and torch knows no "cpu:0" there."""
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 # ---- torch ----

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from .compat import without_cpu_index
 from .distributed import SIZE_VARIABLES, Mesh, peers_expected, whole_size_and_rank
 from .state import stood_in
 from .variants import Recipe, Variant, find, parse_arguments
@@ -153,7 +154,7 @@ class SAMPaArgumentsMixin:
         """Upstream's lets the processes of a CPU wait for one another for half an hour, whatever `ddp_timeout` is."""
         begin = partial(torch.distributed.init_process_group, timeout=self.ddp_timeout_delta)
         with stood_in(torch.distributed, "init_process_group", begin), peers_expected():
-            return super()._setup_devices
+            return without_cpu_index(super()._setup_devices)
 
     @property
     def mesh(self) -> Mesh:
