@@ -39,37 +39,46 @@ TESTED = {
     "accelerate": Range("1.10.0", "1.15.0"),
 }
 
-# What the trainer is hung on, with the parameters that it hands on by name or place. Before transformers 5.3 training was one
-# function, without a place between its steps.
+# The methods of Trainer that are extended or replaced, in its order, with the parameters that are relied on. Before transformers
+# 5.3 training was one method, without a place between its steps.
 HOOKS = {
     "create_accelerator_and_postprocess": (),
+    "_move_model_to_device": ("model", "device"),
+    "add_callback": ("callback",),
+    "train": ("resume_from_checkpoint",),
     "_load_from_checkpoint": ("resume_from_checkpoint",),
+    "_issue_warnings_after_load": ("load_result",),
     "_inner_training_loop": (),
-    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "get_train_dataloader": (),
     "set_initial_training_values": ("args", "dataloader"),
     "get_total_train_batch_size": ("args",),
-    "_init_training_state": (
-        "max_steps",
-        "num_update_steps_per_epoch",
-        "num_train_epochs",
-        "resume_from_checkpoint",
-        "trial",
-    ),
+    "_init_training_state": ("max_steps", "num_train_epochs", "resume_from_checkpoint", "trial"),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    "create_optimizer": (),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
     "_run_epoch": ("epoch", "train_dataloader", "steps_trained_in_current_epoch"),
+    "_load_rng_state": ("checkpoint",),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "compute_loss": ("model", "inputs", "return_outputs"),
+    "floating_point_ops": ("inputs",),
+    "_track_num_input_tokens": ("inputs",),
     "_clip_grad_norm": ("model",),
     "_get_grad_norm": ("model", "grad_norm"),
     "_maybe_log_save_evaluate": ("tr_loss", "grad_norm", "model", "trial"),
+    "log": ("logs",),
+    "_evaluate": (),
+    "evaluate": ("eval_dataset",),
+    "predict": ("test_dataset",),
     "_save_checkpoint": ("model", "trial"),
+    "save_model": ("output_dir", "_internal_call"),
     "_save": ("output_dir", "state_dict"),
     "_save_optimizer_and_scheduler": ("output_dir",),
     "_save_rng_state": ("output_dir",),
-    "_load_optimizer_and_scheduler": ("checkpoint",),
-    "_load_rng_state": ("checkpoint",),
+    "_push_from_checkpoint": ("checkpoint_folder",),
     "_finalize_training": (),
     "_load_best_model": (),
+    "init_hf_repo": (),
 }
 
 
