@@ -79,6 +79,7 @@ HOOKS = {
     "_finalize_training": (),
     "_load_best_model": (),
     "init_hf_repo": (),
+    "create_model_card": (),
 }
 
 
