@@ -1,6 +1,6 @@
-"""Runs whose checkpoints of former versions lie in `tests/former/`; and what wrote them.
+"""Runs whose checkpoints, of every version that was released, lie in `tests/former/`; and what wrote them.
 
-python -m tests.former      # writes those that are not there yet; what is there was written by the version that made it
+python -m tests.former      # writes those of this version; what is there is left as the version wrote it that it is of
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, __version__
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -108,8 +108,8 @@ def run_as_it_was(folder: Path, name: str, resume: str | None = None) -> dict[st
 
 
 def write(folder: Path, name: str, tell: Callable[[str], None] = print) -> None:
-    """The checkpoint of a run, and the weights that it ends with."""
-    kept = FOLDER / name.replace(" ", "_")
+    """The checkpoint of a run by this version, and the weights that it ends with."""
+    kept = FOLDER / __version__ / name.replace(" ", "_")
     if kept.exists():
         return
     weights = run_as_it_was(folder / name, name)
