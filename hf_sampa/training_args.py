@@ -189,7 +189,7 @@ class SAMPaArgumentsMixin:
             if setting or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1"):
                 raise ValueError(
                     f"SAMPa needs whole weights and gradients in every process, but this run uses {name}, which shards "
-                    "them. Launch it without, for instance with accelerate_configs/gpu_2.yaml."
+                    "them. Launch it without: python -m hf_sampa launch script.py."
                 )
 
     def check_settings(self) -> None:

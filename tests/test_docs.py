@@ -24,8 +24,9 @@ from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+import hf_sampa.__main__ as command_line
 import hf_sampa.variants.__main__ as catalogue
-from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, launch
 from hf_sampa.variants import VARIANTS
 from tests import tiny
 
@@ -155,6 +156,11 @@ def check_torchrun(words: list[str]) -> None:
 def check_python(words: list[str]) -> None:
     if words[:2] == ["-m", "hf_sampa.variants"]:
         catalogue.main(words[2:])
+    elif words[:3] == ["-m", "hf_sampa", "launch"]:
+        launched = launch.parser().parse_args(words[3:])
+        check_script(launched.training_script, launched.training_script_args)
+    elif words[:2] == ["-m", "hf_sampa"]:
+        command_line.main(words[2:])
     else:
         check_script(words[0], words[1:])
 
@@ -193,8 +199,9 @@ def test_a_wrong_command_would_be_found(tmp_path, monkeypatch):
             check_accelerate(launch.replace(good, bad).split())
     with pytest.raises(AssertionError):
         check_make(["tset"])
-    with pytest.raises(SystemExit):
-        check_python(["-m", "hf_sampa.variants", "vaso"])
+    for wrong in ("hf_sampa.variants vaso", "hf_sampa launch --config gpu_3 script.py", "hf_sampa config gpu_3"):
+        with pytest.raises(SystemExit):
+            check_python(["-m", *wrong.split()])
 
 
 # Links
