@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.profiler import record_function
 
+from ..functional import real
 from .role_world import RoleWorld, whole_world
 from .roles import Mesh, Role
 
@@ -169,8 +170,9 @@ class Exchange:
         for members in partition(tensors, BUCKET_BYTES):
             several = [tensors[i].detach() for i in members]
             flat = torch.cat([tensor.reshape(-1) for tensor in several])
+            (numbers,) = real([flat])  # gloo knows complex ones from some version of torch on
             with self._peers_alive():
-                dist.broadcast(flat, src=source, group=self._world_group)
+                dist.broadcast(numbers, src=source, group=self._world_group)
             for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
 

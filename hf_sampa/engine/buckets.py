@@ -97,8 +97,8 @@ class Buckets:
     def unshare(self) -> None:
         """Let go of buckets of which somebody else holds a part: an optimizer may keep a gradient as it was given it."""
         for bucket, members in enumerate(self.members):
-            # The views, the whole, and the handle by which they are counted.
-            if _users(self.flats[bucket]) > len(members) + 2:
+            # The whole, and its views.
+            if _users(self.flats[bucket]) > ALONE + len(members):
                 self.release(bucket)
 
     def release(self, bucket: int) -> None:
@@ -133,15 +133,18 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 def _is_sole_owner(grad: Tensor) -> bool:
     """Whether nothing but `grad` holds its memory: autograd hands one tensor to several parameters where they are added."""
-    # `grad` and the handle by which they are counted are two.
-    return grad.untyped_storage().nbytes() == grad.nbytes and _users(grad) == 2
+    return grad.untyped_storage().nbytes() == grad.nbytes and _users(grad) == ALONE
 
 
 def _users(tensor: Tensor) -> int:
-    """How many hold the memory of `tensor`, with whom counts them; 0 where this torch does not say."""
+    """How many hold the memory of `tensor`; 0 where this torch does not say."""
     # Not public, though torch's own graph trees rest on it.
     count = getattr(torch._C, "_storage_Use_Count", None)
     return count(tensor.untyped_storage()._cdata) if count else 0
+
+
+# Of a tensor whose memory nobody else holds. From some version of torch on the handle by which users are counted is one, too.
+ALONE = max(1, _users(torch.empty(1)))
 
 
 class GradientRecorder:
