@@ -1,29 +1,14 @@
-"""What a script needs around the trainer to compare SAMPa, SAM and plain AdamW: settings, command line, the run itself.
-
-glue/run_glue.py and vit_finetune/run_vit.py are made with it; nothing else in this package uses it.
-"""
+"""`SAMPaTrainingArguments` as the scripts have them: the baseline as a third method, and the batch size of an update."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from accelerate.logging import get_logger
-from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .cards import CardFacts, declare_options
-from .trainer import SAMPaMixin
-from .training_args import SAMPaTrainingArguments
-from .variants import find
-
-
-logger = get_logger(__name__)
-
-# Settings that a method does not read.
-UNUSED = {"adamw": ("rho", "lmbda", "variant", "variant_args"), "sam": ("lmbda",), "sampa": ()}
+from ..training_args import SAMPaTrainingArguments
 
 
 @dataclass
@@ -40,6 +25,10 @@ class FineTuningArguments(SAMPaTrainingArguments):
             Examples per update. `per_device_train_batch_size` follows from it.
         overwrite_output_dir (`bool`, defaults to `False`):
             Whether to train into an `output_dir` that is not empty; see `check_output_dir`.
+        early_stopping_patience (`int`, *optional*):
+            Stop when so many evaluations in a row are no better than the best one.
+        early_stopping_threshold (`float`, defaults to 0.0):
+            By how much an evaluation must be better, in the units of the metric.
 
     Raises:
         ValueError: the processes and micro-batches cannot share `batch_size` evenly.
@@ -88,6 +77,19 @@ class FineTuningArguments(SAMPaTrainingArguments):
         metadata={"help": "A checkpoint folder to continue from, or true: the last whole one in output_dir."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+    do_predict: bool = field(default=False, metadata={"help": "Whether to write predictions for the test data."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when so many evaluations in a row are no better than the best one. Without it: never."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0,
+        metadata={
+            "help": "With early_stopping_patience: by how much an evaluation must be better, in the units of the metric."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint in ("true", "True"):
@@ -120,64 +122,3 @@ class FineTuningArguments(SAMPaTrainingArguments):
                 f"--output_dir {folder} is not empty. Choose another folder, add --overwrite_output_dir, or continue "
                 "the run in it with --resume_from_checkpoint true."
             )
-
-
-def parse_arguments(parser: HfArgumentParser, argv: list[str] | None = None) -> tuple:
-    """Read `argv` (the process's own by default) into the parser's dataclasses, the last a `FineTuningArguments`.
-
-    A variant's default of rho is to the parser's, which is SAM's, as the variant's own is to SAM's own; its lambda, if it has
-    one, is the default of lambda. Warns of settings that the method does not use. No error, so that one command line can serve all methods.
-
-    Raises:
-        FileExistsError: the run would write into an `output_dir` that is not empty.
-    """
-    declare_options(*parser.dataclass_types)
-    variant = find(parser.parse_known_args(argv)[0].variant)
-    if parser.get_default("rho") is not None and variant.rho != find("sam").rho:
-        parser.set_defaults(rho=round(parser.get_default("rho") * variant.rho / find("sam").rho, 12))
-    if variant.lmbda is not None:
-        parser.set_defaults(lmbda=variant.lmbda)
-    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    method = parsed[-1].method
-    # argparse leaves alone what a namespace holds already, so that a default does not look as if it had been given.
-    given = vars(parser.parse_known_args(argv, Namespace(**dict.fromkeys(UNUSED[method])))[0])
-    unused = [f"--{name} {given[name]}" for name in UNUSED[method] if given[name] is not None]
-    if unused:
-        logger.warning(
-            f"--method {method} does not use {' or '.join(unused)}. Leave out what has no effect, or choose another --method."
-        )
-    parsed[-1].check_output_dir()
-    return parsed
-
-
-def train_and_score(trainer: Trainer, **card) -> dict[str, float]:
-    """Do what the trainer's `FineTuningArguments` ask for: train and save, score, publish. Writes a model card.
-
-    Args:
-        trainer: with data for what it is to do; SAMPa's or a plain one.
-        card: what the model card is to say, by the names of `CardFacts`.
-
-    Returns:
-        The metrics on the evaluation data; empty without `do_eval`.
-    """
-    args = trainer.args
-    facts = CardFacts(**card)
-    if isinstance(trainer, SAMPaMixin):
-        trainer.card_facts, card = facts, {}  # for the cards of checkpoints, too
-    else:
-        card = {name: fact for name, fact in facts.for_trainer().items() if fact is not None}
-    if args.do_train:
-        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-    metrics = trainer.evaluate() if args.do_eval else {}
-    if args.do_eval:
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif args.do_train:
-        trainer.create_model_card(**card)
-    return metrics

@@ -1,0 +1,27 @@
+"""What a script needs around the trainer to compare SAMPa, SAM and plain AdamW: settings, command line, model, the run itself.
+
+glue/ and vit_finetune/ are made with it; nothing else in this package uses it.
+"""
+
+from .class_names import ClassNames, class_names
+from .command_line import UNUSED, FineTuningParser, parse_arguments
+from .model_arguments import ModelArguments
+from .models import load_config, load_model
+from .script import run_main
+from .training_arguments import FineTuningArguments
+from .whole_run import train_and_score
+
+
+__all__ = [
+    "UNUSED",
+    "ClassNames",
+    "FineTuningArguments",
+    "FineTuningParser",
+    "ModelArguments",
+    "class_names",
+    "load_config",
+    "load_model",
+    "parse_arguments",
+    "run_main",
+    "train_and_score",
+]
