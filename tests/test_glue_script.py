@@ -1,25 +1,25 @@
 """`glue/run_glue.py`: its arguments and messages, and whole runs of a small BERT on one and two processes."""
 
 import json
-import logging
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import glue_data
 import pytest
 import run_glue
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from glue_arguments import make_parser, parse_args
 from glue_tsv import read_glue_folder
 from make_sample import make_tiny_bert
 from safetensors.torch import load_file
 from tasks import HUB_DATASET, TASKS
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from .ranks import run_script
-from .test_glue_tasks import FILES, write_tsv
+from .test_glue_tasks import FILES, write_official, write_tsv
 
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def assert_same_weights(folder, other):
 
 @pytest.mark.parametrize("task_name", TASKS)
 def test_the_defaults_are_the_papers_for_the_task(task_name, tmp_path):
-    _, training_args = parse_args(["--task_name", task_name, "--output_dir", str(tmp_path / "out"), "--use_cpu"])
+    *_, training_args = parse_args(["--task_name", task_name, "--output_dir", str(tmp_path / "out"), "--use_cpu"])
     assert {name: getattr(training_args, name) for name in TASKS[task_name].paper_settings} == TASKS[
         task_name
     ].paper_settings
@@ -74,7 +74,7 @@ def test_the_defaults_are_the_papers_for_the_task(task_name, tmp_path):
 
 def test_what_is_given_explicitly_wins(tmp_path):
     given = ["--rho", "0.05", "--num_train_epochs", "2", "--lmbda", "0", "--batch_size", "8"]
-    _, args = parse_args(["--task_name=rte", "--output_dir", str(tmp_path / "out"), "--use_cpu", *given])
+    *_, args = parse_args(["--task_name=rte", "--output_dir", str(tmp_path / "out"), "--use_cpu", *given])
     assert (args.rho, args.num_train_epochs, args.lmbda, args.batch_size) == (0.05, 2, 0, 8)
 
 
@@ -125,22 +125,44 @@ def test_an_output_dir_that_holds_something_is_refused(tmp_path):
 # Model and data
 
 
-def test_a_folder_without_weights_is_trained_from_scratch(tiny_bert, caplog):
-    with caplog.at_level(logging.WARNING):
-        model = run_glue.load_model(str(tiny_bert), TASKS["mnli"])
-    assert f"{tiny_bert} holds no weights: the model is trained from scratch." in caplog.text
-    assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
-    assert model.config.label2id == {"entailment": 0, "neutral": 1, "contradiction": 2}
+def test_a_folder_without_weights_is_trained_from_scratch(one_process, tiny_bert):
+    config = AutoConfig.from_pretrained(one_process)
+    assert config.id2label == {0: "negative", 1: "positive"}
+    assert config.label2id == {"negative": 0, "positive": 1}
 
 
-def test_weights_are_loaded_in_full_precision(tiny_bert, tmp_path, caplog):
-    saved = run_glue.load_model(str(tiny_bert), TASKS["sst2"]).to(torch.bfloat16)
-    saved.save_pretrained(tmp_path)
-    caplog.clear()
-    model = run_glue.load_model(str(tmp_path), TASKS["sst2"])
-    assert {param.dtype for param in model.parameters()} == {torch.float32}
-    assert torch.equal(model.classifier.weight, saved.classifier.weight.float())
-    assert "from scratch" not in caplog.text
+def write_rte(folder):
+    for name in ("train.tsv", "dev.tsv"):
+        write_official(folder / "RTE" / name, "rte")
+    return str(folder / "RTE")
+
+
+def permuted(folder, to):
+    """The same model, with its two classes in the other order."""
+    shutil.copytree(folder, to)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        for param in (model.classifier.weight, model.classifier.bias):
+            param.copy_(param.flip(0))
+    model.config.id2label = {0: "positive", 1: "negative"}
+    model.config.label2id = {"positive": 0, "negative": 1}
+    model.save_pretrained(to)
+    return to
+
+
+def test_a_model_with_its_classes_in_another_order_scores_the_same(one_process, tmp_path):
+    other = permuted(one_process, tmp_path / "other")
+    run_glue.main(sample_run(other, tmp_path / "out", "--do_train", "false"))
+    scored, trained = (read_json(folder / "eval_results.json") for folder in (tmp_path / "out", one_process))
+    assert scored["eval_accuracy"] == trained["eval_accuracy"] != 0.5
+    assert scored["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-6)
+
+
+def test_a_model_for_other_classes_is_refused(one_process, tmp_path):
+    with pytest.raises(ValueError, match=r"2 classes of the data, entailment, not_ent.* --ignore_mismatched_sizes"):
+        run_glue.main(
+            sample_run(one_process, tmp_path / "out", "--task_name", "rte", "--data_dir", write_rte(tmp_path))
+        )
 
 
 def test_without_a_folder_the_task_comes_from_the_hub(tiny_bert, tmp_path, monkeypatch):
@@ -148,11 +170,11 @@ def test_without_a_folder_the_task_comes_from_the_hub(tiny_bert, tmp_path, monke
     rows = {"sentence": ["the plot is dull", "the plot is vivid"] * 4, "label": [0, 1] * 4, "idx": list(range(8))}
     splits = dict.fromkeys(("train", "validation", "test"), Dataset.from_dict(rows, features=features))
     asked = []
-    monkeypatch.setattr(run_glue, "load_dataset", lambda *args: asked.append(args) or DatasetDict(splits))
+    monkeypatch.setattr(glue_data, "load_dataset", lambda *args, split: asked.append((*args, split)) or splits[split])
     command = sample_run(tiny_bert, tmp_path / "out", "--batch_size", "4", "--max_steps", "1")
     place = command.index("--data_dir")
     metrics = run_glue.main(command[:place] + command[place + 2 :])
-    assert asked == [(HUB_DATASET, "sst2")]
+    assert asked == [(HUB_DATASET, "sst2", "train"), (HUB_DATASET, "sst2", "validation")]
     assert metrics["eval_accuracy"] in [n / 8 for n in range(9)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"- {HUB_DATASET}" in card
