@@ -63,8 +63,8 @@ def limit(data: DatasetDict, args: TextArguments) -> DatasetDict:
 
 def remarks(whole: DatasetDict, tokenized: DatasetDict, max_length: int) -> list[str]:
     """What a model card is to say of what was left out: of texts that were too long, of rows beyond a limit."""
-    # The tokenizer does not say which it has cut; those of exactly this length are too few to make a difference.
-    cut = any(max(map(len, rows["input_ids"])) >= max_length for rows in tokenized.values())
+    # The tokenizer does not say which inputs it has cut: those that are as long as can be.
+    cut = any(sum(mask) >= max_length for rows in tokenized.values() for mask in rows["attention_mask"])
     found = [f"inputs are truncated to {max_length} tokens"] if cut else []
     for split, rows in tokenized.items():
         if len(rows) < len(whole[split]):
@@ -94,7 +94,11 @@ def tokenize(
 
     def tokens(rows: dict) -> dict:
         return tokenizer(
-            *(rows[column] for column in columns), truncation=True, max_length=max_length, padding=padding
+            *(rows[column] for column in columns),
+            truncation=True,
+            max_length=max_length,
+            padding=padding,
+            return_attention_mask=True,
         )
 
     return data.map(tokens, batched=True, remove_columns=texts, desc="tokenizing")
