@@ -57,13 +57,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedConfig,
-    Trainer,
     set_seed,
 )
 from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.finetuning import load_config, load_model, run_main, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, load_config, load_model, run_main, train_and_score
 
 
 def find_texts_and_labels(
@@ -164,7 +163,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
 
     # 4. Trainer. All that SAMPa adds to a stock script is this choice of class, and the base class of the arguments.
-    trainer_class = Trainer if training_args.method == "adamw" else SAMPaTrainer
+    trainer_class = BaselineTrainer if training_args.method == "adamw" else SAMPaTrainer
     trainer = trainer_class(
         model=model,
         args=training_args,

@@ -39,11 +39,11 @@ from outputs import first_output
 from quiet import quiet_other_processes
 from tasks import HUB_DATASET, TASKS, GlueTask
 from text_inputs import limit, load_tokenizer, longest_input, map_labels, remarks, tokenize
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, set_seed
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.finetuning import load_model, run_main, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, load_model, run_main, train_and_score
 
 
 def select(data: DatasetDict, splits: Iterable[str]) -> Dataset | dict[str, Dataset] | None:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 data[split] = map_labels(data[split], labels.ids, labels.names)
 
     # 3. Trainer. All that SAMPa adds to a stock script is this choice of class, and the base class of the arguments.
-    trainer_class = Trainer if training_args.method == "adamw" else SAMPaTrainer
+    trainer_class = BaselineTrainer if training_args.method == "adamw" else SAMPaTrainer
     trainer = trainer_class(
         model=model,
         args=training_args,
