@@ -18,6 +18,14 @@ from text_lines import quoted
 from hf_sampa.finetuning import FineTuningArguments, ModelArguments
 
 
+# What the rows of a split are for, and what to do if there are none.
+_NEEDED = {
+    "train": "to train on. Name {}, or add --do_train false",
+    "validation": "to score on. Name {}, take some of the training rows with --train_val_split 0.1, or add --do_eval false",
+    "test": "to predict. Name {}, or leave out --do_predict",
+}
+
+
 def load_tables(
     data_args: ClassificationArguments, model_args: ModelArguments, training_args: FineTuningArguments
 ) -> dict[str, Table]:
@@ -37,20 +45,11 @@ def load_tables(
         return _from_hub(data_args, model_args, splits)
     for split in splits:
         if getattr(data_args, f"{split}_file") is None:
-            raise ValueError(f"--{split}_file: {_why(split)}")
+            raise ValueError(f"--{split}_file: expected the rows {_NEEDED[split].format('a file')}.")
     return {
         split: read_file(getattr(data_args, f"{split}_file"), data_args.delimiter, data_args.quotes)
         for split in splits
     }
-
-
-def _why(split: str) -> str:
-    return {
-        "train": "expected the rows to train on. Name a file, or add --do_train false.",
-        "validation": "expected rows to score on. Name a file, take some of the training rows with --train_val_split 0.1, or add "
-        "--do_eval false.",
-        "test": "expected the rows to predict. Name a file, or leave out --do_predict.",
-    }[split]
 
 
 def _from_hub(
@@ -69,9 +68,8 @@ def _from_hub(
         theirs = getattr(data_args, f"{split}_split_name")
         if theirs not in data:
             raise ValueError(
-                f"--{split}_split_name: there is no split {theirs!r} in {name}, which has {quoted(data)}; {_why(split)}".replace(
-                    "Name a file", "Name a split"
-                )
+                f"--{split}_split_name: expected one of the splits of {name}, {quoted(data)}, got {theirs!r} for the rows "
+                f"{_NEEDED[split].format('one of these')}."
             )
         if not len(data[theirs]):
             raise ValueError(
@@ -112,6 +110,12 @@ def split_off(data: DatasetDict, share: float, seed: int, stratified: bool) -> D
             "share, more rows, or a --validation_file."
         ) from error
     return DatasetDict({**data, "train": parts["train"], "validation": parts["test"]})
+
+
+def split_remark(data_args: ClassificationArguments) -> list[str]:
+    """What a model card is to say of ``--train_val_split``."""
+    share = data_args.train_val_split
+    return [] if share is None else [f"scored on {share:.0%} of the training rows, which were not trained on"]
 
 
 def card_facts(data_args: ClassificationArguments) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from classification_arguments import ClassificationArguments, parse_args
 from datasets import DatasetDict
 from outputs import first_output
 from own_columns import check_texts, find_columns, require
-from own_data import card_facts, load_tables, split_off, with_labels
+from own_data import card_facts, load_tables, split_off, split_remark, with_labels
 from own_labels import (
     REGRESSION,
     SINGLE,
@@ -52,7 +52,7 @@ from own_metric import find_metrics, make_compute_metrics
 from own_predictions import write_predictions
 from own_tables import Table
 from quiet import quiet_other_processes
-from text_inputs import limit, load_tokenizer, longest_input, remarks, tokenize
+from text_inputs import check_head, limit, load_tokenizer, longest_input, remarks, tokenize
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, classes = load_model(
         AutoModelForSequenceClassification, model_args, problem.names, problem_type=problem.type
     )
+    check_head(classes, model_args, training_args)
     max_length = longest_input(data_args, tokenizer, model.config)
     whole = DatasetDict({split: table.texts(texts) for split, table in tables.items()})
     for split, found in labels.items():
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         write_predictions=partial(write, problem=problem, names=classes.names),
         tasks="text-classification",
         dataset_split="validation",
-        remarks=remarks(whole, data, max_length),
+        remarks=[*remarks(whole, data, max_length), *split_remark(data_args)],
         **card_facts(data_args),
     )
 

@@ -38,7 +38,7 @@ from glue_submission import predictions_of, write_submission
 from outputs import first_output
 from quiet import quiet_other_processes
 from tasks import HUB_DATASET, TASKS, GlueTask
-from text_inputs import limit, load_tokenizer, longest_input, map_labels, remarks, tokenize
+from text_inputs import check_head, limit, load_tokenizer, longest_input, map_labels, remarks, tokenize
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.trainer_utils import PredictionOutput
 
@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     limited = limit(whole, glue_args)
     check_labels(limited, task)
     model, labels = load_model(AutoModelForSequenceClassification, model_args, task.labels or (task.tsv_label,))
+    check_head(labels, model_args, training_args)
     max_length = longest_input(glue_args, tokenizer, model.config)
     data = DatasetDict()
     with training_args.main_process_first(desc="tokenizing"):

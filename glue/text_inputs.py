@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from text_arguments import TextArguments, TextModelArguments
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_sampa.finetuning import FineTuningArguments
+from hf_sampa.finetuning import ClassNames, FineTuningArguments, ModelArguments
 
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,20 @@ def remarks(whole: DatasetDict, tokenized: DatasetDict, max_length: int) -> list
             doing = {"train": "trained on", "validation": "scored on"}.get(split.partition("_")[0], "predicted for")
             found.append(f"{doing} the first {len(rows)} of {len(whole[split])} examples of {split} only")
     return found
+
+
+def check_head(classes: ClassNames, model_args: ModelArguments, training_args: FineTuningArguments) -> None:
+    """See that a model which is not to be trained has been.
+
+    Raises:
+        ValueError: its head is new.
+    """
+    if classes.new_head and not training_args.do_train:
+        raise ValueError(
+            f"--do_train false: expected a model that is trained for {', '.join(classes.names)}, got "
+            f"{model_args.model_name_or_path}, whose head is new: its scores and predictions would be random. Give "
+            "--model_name_or_path a trained one."
+        )
 
 
 def tokenize(

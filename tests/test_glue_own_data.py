@@ -84,7 +84,7 @@ BAD = {
     "semicolons": ("a.csv", "text;label\nx;a\n", "line 1: expected the names of several columns with ',' between them, got 'text;label'. Is ';' between them? Add --delimiter ';'."),
     "a workbook": ("a.xlsx", b"PK", "expected a name that ends in .csv, .tsv, .json, .jsonl, .ndjson, got '.xlsx'."),
     "no ending": ("a", "text,label\n", "got 'no ending'."),
-    "half an object": ("a.jsonl", '{"text": "x"}\n{"text":\n', "line 2: expected one JSON object in every line (or in .json one array of them), but Expecting value at character 9. Repair it."),
+    "half an object": ("a.jsonl", '{"text": "x"}\n{"text":\n', "line 2: expected one JSON object in every line (or in .json one array of them), but Expecting value at character 10. Repair it."),
     "a key twice": ("a.jsonl", '{"text": "x", "label": "a", "label": "b"}\n', "line 1: expected every key once, got 'text', 'label', 'label'."),
     "no object": ("a.jsonl", "[1, 2]\n", "line 1: expected a JSON object with the columns as keys, got [1, 2]. Write one object for every row."),
     "an array of none": ("a.json", '[{"text": "x"}, 3]', "row 1: expected a JSON object with the columns as keys, got 3."),
