@@ -121,8 +121,8 @@ def split_remark(data_args: ClassificationArguments) -> list[str]:
 def card_facts(data_args: ClassificationArguments) -> dict[str, Any]:
     """What a model card is to say of where the data are from."""
     if data_args.dataset_name is None:
-        file = data_args.train_file or data_args.validation_file or data_args.test_file
-        return {"dataset": f"the local file {Path(file).name}"}
+        files = [Path(file).name for file in (data_args.train_file, data_args.validation_file) if file is not None]
+        return {"dataset": f"the local file{'s' * (len(files) > 1)} {' and '.join(files)}"} if files else {}
     if Path(data_args.dataset_name).exists():
         return {"dataset": f"the local folder {Path(data_args.dataset_name).resolve().name}"}
     return {

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -50,8 +51,10 @@ def after_the_change(example: Example) -> None:
     exec("\n".join(lines), example.namespace)
 
 
-def write_reviews(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def files_of_a_reader(tmp_path_factory) -> Path:
     """``reviews.csv``, and the model that is trained on it, small and where its name on the Hub leads offline."""
+    folder = tmp_path_factory.mktemp("reader")
     rows = [
         f"the plot is {word},{label}" for word, label in [("vivid", "good"), ("dull", "bad"), ("long", "neither")] * 5
     ]
@@ -59,16 +62,17 @@ def write_reviews(folder: Path) -> None:
     model = folder / "distilbert" / "distilbert-base-uncased"
     make_sample.make_tiny_bert(model, hidden_size=16, num_layers=1, dropout=0.0)
     BertModel(BertConfig.from_pretrained(model)).save_pretrained(model)
+    return folder
 
 
 @on_every_page
-def test_the_code_runs(page, tmp_path, monkeypatch):
+def test_the_code_runs(page, files_of_a_reader, tmp_path, monkeypatch):
     """All blocks of a page in order, in a folder with a reader's files, with what a reader brings: a model, arguments and data.
 
     A block after a line ``<!-- skip: next "reason" -->`` is left out.
     """
     monkeypatch.chdir(tmp_path)
-    write_reviews(tmp_path)
+    shutil.copytree(files_of_a_reader, tmp_path, dirs_exist_ok=True)
     parsers = [PythonCodeBlockParser(), CodeBlockParser("diff", after_the_change), SkipParser()]
     document = Sybil(parsers).parse(page)
     document.namespace.update(

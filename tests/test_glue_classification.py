@@ -83,7 +83,7 @@ def test_a_csv_of_three_classes_becomes_a_scored_model_with_names(trained):
     results = read_json(trained / "all_results.json")
     assert results["eval_accuracy"] in [n / 13 for n in range(14)] and results["eval_f1_macro"] <= 1
     card = (trained / "README.md").read_text()
-    assert "trained on the local file train.csv" in card and re.search(
+    assert "trained on the local files train.csv and dev.csv" in card and re.search(
         r"\| validation \| 13 \| 4 \| accuracy \|", card
     )
 
