@@ -140,17 +140,16 @@ def _read_json(path: Path) -> Table:
 
 def _parse(text: str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            raise ValueError(
-                f"{where}: expected every key once, got {quoted(key for key, _ in pairs)}. Remove one of the two that are the same."
-            )
-        return record
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the key {cut(repr(name))} is there twice")
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:  # the latter also of a number of thousands of digits
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise ValueError(
-            f"{where}: expected one JSON object in every line (or in .json one array of them), but {error.msg} at character "
-            f"{error.pos + 1}. Repair it."
+            f"{where}: expected one JSON object in every line (or in .json one array of them), but {reason}. Repair it."
         ) from error

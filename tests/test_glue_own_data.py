@@ -85,7 +85,7 @@ BAD = {
     "a workbook": ("a.xlsx", b"PK", "expected a name that ends in .csv, .tsv, .json, .jsonl, .ndjson, got '.xlsx'."),
     "no ending": ("a", "text,label\n", "got 'no ending'."),
     "half an object": ("a.jsonl", '{"text": "x"}\n{"text":\n', "line 2: expected one JSON object in every line (or in .json one array of them), but Expecting value at character 10. Repair it."),
-    "a key twice": ("a.jsonl", '{"text": "x", "label": "a", "label": "b"}\n', "line 1: expected every key once, got 'text', 'label', 'label'."),
+    "a key twice": ("a.jsonl", '{"text": "x", "label": "a", "label": "b"}\n', "line 1: expected one JSON object in every line (or in .json one array of them), but the key 'label' is there twice. Repair it."),
     "no object": ("a.jsonl", "[1, 2]\n", "line 1: expected a JSON object with the columns as keys, got [1, 2]. Write one object for every row."),
     "an array of none": ("a.json", '[{"text": "x"}, 3]', "row 1: expected a JSON object with the columns as keys, got 3."),
     "empty objects": ("a.jsonl", "{}\n", "expected JSON objects with the columns as keys, got empty ones."),
