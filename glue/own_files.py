@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from own_tables import Table
-from text_lines import LONGEST_LINE, cut, entry, open_text, quoted, text_lines
+from text_lines import LONGEST_LINE, cut, entry, open_text, text_lines
 
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -140,10 +141,9 @@ def _read_json(path: Path) -> Table:
 
 def _parse(text: str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the key {cut(repr(name))} is there twice")
+        counts = Counter(name for name, _ in pairs)
+        if len(counts) < len(pairs):
+            raise ValueError(f"the key {cut(repr(counts.most_common(1)[0][0]))} is there twice")
         return dict(pairs)
 
     try:
