@@ -35,13 +35,12 @@ from pathlib import Path
 import numpy as np
 from image_data import HUB_COLUMNS, ImageDataset, ImageTransform, corrupt_labels, load_image_task
 from sklearn.metrics import accuracy_score
-from transformers import EvalPrediction, Trainer, set_seed
+from transformers import EvalPrediction, set_seed
 from vit_arguments import parse_args
 from vit_model import load_model
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.distributed.exchange import close_groups
-from hf_sampa.finetuning import train_and_score
+from hf_sampa.finetuning import BaselineTrainer, run_main, train_and_score
 
 
 def compute_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     eval_dataset = ImageDataset(task.test, ImageTransform(image_processor, augment=False))
 
     # 4. Trainer. This line, and the class of the arguments, is all that SAMPa adds to a stock script.
-    trainer_class = Trainer if training_args.method == "adamw" else SAMPaTrainer
+    trainer_class = BaselineTrainer if training_args.method == "adamw" else SAMPaTrainer
     trainer = trainer_class(
         model=model,
         args=training_args,
@@ -97,5 +96,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    close_groups()  # before the interpreter ends
+    run_main(main)

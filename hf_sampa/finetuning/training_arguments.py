@@ -1,29 +1,14 @@
-"""What a script needs around the trainer to compare SAMPa, SAM and plain AdamW: settings, command line, the run itself.
-
-glue/run_glue.py and vit_finetune/run_vit.py are made with it; nothing else in this package uses it.
-"""
+"""`SAMPaTrainingArguments` as the scripts have them: the baseline as a third method, and the batch size of an update."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from accelerate.logging import get_logger
-from transformers import HfArgumentParser, Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .cards import CardFacts, declare_options
-from .trainer import SAMPaMixin
-from .training_args import SAMPaTrainingArguments
-from .variants import find
-
-
-logger = get_logger(__name__)
-
-# Settings that a method does not read.
-UNUSED = {"adamw": ("rho", "lmbda", "variant", "variant_args"), "sam": ("lmbda",), "sampa": ()}
+from ..training_args import SAMPaTrainingArguments
 
 
 @dataclass
@@ -31,7 +16,7 @@ class FineTuningArguments(SAMPaTrainingArguments):
     """`SAMPaTrainingArguments` with the baseline as a third method, and the batch size given per update.
 
     So one command line makes updates of the same size with every method and number of processes. `do_train` and `do_eval`
-    are on, and every epoch is scored and saved.
+    are on, and every epoch is scored and saved. What is off is not done, and needs no data.
 
     Args:
         method (`str`, defaults to `"sampa"`):
@@ -40,12 +25,18 @@ class FineTuningArguments(SAMPaTrainingArguments):
             Examples per update. `per_device_train_batch_size` follows from it.
         overwrite_output_dir (`bool`, defaults to `False`):
             Whether to train into an `output_dir` that is not empty; see `check_output_dir`.
+        early_stopping_patience (`int`, *optional*):
+            Stop when so many evaluations in a row are no better than the best one. `load_best_model_at_end` is on then, and a
+            resumed run goes on counting.
+        early_stopping_threshold (`float`, defaults to 0.0):
+            By how much an evaluation must be better, in the units of the metric.
 
     Raises:
-        ValueError: the processes and micro-batches cannot share `batch_size` evenly.
+        ValueError: the processes and micro-batches cannot share `batch_size` evenly; nothing is to be done; or a setting is
+            about evaluations during training, and there are none.
     """
 
-    _argument_group_name: ClassVar[str] = "training (as in transformers.TrainingArguments; SAMPa's own at the end)"
+    _argument_group_name: ClassVar[str] = "training, as in transformers.TrainingArguments"
     METHODS: ClassVar[tuple[str, ...]] = ("adamw", "sam", "sampa")
 
     method: str = field(
@@ -68,9 +59,14 @@ class FineTuningArguments(SAMPaTrainingArguments):
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per device for evaluation."})
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to score the evaluation data at the end."})
+    do_eval: bool = field(
+        default=True, metadata={"help": "Whether to score the evaluation data, during training and at the end."}
+    )
     eval_strategy: IntervalStrategy | str = field(
-        default="epoch", metadata={"help": "When to score the evaluation data: no, steps or epoch."}
+        default="epoch",
+        metadata={
+            "help": "When to score the evaluation data during training: no, steps or epoch. Without do_eval: no."
+        },
     )
     save_strategy: SaveStrategy | str = field(
         default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
@@ -87,11 +83,31 @@ class FineTuningArguments(SAMPaTrainingArguments):
         default=None,
         metadata={"help": "A checkpoint folder to continue from, or true: the last whole one in output_dir."},
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Write into an output_dir that is not empty; checkpoints and results of the run in it are moved to a folder inside."
+        },
+    )
+    do_predict: bool = field(default=False, metadata={"help": "Whether to write predictions for the test data."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when so many evaluations in a row are no better than the best one, by metric_for_best_model, whose "
+            "weights are then the result. Left out: never."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0,
+        metadata={
+            "help": "With early_stopping_patience: by how much an evaluation must be better, in the units of the metric."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint in ("true", "True"):
             self.resume_from_checkpoint = True  # Trainer takes a bool or a path; the command line has only strings
+        self._decide_what_is_done()
         given = self.per_device_train_batch_size
         # The base class wants a number, and knows the processes only when it is done.
         self.per_device_train_batch_size = given or self.batch_size
@@ -111,6 +127,44 @@ class FineTuningArguments(SAMPaTrainingArguments):
                 f"here, got {given}. Leave it out, and set --batch_size and --gradient_accumulation_steps."
             )
 
+    def _decide_what_is_done(self) -> None:
+        """`do_eval` off means that nothing is scored: upstream turns it on again for an `eval_strategy`."""
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise ValueError(
+                "--do_train, --do_eval, --do_predict: expected at least one to be true, got none. Turn one on."
+            )
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        if patience is not None and (patience < 1 or not threshold >= 0):
+            raise ValueError(
+                "--early_stopping_patience: expected at least 1 evaluation, and a threshold of at least 0, got "
+                f"{patience} and {threshold}. Leave it out for no early stopping."
+            )
+        if not (self.do_train and self.do_eval):
+            wanted = {
+                "early_stopping_patience": patience is not None,
+                "load_best_model_at_end": self.load_best_model_at_end,
+                "eval_on_start": self.eval_on_start,
+                "save_strategy": self.save_strategy == SaveStrategy.BEST,
+                "eval_strategy": self.eval_strategy not in (IntervalStrategy.NO, type(self).eval_strategy),
+            }
+            if self.do_train and any(wanted.values()):
+                given = ", ".join(f"--{name} {getattr(self, name)}" for name, is_given in wanted.items() if is_given)
+                raise ValueError(
+                    f"{given}: expected --do_eval true, since it is about evaluations during training, got --do_eval false. "
+                    "Leave out one of them."
+                )
+            self.eval_strategy = IntervalStrategy.NO
+            # Of a run that trains nothing, these say nothing.
+            self.load_best_model_at_end = False
+        elif patience is not None:
+            if self.eval_strategy == IntervalStrategy.NO:
+                raise ValueError(
+                    "--early_stopping_patience: expected evaluations during training, got --eval_strategy no. Set --eval_strategy "
+                    "and --save_strategy to epoch, or both to steps."
+                )
+            # Without the second one, a resumed run would begin to count anew.
+            self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
+
     def check_output_dir(self) -> None:
         """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant."""
         folder = Path(self.output_dir)
@@ -120,64 +174,3 @@ class FineTuningArguments(SAMPaTrainingArguments):
                 f"--output_dir {folder} is not empty. Choose another folder, add --overwrite_output_dir, or continue "
                 "the run in it with --resume_from_checkpoint true."
             )
-
-
-def parse_arguments(parser: HfArgumentParser, argv: list[str] | None = None) -> tuple:
-    """Read `argv` (the process's own by default) into the parser's dataclasses, the last a `FineTuningArguments`.
-
-    A variant's default of rho is to the parser's, which is SAM's, as the variant's own is to SAM's own; its lambda, if it has
-    one, is the default of lambda. Warns of settings that the method does not use. No error, so that one command line can serve all methods.
-
-    Raises:
-        FileExistsError: the run would write into an `output_dir` that is not empty.
-    """
-    declare_options(*parser.dataclass_types)
-    variant = find(parser.parse_known_args(argv)[0].variant)
-    if parser.get_default("rho") is not None and variant.rho != find("sam").rho:
-        parser.set_defaults(rho=round(parser.get_default("rho") * variant.rho / find("sam").rho, 12))
-    if variant.lmbda is not None:
-        parser.set_defaults(lmbda=variant.lmbda)
-    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    method = parsed[-1].method
-    # argparse leaves alone what a namespace holds already, so that a default does not look as if it had been given.
-    given = vars(parser.parse_known_args(argv, Namespace(**dict.fromkeys(UNUSED[method])))[0])
-    unused = [f"--{name} {given[name]}" for name in UNUSED[method] if given[name] is not None]
-    if unused:
-        logger.warning(
-            f"--method {method} does not use {' or '.join(unused)}. Leave out what has no effect, or choose another --method."
-        )
-    parsed[-1].check_output_dir()
-    return parsed
-
-
-def train_and_score(trainer: Trainer, **card) -> dict[str, float]:
-    """Do what the trainer's `FineTuningArguments` ask for: train and save, score, publish. Writes a model card.
-
-    Args:
-        trainer: with data for what it is to do; SAMPa's or a plain one.
-        card: what the model card is to say, by the names of `CardFacts`.
-
-    Returns:
-        The metrics on the evaluation data; empty without `do_eval`.
-    """
-    args = trainer.args
-    facts = CardFacts(**card)
-    if isinstance(trainer, SAMPaMixin):
-        trainer.card_facts, card = facts, {}  # for the cards of checkpoints, too
-    else:
-        card = {name: fact for name, fact in facts.for_trainer().items() if fact is not None}
-    if args.do_train:
-        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-    metrics = trainer.evaluate() if args.do_eval else {}
-    if args.do_eval:
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif args.do_train:
-        trainer.create_model_card(**card)
-    return metrics

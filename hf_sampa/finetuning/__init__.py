@@ -1,0 +1,31 @@
+"""What a script needs around the trainer to compare SAMPa, SAM and plain AdamW: settings, command line, model, the run itself.
+
+glue/ and vit_finetune/ are made with it; nothing else in this package uses it.
+"""
+
+from .baseline import BaselineTrainer
+from .class_names import ClassNames, class_names
+from .command_line import UNUSED, parse_arguments
+from .model_arguments import ModelArguments
+from .models import is_without_weights, load_config, load_model
+from .parser import FineTuningParser
+from .script import run_main
+from .training_arguments import FineTuningArguments
+from .whole_run import train_and_score
+
+
+__all__ = [
+    "UNUSED",
+    "BaselineTrainer",
+    "ClassNames",
+    "FineTuningArguments",
+    "FineTuningParser",
+    "ModelArguments",
+    "class_names",
+    "is_without_weights",
+    "load_config",
+    "load_model",
+    "parse_arguments",
+    "run_main",
+    "train_and_score",
+]
