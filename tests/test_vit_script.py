@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import run_vit
 import torch
-from image_data import ImageDataset, ImageTransform, load_image_task
+from image_data import ImageDataset
+from image_transforms import ImageTransform
 from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
@@ -19,9 +20,10 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
-from vit_arguments import DataArguments, ModelArguments, ViTTrainingArguments, make_parser, parse_args
-from vit_model import load_model
+from vit_arguments import DataArguments, ViTModelArguments, ViTTrainingArguments, make_parser, parse_args
+from vit_model import load_classifier
 
+from tests.image_tasks import load_task
 from tests.ranks import run_script
 
 
@@ -59,7 +61,7 @@ def step_logs(output_dir):
 
 def test_help_formats_and_every_own_field_has_a_help_text():
     text = make_parser().format_help()
-    for cls in (ModelArguments, DataArguments, ViTTrainingArguments):
+    for cls in (ViTModelArguments, DataArguments, ViTTrainingArguments):
         own = set(cls.__annotations__) & {field.name for field in dataclasses.fields(cls)}
         for field in dataclasses.fields(cls):
             if field.name in own:
@@ -121,7 +123,8 @@ def test_contradictory_arguments_are_refused(tmp_path, given, message):
 
 def load(path, names):
     torch.manual_seed(0)
-    return load_model(ModelArguments(model_name_or_path=str(path)), names)
+    model, _labels, image_processor = load_classifier(ViTModelArguments(model_name_or_path=str(path)), names)
+    return model, image_processor
 
 
 @pytest.fixture
@@ -148,7 +151,7 @@ def test_a_checkpoint_gets_a_new_classifier_and_fp32_weights(saved_vit):
 def test_a_folder_with_a_config_alone_starts_from_random_weights(saved_vit, caplog):
     (saved_vit / "model.safetensors").unlink()
     model, image_processor = load(saved_vit, ["a", "b"])
-    assert "holds a config and no weights: training starts from random weights" in caplog.text
+    assert "holds no weights: the model is trained from scratch" in caplog.text
     assert model.config.hidden_size == 16 and model.classifier.weight.shape == (2, 16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     (saved_vit / "preprocessor_config.json").unlink()
@@ -199,11 +202,11 @@ def test_a_saved_model_has_the_accuracy_that_was_reported(cifar10, tmp_path, met
 
     model = AutoModelForImageClassification.from_pretrained(out).eval()
     image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
-    task = load_image_task("cifar10", str(cifar10))
-    images = image_processor(list(task.test.images), return_tensors="pt")["pixel_values"]
+    task = load_task("cifar10", str(cifar10))
+    images = image_processor(list(task.evaluation.images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         predicted = model(images).logits.argmax(-1).numpy()
-    assert (predicted == task.test.labels).mean() == pytest.approx(reported["eval_accuracy"])
+    assert (predicted == task.evaluation.labels).mean() == pytest.approx(reported["eval_accuracy"])
     assert model.config.id2label[9] == "class9"
     assert ("sharpness" in step_logs(out)[0]) == (method != "adamw")
     assert (out / "README.md").is_file()
@@ -220,13 +223,13 @@ def test_label_noise_reaches_the_training_labels_and_no_others(cifar10, tmp_path
     monkeypatch.setattr(run_vit, "Trainer", Recorder)
     given = [*SHORT, "--data_dir", str(cifar10), "--max_steps", "1", "--method", "adamw", "--label_noise", "0.4"]
     run_vit.main([*given, "--output_dir", str(tmp_path / "out")])
-    task = load_image_task("cifar10", str(cifar10))
+    task = load_task("cifar10", str(cifar10))
     assert (datasets["train"].data.labels != task.train.labels).sum() == 16
-    assert np.array_equal(datasets["test"].data.labels, task.test.labels)
-    assert datasets["train"].transform.augment and not datasets["test"].transform.augment
+    assert np.array_equal(datasets["test"].data.labels, task.evaluation.labels)
+    assert datasets["train"].transform.crop == "padded" and datasets["test"].transform.crop is None
     run_vit.main([*given, "--output_dir", str(tmp_path / "again"), "--no_augment", "--seed", "1"])
     assert (datasets["train"].data.labels != task.train.labels).sum() == 16
-    assert not datasets["train"].transform.augment
+    assert datasets["train"].transform.crop is None
 
 
 def test_bad_data_arguments_reach_the_user(cifar10, tmp_path):
@@ -314,7 +317,7 @@ def test_two_processes_give_the_numbers_of_one(cifar10, tmp_path):
 
 
 def test_items_hold_what_the_model_reads_and_nothing_else(cifar10):
-    task = load_image_task("cifar10", str(cifar10))
-    transform = ImageTransform(ViTImageProcessor(size={"height": 32, "width": 32}), augment=False)
-    item = ImageDataset(task.test, transform)[0]
+    task = load_task("cifar10", str(cifar10))
+    transform = ImageTransform(ViTImageProcessor(size={"height": 32, "width": 32}), crop=None)
+    item = ImageDataset(task.evaluation, transform)[0]
     assert set(item) == {"pixel_values", "labels"}

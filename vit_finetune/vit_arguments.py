@@ -133,7 +133,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "With --augment: padded moves an image by up to 4 of its pixels, over a black frame; resized takes a window "
-            "of 8 to 100 % of its area. Default: padded for CIFAR, resized for all others."
+            "of 8 to 100 %% of its area. Default: padded for CIFAR, resized for all others."
         },
     )
     max_image_pixels: int = field(
