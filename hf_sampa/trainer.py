@@ -32,6 +32,7 @@ from .checks import (
 )
 from .distributed import check_same_start, end_with_launcher, peers_expected
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
+from .evaluation import ExactEvalLoss
 from .monitoring import DiagnosticsCallback
 from .run import Run
 from .start import started_with
@@ -43,7 +44,7 @@ from .variants import Recipe, check_recipe, find
 logger = get_logger(__name__)
 
 
-class SAMPaMixin:
+class SAMPaMixin(ExactEvalLoss):
     """Sharpness-aware steps for any `Trainer`: ``class Mine(SAMPaMixin, SomeTrainer)``.
 
     Takes what the Trainer below it takes, in its order; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process

@@ -52,6 +52,15 @@ class _View:
         variables = {name: os.environ[name] for name in (*SIZE_VARIABLES, *RANK_VARIABLES) if name in os.environ}
         return cls(distributed_c10d._world.default_pg, shared, variables)
 
+    def seen_by(self, group: dist.ProcessGroup | None, size: int, rank: int, place_on_node: int) -> _View:
+        """The same for `size` of its processes, of which this is number `rank`."""
+        told = {"num_processes": size, "process_index": rank, "local_process_index": place_on_node}
+        if size == 1:
+            told["distributed_type"] = DistributedType.NO
+        shared = [{name: told.get(name, value) for name, value in state.items()} for state in self.shared]
+        numbers = {**dict.fromkeys(SIZE_VARIABLES, size), **dict.fromkeys(RANK_VARIABLES, rank)}
+        return _View(group, shared, {name: str(numbers[name]) for name in self.variables})
+
     def show(self) -> None:
         distributed_c10d._update_default_pg(self.group)
         for state, values in zip(_shared_states(), self.shared, strict=True):
@@ -82,27 +91,11 @@ class RoleWorld:
         if not self.mesh.paired or _lent:
             yield
             return
-        whole = _View.current()
-        _lent.append(whole)
-        self._of_role(whole).show()
-        try:
+        with _lend(self._of_role(_View.current()), alone=self.group is None):
             yield
-        except ValueError as error:
-            if self.group is None and "Default process group has not been initialized" in str(error):
-                raise ValueError(ALONE) from error
-            raise
-        finally:
-            _lent.clear()
-            whole.show()
 
     def _of_role(self, whole: _View) -> _View:
-        size, rank = self.mesh.num_replicas, self.mesh.replica
-        told = {"num_processes": size, "process_index": rank, "local_process_index": self._place_on_node()}
-        if size == 1:
-            told["distributed_type"] = DistributedType.NO
-        shared = [{name: told.get(name, value) for name, value in state.items()} for state in whole.shared]
-        numbers = {**dict.fromkeys(SIZE_VARIABLES, size), **dict.fromkeys(RANK_VARIABLES, rank)}
-        return _View(self.group, shared, {name: str(numbers[name]) for name in whole.variables})
+        return whole.seen_by(self.group, self.mesh.num_replicas, self.mesh.replica, self._place_on_node())
 
     def _place_on_node(self) -> int:
         """Among the replicas of this role that run on this machine."""
@@ -116,6 +109,38 @@ ALONE = (
     "replicas of its role, and this process is the only one of its role, as if it had been started without a launcher. Ask "
     "torch.distributed.is_initialized() first, as code does that is to run on one process, too."
 )
+
+
+class Alone(ValueError):
+    """Code asked for the processes of a world in which there is but one."""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process is the only one, for code that several do not run alike. Not within another lent world.
+
+    Raises Alone where that code needs a process group.
+    """
+    _follow_default_group()
+    with _lend(_View.current().seen_by(None, 1, 0, 0), alone=True):
+        yield
+
+
+@contextmanager
+def _lend(view: _View, alone: bool) -> Iterator[None]:
+    """Show `view` within the block; what asks for a default group that is not there, is told why."""
+    whole = _View.current()
+    _lent.append(whole)
+    view.show()
+    try:
+        yield
+    except ValueError as error:
+        if alone and "Default process group has not been initialized" in str(error):
+            raise Alone(ALONE) from error
+        raise
+    finally:
+        _lent.clear()
+        whole.show()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 glue/ and vit_finetune/ are made with it; nothing else in this package uses it.
 """
 
+from .baseline import BaselineTrainer
 from .class_names import ClassNames, class_names
 from .command_line import UNUSED, FineTuningParser, parse_arguments
 from .model_arguments import ModelArguments
@@ -14,6 +15,7 @@ from .whole_run import train_and_score
 
 __all__ = [
     "UNUSED",
+    "BaselineTrainer",
     "ClassNames",
     "FineTuningArguments",
     "FineTuningParser",
