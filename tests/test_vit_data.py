@@ -203,9 +203,11 @@ def test_image_folder(tmp_path, test_split):
 def test_image_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="--dataset imagefolder reads a folder: name it with --data_dir"):
         load_task("imagefolder")
-    save_image_folder(tmp_path / "train", ["cat"])
-    with pytest.raises(FileNotFoundError, match=r"holds train/ and test/ \(or validation/\).* holds \['train'\]"):
+    save_image_folder(tmp_path, ["cat"])
+    message = r"holds train/ and validation/ or test/, .* holds \['cat'\]\. Name the folders one by one: --train_dir"
+    with pytest.raises(FileNotFoundError, match=message):
         load_task("imagefolder", str(tmp_path))
+    save_image_folder(tmp_path / "train", ["cat"])
     save_image_folder(tmp_path / "test", ["cat"])
     with pytest.raises(ValueError, match="Expected at least two folders of images in .*train, one per class"):
         load_task("imagefolder", str(tmp_path))

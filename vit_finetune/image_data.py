@@ -48,8 +48,8 @@ def paths_of(images: Sequence[Any]) -> list[str]:
 
 def sorted_names(names: Iterable[str]) -> list[str]:
     """Each name once: in the order of their numbers if they are numbers, otherwise of their letters."""
-    found = set(names)
-    return sorted(found, key=int if all(name.isascii() and name.isdecimal() for name in found) else None)
+    found = sorted(set(names))
+    return sorted(found, key=int) if all(name.isascii() and name.isdecimal() for name in found) else found
 
 
 # Which images are taken is drawn with a seed of its own: whatever the run's seed is, the same are scored, and a later run

@@ -131,8 +131,8 @@ class ImageFolders:
         empty = sorted(set(range(len(names))) - set(data.labels)) if split == "train" else []
         if split == "train" and (len(names) < 2 or empty):
             raise ValueError(
-                f"Expected at least two folders of images in {folder}, one per class and none of them empty, got "
-                f"{len(names)}{f', of which {names[empty[0]]!r} is empty' if empty else ''}."
+                f"Expected at least two folders of images in {folder}, one per class and none of them empty, or two classes "
+                f"in its metadata.csv, got {len(names)}{f', of which {names[empty[0]]!r} is empty' if empty else ''}."
             )
         return data, names
 

@@ -72,7 +72,9 @@ def load_image_task(
     limits = {"train": args.max_train_samples, "evaluation": args.max_eval_samples, "test": args.max_predict_samples}
     parts = {part: draw(data, limits[part]) for part, data in whole.items()}
     _warn_of_spellings(names)
-    _warn_of_missing_classes({wanted[part]: data for part, data in parts.items()}, names)
+    for part, data in parts.items():
+        loss = "nothing is learned of them" if part == "train" else "the score says nothing of them"
+        _warn_of_missing_classes(source.splits[wanted[part]], data, names, loss)
     if train and evaluate:
         _warn_of_shared_files(parts["train"], parts["evaluation"])
 
@@ -108,13 +110,19 @@ def _scored(source: Source, train: bool) -> str:
     return "test"
 
 
+# Which images a part of the run needs, and how to do without it.
+_NEEDS = {
+    "train": ("--do_train needs training images", "leave training out with --do_train false"),
+    "test": ("--do_predict needs test images", "leave --do_predict out"),
+}
+
+
 def _check_split(source: Source, split: str) -> None:
     if split not in source.splits:
-        purpose = {"train": "--do_train needs training", "test": "--do_predict needs test"}[split]
+        needed, without = _NEEDS[split]
         raise ValueError(
-            f"{purpose} images: expected some in {source.name}, got {' and '.join(source.splits.values())} alone. Name them "
-            f"with --{split}_dir (on the Hub --{split}_split_name), or leave --do_{'train' if split == 'train' else 'predict'} "
-            "out."
+            f"{needed}: expected some in {source.name}, got {' and '.join(source.splits.values())} alone. Name them with "
+            f"--{split}_dir (on the Hub with --{split}_split_name), or {without}."
         )
 
 
@@ -171,21 +179,20 @@ def _warn_of_spellings(names: list[str]) -> None:
             )
 
 
-def _warn_of_missing_classes(parts: dict[str, LabelledImages], names: list[str]) -> None:
-    """Say which classes have no image in a split."""
-    for split, data in parts.items():
-        if data.labels is None:
-            continue
-        missing = np.flatnonzero(np.bincount(data.labels, minlength=len(names)) == 0)
-        if len(missing):
-            logger.warning(
-                "%d of %d classes have no %s image, %r for instance: %s",
-                len(missing),
-                len(names),
-                split,
-                names[missing[0]],
-                "nothing is learned of them." if split == "train" else "the score says nothing of them.",
-            )
+def _warn_of_missing_classes(split: str, data: LabelledImages, names: list[str], loss: str) -> None:
+    """Say which classes have no image in a split, and what is lost by it."""
+    if data.labels is None:
+        return
+    missing = np.flatnonzero(np.bincount(data.labels, minlength=len(names)) == 0)
+    if len(missing):
+        logger.warning(
+            "%d of %d classes have no %s image, %r for instance: %s.",
+            len(missing),
+            len(names),
+            split,
+            names[missing[0]],
+            loss,
+        )
 
 
 def _warn_of_shared_files(train: LabelledImages, evaluation: LabelledImages) -> None:
