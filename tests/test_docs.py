@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import SkipTest
 from unittest.mock import patch
 
+import datasets
 import glue_arguments
 import make_sample
 import pytest
@@ -28,6 +29,7 @@ import hf_sampa.variants.__main__ as catalogue
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 from hf_sampa.variants import VARIANTS
 from tests import tiny
+from tests.pictures import make_pictures
 
 
 ROOT = Path(__file__).parents[1]
@@ -50,11 +52,13 @@ def after_the_change(example: Example) -> None:
 
 @on_every_page
 def test_the_code_runs(page, tmp_path, monkeypatch):
-    """All blocks of a page in order, in an empty folder, with what a reader brings: a model, arguments and data.
+    """All blocks of a page in order, in a folder with pictures, with what a reader brings: a model, arguments and data.
 
     A block after a line ``<!-- skip: next "reason" -->`` is left out.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    make_pictures(tmp_path)
     parsers = [PythonCodeBlockParser(), CodeBlockParser("diff", after_the_change), SkipParser()]
     document = Sybil(parsers).parse(page)
     document.namespace.update(
