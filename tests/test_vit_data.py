@@ -11,7 +11,7 @@ import pytest
 import torch
 from cifar_files import read_cifar_folder
 from image_data import ImageDataset, LabelledImages, corrupt_labels
-from image_transforms import ImageTransform, padded_crop, random_flip
+from image_transforms import ImageTransform, padded_crop, random_flip, random_window
 from PIL import Image, ImageOps
 from transformers import ViTImageProcessorPil
 
@@ -293,6 +293,26 @@ def test_a_crop_is_a_window_of_the_image_padded_by_4():
     assert {top for top, _ in seen} == {left for _, left in seen} == set(range(9))
 
 
+def test_a_window_has_a_share_of_the_area_and_lies_anywhere():
+    torch.manual_seed(0)
+    image, boxes = tagged_image(40, 40), []
+    for _ in range(2000):
+        window = np.array(random_window(image))
+        height, width = window.shape[:2]
+        top, left = window[0, 0, :2].astype(int) - 1
+        assert np.array_equal(window, np.array(image)[top : top + height, left : left + width])
+        boxes.append((top, left, height, width))
+    tops, lefts, heights, widths = np.array(boxes).T
+    shares, ratios = heights * widths / 1600, np.log(widths / heights)
+    # Sides are rounded to whole pixels, and those that the image is too small for are as long as the image's.
+    inside = (heights < 40) & (widths < 40)
+    assert shares.min() > 0.07 and shares.max() == 1 and inside.mean() > 0.6
+    assert np.abs(ratios[inside]).max() < np.log(4 / 3) + 0.1 and abs(ratios[inside].mean()) < 0.02
+    assert shares[inside].mean() == pytest.approx(0.45, abs=0.05)
+    assert tops.min() == lefts.min() == 0 and (tops + heights).max() == 40 and (lefts + widths).max() == 40
+    assert random_window(Image.new("L", (1, 50))).width == 1
+
+
 def test_half_of_the_images_are_mirrored():
     torch.manual_seed(0)
     image = tagged_image()
@@ -341,6 +361,14 @@ def test_grey_images_get_three_channels():
     item = make_dataset(augment=True, images=[Image.new("L", (10, 8), color=51)])[0]
     assert item["pixel_values"].shape == (3, 16, 16)
     assert torch.equal(item["pixel_values"][0], item["pixel_values"][2])
+
+
+def test_an_image_processor_that_keeps_shapes_is_refused():
+    image_processor = ViTImageProcessorPil(size={"shortest_edge": 16})
+    with pytest.raises(
+        ValueError, match=r"ViTImageProcessorPil: expected one that makes all images one size, got \(3, 16, 32\) for a"
+    ):
+        ImageTransform(image_processor, crop=None)
 
 
 def test_one_label_per_image():

@@ -1,5 +1,6 @@
 """`vit_finetune/run_vit.py`: its arguments, its messages, and whole runs on a CIFAR folder of a few images."""
 
+import csv
 import dataclasses
 import json
 import pickle
@@ -12,13 +13,20 @@ import run_vit
 import torch
 from image_data import ImageDataset
 from image_transforms import ImageTransform
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    ConvNextConfig,
+    Dinov2Config,
+    MobileNetV2Config,
+    ResNetConfig,
+    SwinConfig,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 from vit_arguments import DataArguments, ViTModelArguments, ViTTrainingArguments, make_parser, parse_args
 from vit_model import load_classifier
@@ -284,7 +292,6 @@ def test_a_run_with_a_variant(method, variant, settings, cifar10, tmp_path):
 
 def test_an_image_folder_is_trained_on(tmp_path, monkeypatch):
     import datasets
-    from PIL import Image
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for split in ("train", "test"):
@@ -314,6 +321,169 @@ def test_two_processes_give_the_numbers_of_one(cifar10, tmp_path):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
     accuracies = {read_json(tmp_path / name / "all_results.json")["eval_accuracy"] for name in ("one", "two")}
     assert len(accuracies) == 1
+
+
+# Images of one's own
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Dark, grey and light training and validation images, and four to predict in one folder."""
+    for split in ("train", "validation"):
+        for number, name in enumerate(("dark", "grey", "light")):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("L", (20, 16), color=100 * number + 5 * i).save(folder / f"{i}.png")
+    (tmp_path / "pictures" / "test").mkdir()
+    for i, grey in enumerate((3, 107, 203, 97)):
+        Image.new("L", (16, 20), color=grey).save(tmp_path / "pictures" / "test" / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def read_table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_are_the_models_own(pictures, tmp_path):
+    out = tmp_path / "out"
+    run_vit.main([*SHORT, "--data_dir", str(pictures), "--max_steps", "20", "--do_predict", "--output_dir", str(out)])
+    rows = read_table(out / "predictions.csv")
+    assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]
+    model = AutoModelForImageClassification.from_pretrained(out).eval()
+    image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
+    images = [Image.open(pictures / "test" / row["file"]).convert("RGB") for row in rows]
+    with torch.no_grad():
+        expected = model(**image_processor(images, return_tensors="pt")).logits.softmax(-1)
+    for row, probabilities in zip(rows, expected, strict=True):
+        told = [float(row[f"probability of {name}"]) for name in ("dark", "grey", "light")]
+        assert told == pytest.approx(probabilities.tolist(), rel=1e-5)
+        assert row["predicted"] == model.config.id2label[int(probabilities.argmax())]
+    assert "| pictures | validation | 12 |" in (out / "README.md").read_text().replace("the local folder ", "")
+
+
+def test_the_model_is_asked_without_training_or_scoring(pictures, tmp_path):
+    """Neither training nor validation images have to be there, and nothing else is written."""
+    out, table = tmp_path / "out", tmp_path / "out" / "predictions.csv"
+    run_vit.main([*SHORT, "--data_dir", str(pictures), "--do_predict", "--output_dir", str(out)])
+    told, card = table.read_bytes(), (out / "README.md").read_bytes()
+    table.unlink()
+    asked = [
+        "--do_train",
+        "false",
+        "--do_eval",
+        "false",
+        "--do_predict",
+        "--model_name_or_path",
+        str(out),
+        "--use_cpu",
+    ]
+    run_vit.main([*asked, "--test_dir", str(pictures / "test"), "--output_dir", str(out)])
+    assert table.read_bytes() == told and (out / "README.md").read_bytes() == card
+    run_vit.main(
+        [
+            *asked,
+            "--test_dir",
+            str(pictures / "test"),
+            "--output_dir",
+            str(tmp_path / "other"),
+            "--max_predict_samples",
+            "2",
+        ]
+    )
+    assert {row["file"] for row in read_table(tmp_path / "other" / "predictions.csv")} < {f"{i}.png" for i in range(4)}
+    assert not (tmp_path / "other" / "README.md").exists()
+
+
+def test_training_without_evaluation_needs_no_images_to_score(pictures, tmp_path):
+    shutil.rmtree(pictures / "validation")
+    given = [
+        *SHORT,
+        "--train_dir",
+        str(pictures / "train"),
+        "--do_eval",
+        "false",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert run_vit.main(given) == {}
+    assert not any("eval_loss" in entry for entry in read_json(tmp_path / "out" / "trainer_state.json")["log_history"])
+
+
+def test_a_models_own_labels_are_kept_and_found_by_name(pictures, tmp_path):
+    """The same model with its outputs in another order has the same score, also on a part of its classes."""
+    out = tmp_path / "out"
+    run_vit.main([*SHORT, "--data_dir", str(pictures), "--max_steps", "20", "--output_dir", str(out)])
+    model = AutoModelForImageClassification.from_pretrained(out)
+    order = [2, 0, 1]
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter[order])
+    names = [model.config.id2label[index] for index in order]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "other")
+    shutil.copy(out / "preprocessor_config.json", tmp_path / "other")
+    shutil.rmtree(pictures / "train")
+
+    def score(path):
+        given = ["--do_train", "false", "--data_dir", str(pictures), "--model_name_or_path", str(path), "--use_cpu"]
+        metrics = run_vit.main([*given, "--output_dir", str(tmp_path / "scores")])
+        return metrics["eval_accuracy"], metrics["eval_loss"]
+
+    assert score(tmp_path / "other") == pytest.approx(score(out))
+    shutil.rmtree(pictures / "validation" / "dark")
+    assert score(tmp_path / "other") == pytest.approx(score(out))
+
+
+CLASSIFIERS = {
+    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=16),
+    "swin": lambda: SwinConfig(image_size=16, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2),
+    "dinov2": lambda: Dinov2Config(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    ),
+    "mobilenet_v2": lambda: MobileNetV2Config(image_size=16, depth_multiplier=0.35),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet", "swin", *(pytest.param(n, marks=pytest.mark.whole) for n in ("convnext", "dinov2", "mobilenet_v2"))],
+)
+def test_any_image_classifier_is_trained(name, pictures, tmp_path):
+    """One for other classes, with a new head; its image processor has a name of its own."""
+    path = tmp_path / "model"
+    AutoModelForImageClassification.from_config(CLASSIFIERS[name]()).save_pretrained(path)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "processor")
+    given = ["--data_dir", str(pictures), "--model_name_or_path", str(path), "--ignore_mismatched_sizes", "--use_cpu"]
+    given += ["--image_processor_name", str(tmp_path / "processor"), "--batch_size", "4", "--max_steps", "2"]
+    run_vit.main([*given, "--do_predict", "--output_dir", str(tmp_path / "out")])
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert saved.config.model_type == name and saved.config.id2label == {0: "dark", 1: "grey", 2: "light"}
+    assert len(read_table(tmp_path / "out" / "predictions.csv")) == 4
+
+
+def test_a_model_of_which_nothing_says_the_size_of_its_images(pictures, tmp_path):
+    ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(tmp_path / "model")
+    given = ["--data_dir", str(pictures), "--model_name_or_path", str(tmp_path / "model"), "--use_cpu"]
+    with pytest.raises(
+        ValueError, match="or a config.json with an image_size, got neither for this resnet. Name an image"
+    ):
+        run_vit.main([*given, "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.distributed
+def test_two_processes_predict_what_one_predicts(pictures, tmp_path):
+    (pictures / "test" / "3.png").unlink()
+    given = [str(ROOT / "vit_finetune/run_vit.py"), *SHORT, "--data_dir", str(pictures), "--do_predict"]
+    given += ["--per_device_eval_batch_size", "2"]
+    for name, processes in (("one", 1), ("two", 2)):
+        out = ["--output_dir", tmp_path / name]
+        for run in run_script(*given, *out, processes=processes, folder=tmp_path / f"ranks of {name}"):
+            assert run.returncode == 0, run.stderr
+    one, two = (read_table(tmp_path / name / "predictions.csv") for name in ("one", "two"))
+    assert len(one) == 3 and one == two
 
 
 def test_items_hold_what_the_model_reads_and_nothing_else(cifar10):
