@@ -42,14 +42,12 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     set_seed,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
-from hf_sampa.distributed.exchange import close_groups
-from hf_sampa.finetuning import train_and_score
+from hf_sampa.finetuning import BaselineTrainer, run_main, train_and_score
 
 
 logger = logging.getLogger(__name__)
@@ -117,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = load_model(glue_args.model_name_or_path, task)
 
     # 3. Trainer. All that SAMPa adds to a stock script is this choice of class, and the base class of the arguments.
-    trainer_class = Trainer if training_args.method == "adamw" else SAMPaTrainer
+    trainer_class = BaselineTrainer if training_args.method == "adamw" else SAMPaTrainer
     trainer = trainer_class(
         model=model,
         args=training_args,
@@ -144,5 +142,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
-    close_groups()  # before the interpreter ends
+    run_main(main)

@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .cards import Card, CardFacts, texts_in, without_secrets
+from .cards import WithCard, texts_in, without_secrets
 from .checkpoints import check_trained, contiguous, load_missing, load_weights, loading
 from .checks import (
     check_dataset,
@@ -44,7 +44,7 @@ from .variants import Recipe, check_recipe, find
 logger = get_logger(__name__)
 
 
-class SAMPaMixin(ExactEvalLoss):
+class SAMPaMixin(ExactEvalLoss, WithCard):
     """Sharpness-aware steps for any `Trainer`: ``class Mine(SAMPaMixin, SomeTrainer)``.
 
     Takes what the Trainer below it takes, in its order; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
@@ -61,7 +61,6 @@ class SAMPaMixin(ExactEvalLoss):
     """
 
     _run: Run | None = None
-    _card: Card
     _recipe: Recipe | None
     _means_wanted = False  # whether the next log line on the steps is to have their means
     _loading_from: str | None = None  # the folder whose weights are being loaded
@@ -96,7 +95,7 @@ class SAMPaMixin(ExactEvalLoss):
             raise self._foreign_arguments(args)
         check_recipe(recipe, args.variant)
         check_trainer(self)
-        self._recipe, self._card, self.continued = recipe, Card(self), []
+        self._recipe, self.continued = recipe, []
         if args.diagnostics_steps:
             self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))
 
@@ -361,9 +360,8 @@ class SAMPaMixin(ExactEvalLoss):
             yield
 
     def evaluate(self, *args, **kwargs):
-        """As in Trainer; the model card needs to know which weights and data the metrics are of. Raises as `predict` does."""
-        given = inspect.signature(super().evaluate).bind(*args, **kwargs).arguments
-        with self._card.evaluating(given), peers_expected():
+        """As in Trainer. Raises as `predict` does."""
+        with peers_expected():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
@@ -448,7 +446,6 @@ class SAMPaMixin(ExactEvalLoss):
         """As in `_load_from_checkpoint`; and buffers and weights beside the model's belong to the best step, too."""
         self._loading_from = self.state.best_model_checkpoint
         self._run.resume.load_best(super()._load_best_model)
-        self._card.note_best()
 
     def init_hf_repo(self, *args, **kwargs):
         """All arguments will be pushed, those of a class of somebody's, too."""
@@ -459,37 +456,12 @@ class SAMPaMixin(ExactEvalLoss):
                 f"secret. {', '.join(texts)} will be in it as given: take out what is not for everybody."
             )
 
-    def create_model_card(self, *args, **kwargs):
-        """As in Trainer, with a text of our own; what is not said here is taken from `card_facts`.
-
-        A card that somebody wrote or changed is left alone, with a warning.
-        """
-        # Not by way of super(), whose text is not ours, and which takes over tags of the card that is there.
-        told = dict(zip(inspect.signature(super().create_model_card).parameters, args, strict=False)) | kwargs
-        if self.is_world_process_zero():
-            self._card.create(told)
-
     # ---- To be asked, by callbacks perhaps ----
 
     @property
     def sampa(self) -> SAMPa | SAM | None:
         """The engine of the run in progress or just ended; None before the first."""
         return None if self._run is None else self._run.engine
-
-    @property
-    def card_facts(self) -> CardFacts:
-        """What cards are to say that a run cannot know; set its attributes."""
-        return self._card.facts
-
-    @card_facts.setter
-    def card_facts(self, facts: CardFacts | dict[str, str | list[str]]) -> None:
-        self._card.facts = CardFacts(**facts) if isinstance(facts, dict) else facts
-
-    @property
-    def weights_step(self) -> int:
-        """The step of the weights that the model holds, which is the last, or the best where that was loaded at the end."""
-        best = self._card.best_step
-        return self.state.global_step if best is None else best
 
     @property
     def seconds_per_step(self) -> float | None:

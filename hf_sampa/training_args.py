@@ -90,15 +90,15 @@ class SAMPaArgumentsMixin:
     rho: float | None = field(
         default=None,
         metadata={
-            "help": "Radius of the perturbation (rho, at least 0). Default: the variant's, for sam 0.05, which the paper "
-            "uses on CIFAR-10 and most of GLUE."
+            "help": "Radius of the perturbation (rho, at least 0). None stands for the variant's own: for sam 0.05, which the "
+            "paper uses on CIFAR-10 and most of GLUE."
         },
     )
     lmbda: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1). Default: 0.2. The paper: 0.2 in "
-            "vision, 0.1 on GLUE; 0 is SAMPa-0, 1 is optimistic gradient descent. Unused by sam."
+            "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1). The paper: 0.2 in vision, which None "
+            "stands for, 0.1 on GLUE; 0 is SAMPa-0, 1 is optimistic gradient descent. Unused by sam."
         },
     )
     shard_optimizer: bool = field(

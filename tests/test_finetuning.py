@@ -11,6 +11,7 @@ import run_glue
 import run_vit
 import vit_arguments
 from transformers import HfArgumentParser
+from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainingArguments
 from hf_sampa.finetuning import UNUSED, FineTuningArguments, parse_arguments, train_and_score
@@ -163,11 +164,23 @@ def test_the_help_opens_with_what_to_type_and_what_it_does(script, capsys):
 
 
 class Recorder:
-    """Stands for a Trainer and notes what it is asked for."""
+    """Stands for a trainer and notes what it is asked for."""
 
-    def __init__(self, **settings):
-        self.args = SimpleNamespace(resume_from_checkpoint="a/b", **settings)
+    train_dataset, eval_dataset = range(7), {"a": range(3), "b": iter(())}
+    model = SimpleNamespace(config=SimpleNamespace(model_type="bert"))
+    state = SimpleNamespace(log_history=[])
+
+    def __init__(self, folder, **settings):
+        off = {"method": "sam", "overwrite_output_dir": False, "early_stopping_patience": None}
+        self.args = SimpleNamespace(resume_from_checkpoint="a/b", output_dir=str(folder), **off, **settings)
         self.calls = []
+
+    def is_world_process_zero(self):
+        return True
+
+    def predict(self, dataset, metric_key_prefix):
+        self.calls.append(("predict", dataset))
+        return PredictionOutput(None, None, {f"{metric_key_prefix}_accuracy": 0.5})
 
     def __getattr__(self, name):
         def call(*args, **kwargs):
@@ -177,27 +190,50 @@ class Recorder:
         return call
 
 
+def kept(split, metrics):
+    return [(f"{verb}_metrics", split, metrics) for verb in ("log", "save")]
+
+
 TRAIN = [
     ("train", ("resume_from_checkpoint", "a/b")),
     ("save_model",),
     ("save_state",),
-    ("log_metrics", "train", {"train_loss": 0.5}),
-    ("save_metrics", "train", {"train_loss": 0.5}),
+    *kept("train", {"train_loss": 0.5, "train_samples": 7}),
 ]
-SCORE = [("evaluate",), *((f"{verb}_metrics", "eval", {"eval_accuracy": 1.0}) for verb in ("log", "save"))]
-CARD = ("dataset", "GLUE rte")
+SCORED = {"eval_accuracy": 1.0, "eval_a_samples": 3}
+SCORE = [("evaluate",), *kept("eval", SCORED)]
+CARD = ("create_model_card",)
 
 
 @pytest.mark.parametrize(
     ("do_train", "do_eval", "push_to_hub", "calls"),
     [
-        (True, True, False, [*TRAIN, *SCORE, ("create_model_card", CARD)]),
-        (True, False, True, [*TRAIN, ("push_to_hub", CARD)]),
+        (True, True, False, [*TRAIN, *SCORE, CARD]),
+        (True, False, True, [*TRAIN, ("push_to_hub",)]),
         (False, True, False, SCORE),
-        (False, True, True, [*SCORE, ("push_to_hub", CARD)]),
+        (False, True, True, [*SCORE, ("push_to_hub",)]),
     ],
 )
-def test_a_run_does_what_the_arguments_ask_for(do_train, do_eval, push_to_hub, calls):
-    trainer = Recorder(do_train=do_train, do_eval=do_eval, push_to_hub=push_to_hub, do_predict=False)
-    assert train_and_score(trainer, dataset="GLUE rte") == ({"eval_accuracy": 1.0} if do_eval else {})
+def test_a_run_does_what_the_arguments_ask_for(do_train, do_eval, push_to_hub, calls, tmp_path):
+    trainer = Recorder(tmp_path, do_train=do_train, do_eval=do_eval, push_to_hub=push_to_hub, do_predict=False)
+    assert train_and_score(trainer, dataset="GLUE rte") == (SCORED if do_eval else {})
     assert trainer.calls == calls
+    assert trainer.card_facts.dataset == "GLUE rte"
+
+
+def test_predictions_are_written_for_each_data_set(tmp_path):
+    trainer = Recorder(tmp_path, do_train=False, do_eval=False, push_to_hub=False, do_predict=True)
+    written = []
+
+    def write(output, folder, *name):
+        written.append((output.metrics, folder, *name))
+
+    one = {"test_accuracy": 0.5, "test_samples": 2}
+    assert train_and_score(trainer, test_dataset=[1, 2], write_predictions=write) == one
+    assert trainer.calls == [("predict", [1, 2]), *kept("test", one)]
+    assert written == [({"test_accuracy": 0.5}, tmp_path)]
+    del trainer.calls[:], written[:]
+    two = {f"test_{name}_{what}": value for name in "ab" for what, value in (("accuracy", 0.5), ("samples", 1))}
+    assert train_and_score(trainer, test_dataset={"a": [1], "b": [2]}, write_predictions=write) == two
+    assert trainer.calls == [("predict", [1]), ("predict", [2]), *kept("test", two)]
+    assert written == [({f"test_{name}_accuracy": 0.5}, tmp_path, name) for name in "ab"]

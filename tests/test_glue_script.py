@@ -269,7 +269,7 @@ def test_every_task_trains_and_is_scored_with_its_metrics(task_name, tiny_bert, 
     run_glue.main([*command, "--batch_size", "4", "--disable_tqdm", "true"])
     results = read_json(tmp_path / "out" / "eval_results.json")
     prefixes = ["eval_matched_", "eval_mismatched_"] if task_name == "mnli" else ["eval_"]
-    bookkeeping = ("loss", "runtime", "samples_per_second", "steps_per_second")
+    bookkeeping = ("loss", "runtime", "samples", "samples_per_second", "steps_per_second")
     assert results.keys() == {"epoch", *(p + m for p in prefixes for m in (*task.metrics, *bookkeeping))}
     for prefix in prefixes:
         assert all(-1 <= results[prefix + metric] <= 1 for metric in task.metrics)

@@ -220,7 +220,11 @@ def started_as(monkeypatch, argv, module=None):
     ("world_size", "words", "expected"),
     [
         (1, ["--rho", "0.1"], "python glue/run.py --rho 0.1"),
-        (2, ["--output_dir", "my model"], "torchrun --nproc_per_node 2 glue/run.py --output_dir 'my model'"),
+        (
+            2,
+            ["--output_dir", "my model"],
+            "torchrun --standalone --nproc_per_node 2 glue/run.py --output_dir 'my model'",
+        ),
         (1, ["--hub_token", "secret", "--x"], "python glue/run.py --hub_token HIDDEN --x"),
         (1, ["--push-to-hub-token=secret"], "python glue/run.py --push-to-hub-token=HIDDEN"),
         (1, ["--hub_token=a=b"], "python glue/run.py --hub_token=HIDDEN"),
@@ -260,7 +264,7 @@ def test_a_module_is_started_as_one(monkeypatch):
     started_as(monkeypatch, ["/home/me/project/train.py", "--rho", "0.1"], module="project.train")
     assert "\npython -m project.train --rho 0.1\n" in started.command(SAMPaTrainingArguments, 1)
     started_as(monkeypatch, ["/home/me/project/__main__.py"], module="project.__main__")
-    assert "\ntorchrun --nproc_per_node 2 -m project\n" in started.command(SAMPaTrainingArguments, 2)
+    assert "\ntorchrun --standalone --nproc_per_node 2 -m project\n" in started.command(SAMPaTrainingArguments, 2)
 
 
 @pytest.mark.parametrize("module", [None, "ipykernel_launcher"])

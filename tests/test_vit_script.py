@@ -223,12 +223,12 @@ def test_a_saved_model_has_the_accuracy_that_was_reported(cifar10, tmp_path, met
 def test_label_noise_reaches_the_training_labels_and_no_others(cifar10, tmp_path, monkeypatch):
     datasets = {}
 
-    class Recorder(run_vit.Trainer):
+    class Recorder(run_vit.BaselineTrainer):
         def __init__(self, *args, train_dataset, eval_dataset, **kwargs):
             datasets.update(train=train_dataset, test=eval_dataset)
             super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
-    monkeypatch.setattr(run_vit, "Trainer", Recorder)
+    monkeypatch.setattr(run_vit, "BaselineTrainer", Recorder)
     given = [*SHORT, "--data_dir", str(cifar10), "--max_steps", "1", "--method", "adamw", "--label_noise", "0.4"]
     run_vit.main([*given, "--output_dir", str(tmp_path / "out")])
     task = load_task("cifar10", str(cifar10))

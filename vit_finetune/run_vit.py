@@ -49,13 +49,13 @@ from image_predictions import FILE, compute_accuracy, only_logits, write_predict
 from image_sources import open_source
 from image_task import ImageTask, load_image_task
 from image_transforms import ImageTransform
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import PredictionOutput
 from vit_arguments import DataArguments, ViTTrainingArguments, parse_args
 from vit_model import load_classifier
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.finetuning import run_main, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, run_main, train_and_score
 
 
 def show_messages(training_args: ViTTrainingArguments) -> None:
@@ -73,18 +73,18 @@ def with_noise(task: ImageTask, share: float, seed: int) -> ImageTask:
     return task._replace(train=task.train._replace(labels=labels))
 
 
-def remarks_on(task: ImageTask, data_args: DataArguments) -> list[str]:
-    """What the model card says of what was done to the images."""
-    found = list(task.remarks)
+def remarks_on(task: ImageTask, data_args: DataArguments, random_weights: bool) -> list[str]:
+    """What the model card says of the start and of what was done to the images."""
+    found = ["starting from random weights"] if random_weights else []
     if task.train is not None:
-        crop = {"padded": "padded crops", "resized": "windows of 8 to 100 % of their area", None: ""}[
-            data_args.crop_in_force
-        ]
-        how = f"with augmentation ({crop}, half of them mirrored)" if crop else "without augmentation"
+        crop = {"padded": "crops of padded images", "resized": "windows of 8 to 100 % of their area"}
+        how = "without augmentation"
+        if data_args.crop_in_force is not None:
+            how = f"with augmentation ({crop[data_args.crop_in_force]}, half of them mirrored)"
         found.append(f"trained on {len(task.train.images)} images, {how}")
-    if task.train is not None and data_args.label_noise:
-        found.append(f"of their labels {data_args.label_noise:.0%} were replaced at random")
-    return found
+        if data_args.label_noise:
+            found.append(f"of their labels {data_args.label_noise:.0%} were replaced at random")
+    return found + task.remarks
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
 
     # 4. Trainer. This line, and the class of the arguments, is all that SAMPa adds to a stock script.
-    trainer_class = Trainer if training_args.method == "adamw" else SAMPaTrainer
+    trainer_class = BaselineTrainer if training_args.method == "adamw" else SAMPaTrainer
     trainer = trainer_class(
         model=model,
         args=training_args,
@@ -138,8 +138,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         write_predictions=write,
         tasks="image-classification",
         dataset_split=task.scored,
-        finetuned_from=model_args.finetuned_from,
-        remarks=remarks_on(task, data_args),
+        finetuned_from=None if model_args.random_weights else model_args.model_name_or_path,
+        remarks=remarks_on(task, data_args, model_args.random_weights),
         **source.card,
     )
 

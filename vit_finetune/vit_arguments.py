@@ -9,6 +9,7 @@ from image_files import MAX_PIXELS
 from transformers import SchedulerType
 
 from hf_sampa.finetuning import FineTuningArguments, FineTuningParser, ModelArguments, parse_arguments
+from hf_sampa.finetuning.models import is_without_weights
 
 
 USAGE = r"""accelerate launch --config_file accelerate_configs/gpu_2.yaml \
@@ -222,9 +223,9 @@ class ViTModelArguments(ModelArguments):
     num_hidden_layers: int = field(default=4, metadata={"help": "With --from_scratch: number of layers."})
 
     @property
-    def finetuned_from(self) -> str | None:
-        """Name of the checkpoint that training starts from, for the model card."""
-        return None if self.from_scratch else self.model_name_or_path
+    def random_weights(self) -> bool:
+        """Whether training starts from random weights, for want of others."""
+        return self.from_scratch or is_without_weights(self.model_name_or_path)
 
     def __post_init__(self):
         changed = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
@@ -300,4 +301,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[ViTModelArguments, DataAr
 
 
 def _defaults(given: Namespace) -> dict[str, Any]:
-    return {"rho": DEFAULT_RHO[given.method]}
+    found: dict[str, Any] = {"rho": DEFAULT_RHO[given.method]}
+    # Not always: it is shown on cards, and decides nothing else.
+    if given.early_stopping_patience is not None:
+        found["metric_for_best_model"] = "accuracy"
+    return found

@@ -16,7 +16,6 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from vit_arguments import ViTModelArguments
 
 from hf_sampa.finetuning import ClassNames, class_names, load_config, load_model
-from hf_sampa.finetuning.models import is_without_weights
 
 
 def load_classifier(
@@ -67,7 +66,7 @@ def _names_of(config: PretrainedConfig) -> tuple[str, ...]:
 def _image_processor(args: ViTModelArguments, config: PretrainedConfig) -> BaseImageProcessor:
     name = args.image_processor_name or args.model_name_or_path
     saved = (Path(name) / IMAGE_PROCESSOR_NAME).is_file()
-    if not args.image_processor_name and not saved and is_without_weights(name):
+    if not args.image_processor_name and not saved and args.random_weights:
         return _new_image_processor(config)
     # Pillow whether or not torchvision is there: the two interpolate differently, and a run should not depend on it.
     return AutoImageProcessor.from_pretrained(name, backend="pil", **args.hub_arguments())

@@ -7,14 +7,14 @@ from .arguments_file import texts_in, without_secrets
 from .card_facts import CardFacts, changes, computation
 from .evaluations import Evaluation, bound, plain
 from .harmless import masked
-from .publish import Card
+from .of_trainer import WithCard
 from .started import declare_options, versions
 
 
 __all__ = [
-    "Card",
     "CardFacts",
     "Evaluation",
+    "WithCard",
     "bound",
     "changes",
     "computation",

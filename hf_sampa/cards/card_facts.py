@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..monitoring import DiagnosticsCallback
 from .harmless import HIDDEN, is_plain, masked, shown, types_of
@@ -22,6 +22,7 @@ NOT_OF_THE_COMPUTATION = (
     *("optim", "optim_args", "bf16", "fp16", "batch_size"),
     *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
 )  # fmt: skip
+NOT_OF_THE_BASELINE = ("variant", "variant_args", "rho", "shard_optimizer", "overlap_exchange")
 # How a step is computed; learning rate and weight decay have lines of their own.
 NOT_OF_THE_OPTIMIZATION = {
     "lr",
@@ -161,10 +162,7 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
         found.pop("warmup_steps", None)
     found |= {
         "method": args.method,
-        "timing": "parallel, as in SAMPa" if args.method == "sampa" else "sequential, as in SAM",
-        **_recipe(trainer),
-        "rho": args.rho,
-        **({"lmbda": args.lmbda} if args.method == "sampa" else {}),
+        **_step(trainer),
         "processes": roles,
         "total_train_batch_size": total_batch_size,
         "train_batch_size_per_process": trainer._train_batch_size,
@@ -174,15 +172,30 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
         "mixed_precision": trainer.accelerator.mixed_precision,
         **_adapters(trainer.model),
     }
-    declared = types_of(type(args))
+    declared, upstreams = types_of(type(args)), {field.name: field for field in dataclasses.fields(TrainingArguments)}
+    apart = (*found, *NOT_OF_THE_COMPUTATION, *(NOT_OF_THE_BASELINE if args.method == "adamw" else ()))
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
-        if name in (*found, *NOT_OF_THE_COMPUTATION) or name.startswith(PREFIXES_NOT_OF_THE_COMPUTATION):
+        if name in apart or name.startswith(PREFIXES_NOT_OF_THE_COMPUTATION):
             continue
-        default = _default(field)
+        # A class of somebody's may have another one, which those who read the card do not know.
+        default = _default(upstreams.get(name, field))
         if value != default and (value or default):  # nothing is nothing, whether False, None or an empty list
             found[name] = shown(name, value, declared[name])
     return {name: " ".join(str(getattr(value, "value", value)).split()) for name, value in found.items()}
+
+
+def _step(trainer: Trainer) -> dict[str, Any]:
+    """What a step is, unless it is the baseline's."""
+    args = trainer.args
+    if args.method == "adamw":
+        return {}
+    return {
+        "timing": "parallel, as in SAMPa" if args.method == "sampa" else "sequential, as in SAM",
+        **_recipe(trainer),
+        "rho": args.rho,
+        **({"lmbda": args.lmbda} if args.method == "sampa" else {}),
+    }
 
 
 def _recipe(trainer: Trainer) -> dict[str, str]:

@@ -11,7 +11,7 @@ ENTRIES = {
     re.search(r"eprint = {(\d{4}\.\d{5})}", entry)[1]: entry
     for entry in Path(__file__).with_suffix(".bib").read_text(encoding="utf-8").strip().split("\n\n")
 }
-METHODS = {"sampa": "2410.10683", "sam": "2010.01412"}
+METHODS = {"sampa": "2410.10683", "sam": "2010.01412", "adamw": "1711.05101"}
 # By the `model_type` of a configuration.
 MODELS = {"bert": "1810.04805", "distilbert": "1910.01108", "roberta": "1907.11692", "vit": "2010.11929"}
 

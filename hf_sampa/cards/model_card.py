@@ -27,10 +27,13 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 TAGS = {
     "sampa": ("sampa", "sharpness-aware-minimization", "arxiv:2410.10683"),
     "sam": ("sharpness-aware-minimization", "arxiv:2010.01412"),
+    "adamw": (),
 }
+PROJECT = "https://github.com/hf-sampa/hf_sampa"
 HOW = {
     "sampa": "[SAMPa](https://arxiv.org/abs/2410.10683) (Xie, Pethick, Cevher, NeurIPS 2024)",
     "sam": "[SAM](https://arxiv.org/abs/2010.01412) (Foret et al., ICLR 2021)",
+    "adamw": "the plain Trainer of transformers, as a baseline to compare sharpness-aware minimization with",
 }
 FLAT = (
     "Sharpness-aware minimization looks for weights whose whole neighbourhood has a low loss, because such flat minima tend to "
@@ -50,6 +53,7 @@ PARALLEL = (
 EXPLANATIONS = {
     "sampa": f"{PARALLEL} A part lambda of the look-ahead gradient goes into the update, too.",
     "sam": f"{SHARPNESS_AWARE} To know where uphill is takes another gradient, computed first, on the same batch.",
+    "adamw": "Each update takes one gradient, at the weights themselves.",
 }
 
 
@@ -105,6 +109,7 @@ def write(
         repository=repository,
         origin=origin(data.base_model, folder, trained_on(trainer, facts, data, dataset)),
         how=_how(args),
+        project=PROJECT,
         explanation=_explanation(args),
         loading=loading_of(trainer),
         results=[each.cells() for each in results],
@@ -141,7 +146,12 @@ def _complete(data: ModelCardData, trainer: Trainer, facts: CardFacts, results: 
 
 def _source(args: Any) -> str | None:
     """Where the variant comes from, unless it is the method itself."""
-    return None if args.variant == "sam" else find(args.variant).source
+    return None if _is_plain(args) else find(args.variant).source
+
+
+def _is_plain(args: Any) -> bool:
+    """Whether there is nothing to say of a variant: of the method itself, and of the baseline, which uses none."""
+    return args.variant == "sam" or args.method == "adamw"
 
 
 def _model_type(trainer: Trainer) -> str | None:
@@ -155,7 +165,7 @@ def _task_of(model: Any) -> str | None:
 
 
 def _how(args: Any) -> str:
-    if args.variant in ("sam", "sampa_0"):
+    if _is_plain(args) or args.variant == "sampa_0":
         return HOW[args.method]
     chosen = find(args.variant)
     what = chosen.summary.partition(":")[0]
@@ -165,7 +175,7 @@ def _how(args: Any) -> str:
 
 
 def _explanation(args: Any) -> str:
-    if args.variant == "sam":
+    if _is_plain(args):
         return EXPLANATIONS[args.method]
     chosen = find(args.variant)
     what = f"{chosen.summary.rstrip('.')}."

@@ -87,7 +87,7 @@ class Card:
         """Whether `file` is the card of a run, and this trainer has trained nothing but loaded that run's model."""
         base = getattr(getattr(self.trainer.model, "config", None), "_name_or_path", None)
         own = bool(base) and file.parent.resolve() in (Path(base).resolve(), *Path(base).resolve().parents)
-        return self.trainer.sampa is None and own and model_card.is_of_a_run(file)
+        return self.trainer.state.global_step == 0 and own and model_card.is_of_a_run(file)
 
     def _write(self, file: Path, facts: CardFacts, repository: str | None = None) -> None:
         _keep_what_is_cut(file)

@@ -9,6 +9,7 @@ import shlex
 import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from .harmless import HIDDEN, is_plain, shown, takes_several, types_of
@@ -22,17 +23,22 @@ OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z]{1,24}\d{0,2}(?:[-_.][A-Za-z]{1,24}\d{
 NUMBER = re.compile(r"-[\d.]+(?:[eE][+-]?\d+)?")
 CONFIGURATION = (".json", ".yaml", ".yml")
 
+# Of a run that goes into a folder that there is.
+OF_THE_FOLDER = ("resume_from_checkpoint", "overwrite_output_dir")
+
 _beside: list[type] = []
+_given: list[str] = []
 
 
-def declare_options(*classes: type) -> None:
+def declare_options(*classes: type, words: list[str] | None = None) -> None:
     """Say what this process's command line has options of besides the training arguments, in place of what was said before.
 
     Args:
         classes: dataclasses, as `transformers.HfArgumentParser` takes them. Cards show these options as they show those of the
             training arguments, and hide the values of all others.
+        words: the command line, where the process's own leaves out a part that is in a file.
     """
-    _beside[:] = classes
+    _beside[:], _given[:] = classes, words or []
 
 
 def command(arguments: type, world_size: int, resumed: bool = False) -> str:
@@ -50,7 +56,7 @@ def command(arguments: type, world_size: int, resumed: bool = False) -> str:
     start = ["python"]
     if world_size > 1:
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        nodes = ["--nnodes", str(world_size // on_this_node)] if world_size > on_this_node else []
+        nodes = ["--nnodes", str(world_size // on_this_node)] if world_size > on_this_node else ["--standalone"]
         start = ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
     given = {name: os.environ.get(name, "no") for name in VARIABLES}
     variables = "".join(
@@ -58,7 +64,7 @@ def command(arguments: type, world_size: int, resumed: bool = False) -> str:
         for name, value in given.items()
         if value.lower() not in ("no", "")
     )
-    words = _words(sys.argv[1:], types_of(*_beside, arguments), resumed)
+    words = _words(_given or sys.argv[1:], types_of(*_beside, arguments), resumed)
     return f"```bash\n{variables}{shlex.join([*start, *script, *words])}\n```"
 
 
@@ -73,7 +79,13 @@ def _script() -> list[str] | None:
 
 
 def _path(word: str) -> str:
-    return shown("output_dir", word)
+    return shown("output_dir", _from_here(word))
+
+
+def _from_here(word: str) -> str:
+    """`word`, if it is a path into the working folder, from there."""
+    inside = os.path.isabs(word) and Path(word).is_relative_to(Path.cwd())
+    return str(Path(word).relative_to(Path.cwd())) if inside else word
 
 
 def _words(given: list[str], declared: dict[str, Any], resumed: bool) -> list[str]:
@@ -91,13 +103,15 @@ def _words(given: list[str], declared: dict[str, Any], resumed: bool) -> list[st
         if not word.startswith("-") or NUMBER.fullmatch(word):
             values += 1
             takes = name and (values == 1 or takes_several(declared.get(name)))
-            found = shown(name, word, declared.get(name)) if takes else _alone(word)
+            found = shown(name, _from_here(word), declared.get(name)) if takes else _alone(word)
         elif known or not (waits or _may_be_secret(option)):
             name, values = own, len(equals)
-            found = f"{option}={shown(own, value, declared.get(own))}" if equals else option
+            found = f"{option}={shown(own, _from_here(value), declared.get(own))}" if equals else option
         else:
             found = HIDDEN
-        if resumed or name != "resume_from_checkpoint" or values > 1:
+        if values == 1 and name == "output_dir" and "overwrite_output_dir" in declared and not resumed:
+            found = f"{found.rstrip('/')}-again"  # a script that has the option refuses a folder that is not empty
+        if values > 1 or name not in (("overwrite_output_dir",) if resumed else OF_THE_FOLDER):
             words.append(found)
     return words
 

@@ -5,9 +5,10 @@ glue/ and vit_finetune/ are made with it; nothing else in this package uses it.
 
 from .baseline import BaselineTrainer
 from .class_names import ClassNames, class_names
-from .command_line import UNUSED, FineTuningParser, parse_arguments
+from .command_line import UNUSED, parse_arguments
 from .model_arguments import ModelArguments
 from .models import load_config, load_model
+from .parser import FineTuningParser
 from .script import run_main
 from .training_arguments import FineTuningArguments
 from .whole_run import train_and_score

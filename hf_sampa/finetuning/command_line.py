@@ -1,7 +1,8 @@
-"""The command line of a script: defaults of a task or method, those of a variant, and what has no effect."""
+"""The command line of a script: a file of arguments, defaults of a task or method, those of a variant, and what has no effect."""
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +12,14 @@ from transformers import HfArgumentParser
 
 from ..cards import declare_options
 from ..variants import find
+from .arguments_file import without_file
+from .parser import given_by
 
 
 logger = get_logger(__name__)
 
 # Settings that a method does not read.
 UNUSED = {"adamw": ("rho", "lmbda", "variant", "variant_args"), "sam": ("lmbda",), "sampa": ()}
-
-
-class FineTuningParser(HfArgumentParser):
-    """`HfArgumentParser` for a script's dataclasses, the last of them a `FineTuningArguments`."""
 
 
 def parse_arguments(
@@ -41,22 +40,39 @@ def parse_arguments(
 
     Raises:
         FileExistsError: the run would write into an `output_dir` that is not empty.
+        ValueError: a setting is impossible.
+        SystemExit: a word is not understood; says which.
     """
-    declare_options(*parser.dataclass_types)
-    parser.set_defaults(**defaults(parser.parse_known_args(argv)[0]))
-    variant = find(parser.parse_known_args(argv)[0].variant)
-    if parser.get_default("rho") is not None and variant.rho != find("sam").rho:
-        parser.set_defaults(rho=round(parser.get_default("rho") * variant.rho / find("sam").rho, 12))
-    if variant.lmbda is not None:
-        parser.set_defaults(lmbda=variant.lmbda)
-    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    method = parsed[-1].method
+    words = without_file(parser, sys.argv[1:] if argv is None else argv)
+    declare_options(*parser.dataclass_types, words=words if argv is None else None)
+    parser.set_defaults(**defaults(given_by(parser, words)))
+    _take_defaults_of_variant(parser, given_by(parser, words).variant)
+    _, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except ValueError as error:
+        # Of a setting, whichever library found it: said from here, it is the user's, see `run_main`.
+        raise ValueError(str(error)) from error
+    _warn_of_unused(parser, words, parsed[-1].method)
+    parsed[-1].check_output_dir()
+    return parsed
+
+
+def _take_defaults_of_variant(parser: HfArgumentParser, name: str) -> None:
+    variant = find(name)
+    rho = parser.get_default("rho")
+    parser.set_defaults(rho=variant.rho if rho is None else round(rho * variant.rho / find("sam").rho, 12))
+    if variant.lmbda is not None or parser.get_default("lmbda") is None:
+        parser.set_defaults(lmbda=0.2 if variant.lmbda is None else variant.lmbda)
+
+
+def _warn_of_unused(parser: HfArgumentParser, words: list[str], method: str) -> None:
     # argparse leaves alone what a namespace holds already, so that a default does not look as if it had been given.
-    given = vars(parser.parse_known_args(argv, Namespace(**dict.fromkeys(UNUSED[method])))[0])
+    given = vars(parser.parse_known_args(words, Namespace(**dict.fromkeys(UNUSED[method])))[0])
     unused = [f"--{name} {given[name]}" for name in UNUSED[method] if given[name] is not None]
     if unused:
         logger.warning(
             f"--method {method} does not use {' or '.join(unused)}. Leave out what has no effect, or choose another --method."
         )
-    parsed[-1].check_output_dir()
-    return parsed

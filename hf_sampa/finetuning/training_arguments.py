@@ -16,7 +16,7 @@ class FineTuningArguments(SAMPaTrainingArguments):
     """`SAMPaTrainingArguments` with the baseline as a third method, and the batch size given per update.
 
     So one command line makes updates of the same size with every method and number of processes. `do_train` and `do_eval`
-    are on, and every epoch is scored and saved.
+    are on, and every epoch is scored and saved. What is off is not done, and needs no data.
 
     Args:
         method (`str`, defaults to `"sampa"`):
@@ -26,15 +26,17 @@ class FineTuningArguments(SAMPaTrainingArguments):
         overwrite_output_dir (`bool`, defaults to `False`):
             Whether to train into an `output_dir` that is not empty; see `check_output_dir`.
         early_stopping_patience (`int`, *optional*):
-            Stop when so many evaluations in a row are no better than the best one.
+            Stop when so many evaluations in a row are no better than the best one. `load_best_model_at_end` is on then, and a
+            resumed run goes on counting.
         early_stopping_threshold (`float`, defaults to 0.0):
             By how much an evaluation must be better, in the units of the metric.
 
     Raises:
-        ValueError: the processes and micro-batches cannot share `batch_size` evenly.
+        ValueError: the processes and micro-batches cannot share `batch_size` evenly; nothing is to be done; or a setting is
+            about evaluations during training, and there are none.
     """
 
-    _argument_group_name: ClassVar[str] = "training (as in transformers.TrainingArguments; SAMPa's own at the end)"
+    _argument_group_name: ClassVar[str] = "training, as in transformers.TrainingArguments"
     METHODS: ClassVar[tuple[str, ...]] = ("adamw", "sam", "sampa")
 
     method: str = field(
@@ -57,9 +59,14 @@ class FineTuningArguments(SAMPaTrainingArguments):
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per device for evaluation."})
     do_train: bool = field(default=True, metadata={"help": "Whether to train."})
-    do_eval: bool = field(default=True, metadata={"help": "Whether to score the evaluation data at the end."})
+    do_eval: bool = field(
+        default=True, metadata={"help": "Whether to score the evaluation data, during training and at the end."}
+    )
     eval_strategy: IntervalStrategy | str = field(
-        default="epoch", metadata={"help": "When to score the evaluation data: no, steps or epoch."}
+        default="epoch",
+        metadata={
+            "help": "When to score the evaluation data during training: no, steps or epoch. Without do_eval: no."
+        },
     )
     save_strategy: SaveStrategy | str = field(
         default="epoch", metadata={"help": "When to save a checkpoint: no, steps, epoch or best."}
@@ -76,12 +83,18 @@ class FineTuningArguments(SAMPaTrainingArguments):
         default=None,
         metadata={"help": "A checkpoint folder to continue from, or true: the last whole one in output_dir."},
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Write into an output_dir that is not empty."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Write into an output_dir that is not empty; checkpoints and results of the run in it are moved to a folder inside."
+        },
+    )
     do_predict: bool = field(default=False, metadata={"help": "Whether to write predictions for the test data."})
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop when so many evaluations in a row are no better than the best one. Without it: never."
+            "help": "Stop when so many evaluations in a row are no better than the best one, by metric_for_best_model, whose "
+            "weights are then the result. Left out: never."
         },
     )
     early_stopping_threshold: float = field(
@@ -94,6 +107,7 @@ class FineTuningArguments(SAMPaTrainingArguments):
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint in ("true", "True"):
             self.resume_from_checkpoint = True  # Trainer takes a bool or a path; the command line has only strings
+        self._decide_what_is_done()
         given = self.per_device_train_batch_size
         # The base class wants a number, and knows the processes only when it is done.
         self.per_device_train_batch_size = given or self.batch_size
@@ -112,6 +126,44 @@ class FineTuningArguments(SAMPaTrainingArguments):
                 f"--batch_size {self.batch_size} makes --per_device_train_batch_size {self.per_device_train_batch_size} "
                 f"here, got {given}. Leave it out, and set --batch_size and --gradient_accumulation_steps."
             )
+
+    def _decide_what_is_done(self) -> None:
+        """`do_eval` off means that nothing is scored: upstream turns it on again for an `eval_strategy`."""
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise ValueError(
+                "--do_train, --do_eval, --do_predict: expected at least one to be true, got none. Turn one on."
+            )
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        if patience is not None and (patience < 1 or not threshold >= 0):
+            raise ValueError(
+                "--early_stopping_patience: expected at least 1 evaluation, and a threshold of at least 0, got "
+                f"{patience} and {threshold}. Leave it out for no early stopping."
+            )
+        if not (self.do_train and self.do_eval):
+            wanted = {
+                "early_stopping_patience": patience is not None,
+                "load_best_model_at_end": self.load_best_model_at_end,
+                "eval_on_start": self.eval_on_start,
+                "save_strategy": self.save_strategy == SaveStrategy.BEST,
+                "eval_strategy": self.eval_strategy not in (IntervalStrategy.NO, type(self).eval_strategy),
+            }
+            if self.do_train and any(wanted.values()):
+                given = ", ".join(f"--{name} {getattr(self, name)}" for name, is_given in wanted.items() if is_given)
+                raise ValueError(
+                    f"{given}: expected --do_eval true, since it is about evaluations during training, got --do_eval false. "
+                    "Leave out one of them."
+                )
+            self.eval_strategy = IntervalStrategy.NO
+            # Of a run that trains nothing, these say nothing.
+            self.load_best_model_at_end = False
+        elif patience is not None:
+            if self.eval_strategy == IntervalStrategy.NO:
+                raise ValueError(
+                    "--early_stopping_patience: expected evaluations during training, got --eval_strategy no. Set --eval_strategy "
+                    "and --save_strategy to epoch, or both to steps."
+                )
+            # Without the second one, a resumed run would begin to count anew.
+            self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
 
     def check_output_dir(self) -> None:
         """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant."""

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-from transformers.trainer_utils import PredictionOutput
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer_utils import PredictionOutput, has_length
 
 from ..cards import CardFacts
 from ..trainer import SAMPaMixin
+from . import learning_curve, output_folder
+from .baseline import BaselineTrainer
 
 
 def train_and_score(
-    trainer: Trainer,
+    trainer: SAMPaMixin | BaselineTrainer,
     *,
     test_dataset: Any = None,
     write_predictions: Callable[..., None] | None = None,
@@ -23,38 +25,69 @@ def train_and_score(
     """Do what the trainer's `FineTuningArguments` ask for: train and save, score, predict, publish. Writes a model card.
 
     Args:
-        trainer: SAMPa's or a plain one. It needs training data for `do_train` and evaluation data for `do_eval` only.
+        trainer: SAMPa's, or for ``--method adamw`` the baseline's. It needs training data for `do_train` and evaluation data for `do_eval` only.
         test_dataset: for `do_predict`: one data set, or several by name.
         write_predictions: for `do_predict`: called on the main process with the `PredictionOutput` and the output folder, for
             each of several data sets with its name after them.
         card: what the model card is to say, by the names of `CardFacts`.
 
+    The folder of the run also gets a picture of its loss and metrics, ``learning_curve.png``.
+
     Returns:
         The metrics on the evaluation data, and on test data that have labels (``test_...``, ``test_<name>_...``).
     """
-    args = trainer.args
-    facts = CardFacts(**card)
-    if isinstance(trainer, SAMPaMixin):
-        trainer.card_facts, card = facts, {}  # for the cards of checkpoints, too
-    else:
-        card = {name: fact for name, fact in facts.for_trainer().items() if fact is not None}
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    trainer.card_facts = CardFacts(**card)  # for the cards of checkpoints, too
+    metrics: dict[str, float] = {}
     if args.do_train:
-        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-    metrics = trainer.evaluate() if args.do_eval else {}
+        _begin(trainer, folder)
+        _train(trainer, folder)
     if args.do_eval:
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        metrics = trainer.evaluate() | _samples("eval", trainer.eval_dataset)
+        _keep(trainer, "eval", metrics)
     if args.do_predict:
         metrics = metrics | _predict(trainer, test_dataset, write_predictions)
     if args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()
     elif args.do_train:
-        trainer.create_model_card(**card)
+        trainer.create_model_card()
     return metrics
+
+
+def _begin(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
+    """Make room for the run, or see that the one which is there is the one to be continued."""
+    args, facts = trainer.args, trainer.card_facts
+    run = {"method": args.method, "data set": facts.dataset, "model": trainer.model.config.model_type}
+    run = {name: value for name, value in run.items() if value is not None}
+    if args.resume_from_checkpoint is True:
+        output_folder.check_own(folder, run)
+    elif trainer.is_world_process_zero():
+        if args.overwrite_output_dir and not args.resume_from_checkpoint:
+            output_folder.move_aside(folder)
+        output_folder.begin(folder, run)
+
+
+def _train(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
+    args = trainer.args
+    if args.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    _keep(trainer, "train", result.metrics | _samples("train", trainer.train_dataset))
+    if trainer.is_world_process_zero():
+        learning_curve.draw(trainer.state.log_history, folder)
+
+
+def _samples(split: str, data: Any) -> dict[str, int]:
+    """How many there are, of each data set where there are several by name; nothing for a stream."""
+    several = {f"{split}_{name}": each for name, each in data.items()} if isinstance(data, dict) else {split: data}
+    return {f"{name}_samples": len(each) for name, each in several.items() if has_length(each)}
+
+
+def _keep(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
 
 
 def _predict(trainer: Trainer, test_dataset: Any, write: Callable[..., None] | None) -> dict[str, float]:
@@ -63,9 +96,8 @@ def _predict(trainer: Trainer, test_dataset: Any, write: Callable[..., None] | N
     metrics: dict[str, float] = {}
     for name, dataset in several.items():
         output: PredictionOutput = trainer.predict(dataset, metric_key_prefix=f"test_{name}" if name else "test")
-        metrics |= output.metrics
+        metrics |= output.metrics | _samples(f"test_{name}" if name else "test", dataset)
         if write is not None and trainer.is_world_process_zero():
             write(output, Path(trainer.args.output_dir), *([name] if name else []))
-    trainer.log_metrics("test", metrics)
-    trainer.save_metrics("test", metrics)
+    _keep(trainer, "test", metrics)
     return metrics
