@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -52,12 +53,11 @@ def class_names(
     names = tuple(names)
     if len(set(names)) < len(names):
         raise ValueError(
-            f"classes: expected a name for each, got {_listed(names)}. Rename one of two that are the same."
+            f"classes: expected a name for each, got {listed(names)}. Rename one of two that are the same."
         )
     own = tuple(config.id2label[index] for index in sorted(config.id2label))
     in_order = tuple(range(len(names)))
-    unnamed = own == tuple(f"LABEL_{index}" for index in range(len(own)))
-    if new_head or unnamed:
+    if new_head or not has_names(config):
         return ClassNames(names, in_order, new_head or len(own) != len(names))
     if len(own) == len(names) == 1:
         return ClassNames(own, (0,), False)
@@ -69,13 +69,18 @@ def class_names(
     if ignore_mismatched_sizes:
         return ClassNames(names, in_order, True)
     raise ValueError(
-        f"--model_name_or_path: expected a model for the {len(names)} classes of the data, {_listed(names)}, or one without a "
-        f"head, got one for {len(own)}: {_listed(own)}. Add --ignore_mismatched_sizes to train a new head in the place of its "
+        f"--model_name_or_path: expected a model for the {len(names)} classes of the data, {listed(names)}, or one without a "
+        f"head, got one for {len(own)}: {listed(own)}. Add --ignore_mismatched_sizes to train a new head in the place of its "
         "own, or give a model of these classes."
     )
 
 
-def _listed(names: Sequence[Any], most: int = 10) -> str:
+def has_names(config: PreTrainedConfig) -> bool:
+    """Whether its classes have names of their own, and not LABEL_0, LABEL_1, ..., which transformers gives them."""
+    return list(config.id2label.values()) != [f"LABEL_{index}" for index in range(len(config.id2label))]
+
+
+def listed(names: Collection[Any], most: int = 10) -> str:
     """`names`, the first of them where there are many."""
-    shown = ", ".join(map(str, names[:most]))
+    shown = ", ".join(map(str, islice(names, most)))
     return shown if len(names) <= most else f"{shown}, ... ({len(names) - most} more)"
