@@ -129,9 +129,10 @@ def test_contradictory_arguments_are_refused(tmp_path, given, message):
 # Models
 
 
-def load(path, names):
+def load(path, names, **given):
     torch.manual_seed(0)
-    model, _labels, image_processor = load_classifier(ViTModelArguments(model_name_or_path=str(path)), names)
+    args = ViTModelArguments(model_name_or_path=str(path), **given)
+    model, _labels, image_processor = load_classifier(args, names)
     return model, image_processor
 
 
@@ -147,7 +148,11 @@ def saved_vit(tmp_path):
 
 
 def test_a_checkpoint_gets_a_new_classifier_and_fp32_weights(saved_vit):
-    model, image_processor = load(saved_vit, ["a", "b", "c", "d"])
+    with pytest.raises(
+        ValueError, match="for the 4 classes of the data, a, b, c, d, .* Add --ignore_mismatched_sizes to"
+    ):
+        load(saved_vit, ["a", "b", "c", "d"])
+    model, image_processor = load(saved_vit, ["a", "b", "c", "d"], ignore_mismatched_sizes=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.id2label == {0: "a", 1: "b", 2: "c", 3: "d"} and model.config.label2id["d"] == 3
     assert model.classifier.weight.shape == (4, 16)
@@ -169,7 +174,7 @@ def test_a_folder_with_a_config_alone_starts_from_random_weights(saved_vit, capl
 def test_a_checkpoint_that_leaves_weights_undetermined_is_refused(saved_vit):
     config = read_json(saved_vit / "config.json")
     (saved_vit / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(ValueError, match="expected every weight but the classifier's, but 16 would start at random"):
+    with pytest.raises(ValueError, match="expected every weight but the head's, but 16 would start at random"):
         load(saved_vit, ["a", "b"])
 
 
