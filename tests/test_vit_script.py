@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import run_vit
 import torch
+from accelerate import PartialState
 from image_data import ImageDataset
 from image_transforms import ImageTransform
 from PIL import Image
@@ -127,6 +128,12 @@ def test_contradictory_arguments_are_refused(tmp_path, given, message):
 
 
 # Models
+
+
+@pytest.fixture(autouse=True)
+def state():
+    """As a script's training arguments make it, before the model is loaded."""
+    return PartialState()
 
 
 def load(path, names, **given):
