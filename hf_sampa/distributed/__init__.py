@@ -6,12 +6,13 @@ Processes that ought to be equal are compared here. Knows nothing of the algorit
 from .agreement import check_ranks_agree, check_repeatable, check_rest_alike, check_same_start
 from .exchange import BUCKET_BYTES, Exchange, PeerLost, close_groups, partition, peers_expected
 from .launcher import end_with_launcher
-from .role_world import SIZE_VARIABLES, Alone, alone, groups_of_modules, whole_size_and_rank
+from .role_world import RANK_VARIABLES, SIZE_VARIABLES, Alone, alone, groups_of_modules, whole_size_and_rank
 from .roles import Mesh, Role
 
 
 __all__ = [
     "BUCKET_BYTES",
+    "RANK_VARIABLES",
     "SIZE_VARIABLES",
     "Alone",
     "Exchange",

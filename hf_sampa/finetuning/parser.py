@@ -6,11 +6,12 @@ import dataclasses
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, _StoreFalseAction
 from copy import copy
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..training_args import SAMPaArgumentsMixin
+from .script import let_main_process_speak
 
 
 FILE = 'In place of options, or before them, there may be the name of a JSON file of them, {"output_dir": "out"}; options win over it.'
@@ -38,6 +39,11 @@ class FineTuningParser(HfArgumentParser):
         # In the order of `--help`: what is asked for by name, then what transformers has.
         positional, general, *own = others
         self._action_groups = [positional, general, groups[0], *own, groups[1], training]
+
+    def error(self, message: str) -> NoReturn:
+        """Upstream's is said by every process."""
+        let_main_process_speak()
+        super().error(message)
 
 
 class OneDefault(ArgumentDefaultsHelpFormatter):

@@ -1,13 +1,53 @@
-"""What is around a script's `main`: an error that is the user's is one message, and processes end in good order."""
+"""What is around a script's `main`: an error that is the user's is one message, once, and processes end in good order."""
 
 from __future__ import annotations
 
+import os
+import sys
+import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-from ..distributed import close_groups
+from ..distributed import RANK_VARIABLES, close_groups
+
+
+PACKAGE = Path(__file__).parents[1]
+# Within which a launcher ends the other processes, when one of them has failed.
+SECONDS = 5.0
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run a script's `main`, at the end of the script: ``if __name__ == "__main__": run_main(main)``."""
-    main()
+    """Run a script's `main`, at the end of the script: ``if __name__ == "__main__": run_main(main)``.
+
+    A ValueError that this package or the script raised, and an OSError, are what settings, files or the Hub are told wrong: they
+    end the process with exit code 1 and their message. All else is raised with its traceback.
+    """
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        if not _is_users(error):
+            raise
+        let_main_process_speak()
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        sys.exit(1)
     close_groups()  # before the interpreter ends
+
+
+def let_main_process_speak() -> None:
+    """Before an error is told that all processes may have found: only the main one goes on at once.
+
+    The others are ended by the launcher, as soon as the main one has failed; those which are still there afterwards found what
+    it did not find.
+    """
+    if any(os.environ.get(name, "0") != "0" for name in RANK_VARIABLES):
+        time.sleep(SECONDS)
+
+
+def _is_users(error: OSError | ValueError) -> bool:
+    """Whether it was told to a person on purpose."""
+    if isinstance(error, OSError):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    own = (PACKAGE, Path(sys.argv[0]).resolve().parent)
+    return last.line.startswith("raise ") and any(Path(last.filename).resolve().is_relative_to(each) for each in own)
