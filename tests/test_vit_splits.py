@@ -210,7 +210,8 @@ def test_limits_draw_from_all_classes_and_are_said(folder):
         bool
     ).tolist()
     assert task.remarks == [
-        f"of 40 images of {split}, {n} were drawn at random" for split, n in (("train", 10), ("val", 8))
+        "of 40 images of train, 10 were drawn at random to train on",
+        "of 40 images of val, 8 were drawn at random to score",
     ]
 
 

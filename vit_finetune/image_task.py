@@ -20,6 +20,13 @@ _WHAT_TO_SCORE = (
 )
 
 
+# What images are for, and what a class that has none lacks.
+_PURPOSES = {
+    "train": ("train on", "nothing is learned of them"),
+    "evaluation": ("score", "the score says nothing of them"),
+}
+
+
 class ImageTask(NamedTuple):
     """Images to train on, to score and to predict, as far as a run wants them, with labels that count the same names.
 
@@ -54,39 +61,43 @@ def load_image_task(
         ValueError: There are none of the images that are wanted, or they cannot be used; the message says why.
     """
     wanted = {
-        "train": train and "train",
-        "evaluation": evaluate and _scored(source, train),
-        "test": predict and "test",
+        "train": "train" if train else None,
+        "evaluation": _scored(source, train) if evaluate else None,
+        "test": "test" if predict else None,
     }
-    wanted = {part: split for part, split in wanted.items() if split}
+    wanted = {part: split for part, split in wanted.items() if split is not None}
     for split in wanted.values():
         _check_split(source, split)
     read = {split: source.read(split) for split in dict.fromkeys(wanted.values())}
     names = _common_names(source, {split: own for split, (_, own) in read.items()})
 
-    whole = {}
+    places = {name: place for place, name in enumerate(names)}
+    whole = {
+        part: _renumbered(read[split][0], [places[name] for name in read[split][1]]) for part, split in wanted.items()
+    }
     for part, split in wanted.items():
-        data, own = read[split]
-        whole[part] = _renumbered(data, [names.index(name) for name in own])
         _check_images(source, split, whole[part], needs_labels=part != "test")
     limits = {"train": args.max_train_samples, "evaluation": args.max_eval_samples, "test": args.max_predict_samples}
     parts = {part: draw(data, limits[part]) for part, data in whole.items()}
+
+    called = {part: source.splits[split] for part, split in wanted.items()}
     _warn_of_spellings(names)
-    for part, data in parts.items():
-        loss = "nothing is learned of them" if part == "train" else "the score says nothing of them"
-        _warn_of_missing_classes(source.splits[wanted[part]], data, names, loss)
+    _warn_of_missing_classes(called, parts, names)
     if train and evaluate:
         _warn_of_shared_files(parts["train"], parts["evaluation"])
-
-    remarks = [
-        f"of {len(whole[part].images)} images of {source.splits[wanted[part]]}, {len(data.images)} were drawn at random"
-        for part, data in parts.items()
-        if len(data.images) < len(whole[part].images)
-    ]
-    scored = source.splits[wanted["evaluation"]] if evaluate else None
-    if train and scored == source.splits.get("test"):
+    remarks = _remarks(called, whole, parts)
+    if train and wanted.get("evaluation") == "test":
         remarks.append("there were no validation images: the test images were scored while it was trained")
-    return ImageTask(*(parts.get(part) for part in limits), names, scored, remarks)
+    return ImageTask(*(parts.get(part) for part in limits), names, called.get("evaluation"), remarks)
+
+
+def _remarks(called: dict[str, str], whole: dict[str, LabelledImages], parts: dict[str, LabelledImages]) -> list[str]:
+    """What a limit left of the splits."""
+    return [
+        f"of {len(whole[part].images)} images of {called[part]}, {len(parts[part].images)} were drawn at random to {purpose}"
+        for part, (purpose, _) in _PURPOSES.items()
+        if part in parts and len(parts[part].images) < len(whole[part].images)
+    ]
 
 
 def _scored(source: Source, train: bool) -> str:
@@ -179,20 +190,20 @@ def _warn_of_spellings(names: list[str]) -> None:
             )
 
 
-def _warn_of_missing_classes(split: str, data: LabelledImages, names: list[str], loss: str) -> None:
-    """Say which classes have no image in a split, and what is lost by it."""
-    if data.labels is None:
-        return
-    missing = np.flatnonzero(np.bincount(data.labels, minlength=len(names)) == 0)
-    if len(missing):
-        logger.warning(
-            "%d of %d classes have no %s image, %r for instance: %s.",
-            len(missing),
-            len(names),
-            split,
-            names[missing[0]],
-            loss,
-        )
+def _warn_of_missing_classes(called: dict[str, str], parts: dict[str, LabelledImages], names: list[str]) -> None:
+    for part, (_, loss) in _PURPOSES.items():
+        if part not in parts:
+            continue
+        missing = np.flatnonzero(np.bincount(parts[part].labels, minlength=len(names)) == 0)
+        if len(missing):
+            logger.warning(
+                "%d of %d classes have no %s image, %r for instance: %s.",
+                len(missing),
+                len(names),
+                called[part],
+                names[missing[0]],
+                loss,
+            )
 
 
 def _warn_of_shared_files(train: LabelledImages, evaluation: LabelledImages) -> None:
