@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 import shutil
 
 import datasets
 import numpy as np
 import pytest
-from image_data import LabelledImages, hold_out, names_of, sorted_names
+import torch
+from image_data import ImageDataset, LabelledImages, hold_out, names_of, sorted_names
+from image_transforms import ImageTransform
 from PIL import Image
+from transformers import ViTImageProcessorPil
 from vit_arguments import DataArguments
 
 from tests.image_tasks import load_task
@@ -395,6 +399,11 @@ def test_columns_that_are_named(hub, labels, kind, names, expected):
             {"image_column_name": "img"},
             "--image_column_name: expected one of the columns .* got img. Name the column of the images",
         ),
+        (
+            {"image_column_name": "size", "label_column_name": "kind"},
+            "--image_column_name: expected a column of images, got 'size' of Value.'int64'.. Name another one of picture, kind",
+        ),
+        ({"dataset_config_name": "big"}, "--dataset_name .*hub was not loaded: BuilderConfig 'big' not found"),
         ({"test_split_name": "final"}, "--test_split_name: expected one of train, the splits of .*hub, got final"),
         (
             {"label_column_name": "kind"},
@@ -429,6 +438,23 @@ def test_a_data_set_without_a_usual_split(hub):
         match="expected a split called train, validation or test, got unlabeled. Name them with --train_split",
     ):
         load_task(dataset_name=name)
+
+
+def test_images_can_be_read_in_another_process(folder, hub):
+    """As by the workers of a loader that are not forked."""
+    name = save_hub(hub, {"train": [0, 1, 1]}, KINDS)
+    for data in (
+        load_task(data_dir=folder, evaluate=False),
+        load_task(dataset_name=name, evaluate=False, max_train_samples=2),
+    ):
+        dataset = ImageDataset(
+            data.train, ImageTransform(ViTImageProcessorPil(size={"height": 4, "width": 4}), crop="resized")
+        )
+        torch.manual_seed(0)
+        expected = dataset[1]
+        torch.manual_seed(0)
+        read = pickle.loads(pickle.dumps(dataset))[1]
+        assert torch.equal(read["pixel_values"], expected["pixel_values"]) and read["labels"] == expected["labels"]
 
 
 # Arguments

@@ -28,9 +28,17 @@ class HubImages:
         self.name = args.dataset or args.dataset_name
         self.max_pixels = args.max_image_pixels
         self.card = {"dataset": self.name, "dataset_tags": self.repository, "dataset_args": args.dataset_config_name}
-        self.data = datasets.load_dataset(
-            self.repository, args.dataset_config_name, revision=args.dataset_revision, token=token, cache_dir=cache_dir
-        )
+        try:
+            self.data = datasets.load_dataset(
+                self.repository,
+                args.dataset_config_name,
+                revision=args.dataset_revision,
+                token=token,
+                cache_dir=cache_dir,
+            )
+        # Of a configuration that is not there, for instance.
+        except ValueError as error:
+            raise ValueError(f"--dataset_name {self.repository} was not loaded: {error}") from error
         self.splits = self._splits(args)
         first = self.data[next(iter(self.splits.values()))]
         if first.builder_name == "imagefolder" and Path(self.repository).is_dir():
@@ -48,7 +56,13 @@ class HubImages:
         name = self.splits[split]
         data = self.data[name]
         # Undecoded, so that an image that cannot be read has a name.
-        undecoded = data.cast_column(self.image, datasets.Image(decode=False))[self.image]
+        try:
+            undecoded = data.cast_column(self.image, datasets.Image(decode=False))[self.image]
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"--image_column_name: expected a column of images, got {self.image!r} of {data.features[self.image]}. Name "
+                f"another one of {', '.join(data.features)}."
+            ) from error
         images = StoredImages(undecoded, name, self.max_pixels)
         # A column is decoded entry by entry on access: right for images, 8 seconds for the labels of CIFAR.
         labels = data[self.label][:]
