@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import run_vit
 import torch
 from accelerate import PartialState
 from image_data import ImageDataset
+from image_predictions import write_predictions
 from image_transforms import ImageTransform
 from PIL import Image
 from safetensors.torch import load_file
@@ -369,9 +371,10 @@ def test_predictions_are_the_models_own(pictures, tmp_path):
     with torch.no_grad():
         expected = model(**image_processor(images, return_tensors="pt")).logits.softmax(-1)
     for row, probabilities in zip(rows, expected, strict=True):
-        told = [float(row[f"probability of {name}"]) for name in ("dark", "grey", "light")]
-        assert told == pytest.approx(probabilities.tolist(), rel=1e-5)
-        assert row["predicted"] == model.config.id2label[int(probabilities.argmax())]
+        told = [float(row[f"probability_{name}"]) for name in ("dark", "grey", "light")]
+        # Six digits are written.
+        assert told == pytest.approx(probabilities.tolist(), abs=1e-6)
+        assert row["prediction"] == model.config.id2label[int(probabilities.argmax())]
     assert "| pictures | validation | 12 |" in (out / "README.md").read_text().replace("the local folder ", "")
 
 
@@ -406,6 +409,24 @@ def test_the_model_is_asked_without_training_or_scoring(pictures, tmp_path):
     )
     assert {row["file"] for row in read_table(tmp_path / "other" / "predictions.csv")} < {f"{i}.png" for i in range(4)}
     assert not (tmp_path / "other" / "README.md").exists()
+
+
+def test_a_head_that_nobody_trained_is_not_asked(pictures, tmp_path, saved_vit):
+    given = ["--do_train", "false", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    message = "--do_train false: expected a model that is trained for the classes of the images, got .*, whose head is new: its scores"
+    with pytest.raises(ValueError, match=message):
+        run_vit.main([*given, "--data_dir", str(pictures), "--from_scratch"])
+    ViTForImageClassification.from_pretrained(saved_vit).vit.save_pretrained(saved_vit)
+    with pytest.raises(ValueError, match=message):
+        run_vit.main([*given, "--data_dir", str(pictures), "--model_name_or_path", str(saved_vit)])
+
+
+def test_predictions_of_a_model_that_diverged(tmp_path):
+    with pytest.raises(ValueError, match="predictions.csv: expected a number for every class, got NaN from the model"):
+        write_predictions(tmp_path, ["a"], np.array([[0.0, np.nan]]), ["x", "y"])
+    name = os.fsdecode(b"\xff, b.png")
+    path = write_predictions(tmp_path, [name], np.array([[0.0, 1000.0]]), ["x", "y"])
+    assert path.read_bytes() == b'file,prediction,probability_x,probability_y\r\n"\xff, b.png",y,0.000000,1.000000\r\n'
 
 
 def test_training_without_evaluation_needs_no_images_to_score(pictures, tmp_path):

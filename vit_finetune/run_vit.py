@@ -44,8 +44,9 @@ folder, what was logged on the way to trainer_state.json.
 import logging
 from pathlib import Path
 
+from datasets import disable_progress_bars
 from image_data import ImageDataset, corrupt_labels, names_of
-from image_predictions import FILE, compute_accuracy, only_logits, write_predictions
+from image_predictions import compute_accuracy, only_logits, write_predictions
 from image_sources import open_source
 from image_task import ImageTask, load_image_task
 from image_transforms import ImageTransform
@@ -59,8 +60,10 @@ from hf_sampa.finetuning import BaselineTrainer, run_main, train_and_score
 
 
 def show_messages(training_args: ViTTrainingArguments) -> None:
-    """Leave warnings to the main process, as Trainer does; what is chosen of the images is said, too."""
+    """Leave warnings and progress bars to the main process, as Trainer does; which images it takes, it says in any case."""
     logging.basicConfig(level=logging.ERROR if training_args.process_index else logging.WARNING)
+    if training_args.process_index or training_args.disable_tqdm:
+        disable_progress_bars()
     if not training_args.process_index:
         logging.getLogger("image_task").setLevel(logging.INFO)
 
@@ -130,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 5. Training, evaluation, predictions.
     def write(output: PredictionOutput, folder: Path) -> None:
-        write_predictions(folder / FILE, names_of(task.test.images), output.predictions, labels.names)
+        write_predictions(folder, names_of(task.test.images), output.predictions, labels.names)
 
     return train_and_score(
         trainer,

@@ -1,6 +1,7 @@
 """The model of the task and its image processor: pretrained, or from random weights."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import (
@@ -31,20 +32,25 @@ def load_classifier(
         training: Without, the data may lack classes that the model has.
 
     Raises:
-        ValueError: The model is for other classes; a checkpoint leaves other weights than those of the head undetermined; or
-            nothing says which size its images have.
+        ValueError: The model is for other classes, or has a new head that is not to be trained; a checkpoint leaves other
+            weights than those of the head undetermined; or nothing says which size its images have.
     """
     if args.from_scratch:
         config = _new_config(args)
         labels = class_names(config, names, new_head=True)
         config.update(labels.config_entries())
-        return AutoModelForImageClassification.from_config(config), labels, _new_image_processor(config)
-    own = _names_of(load_config(args))
-    if not training and set(names) <= set(own):
-        model, _ = load_model(AutoModelForImageClassification, args, own)
-        labels = ClassNames(own, tuple(own.index(name) for name in names), new_head=False)
+        model = AutoModelForImageClassification.from_config(config)
+    elif not training and set(names) <= set(own := _names_of(load_config(args))):
+        model, labels = load_model(AutoModelForImageClassification, args, own)
+        labels = replace(labels, ids=tuple(labels.names.index(name) for name in names))
     else:
         model, labels = load_model(AutoModelForImageClassification, args, names)
+    if labels.new_head and not training:
+        raise ValueError(
+            "--do_train false: expected a model that is trained for the classes of the images, got "
+            f"{'a new one' if args.from_scratch else args.model_name_or_path}, whose head is new: its scores and predictions "
+            "would be random. Give --model_name_or_path a trained one."
+        )
     return model, labels, _image_processor(args, model.config)
 
 
@@ -64,12 +70,14 @@ def _names_of(config: PretrainedConfig) -> tuple[str, ...]:
 
 
 def _image_processor(args: ViTModelArguments, config: PretrainedConfig) -> BaseImageProcessor:
-    name = args.image_processor_name or args.model_name_or_path
-    saved = (Path(name) / IMAGE_PROCESSOR_NAME).is_file()
-    if not args.image_processor_name and not saved and args.random_weights:
+    own = Path(args.model_name_or_path) / IMAGE_PROCESSOR_NAME
+    nothing_saved = args.random_weights and args.image_processor_name is None and not own.is_file()
+    if args.from_scratch or nothing_saved:
         return _new_image_processor(config)
     # Pillow whether or not torchvision is there: the two interpolate differently, and a run should not depend on it.
-    return AutoImageProcessor.from_pretrained(name, backend="pil", **args.hub_arguments())
+    return AutoImageProcessor.from_pretrained(
+        args.image_processor_name or args.model_name_or_path, backend="pil", **args.hub_arguments()
+    )
 
 
 def _new_image_processor(config: PretrainedConfig) -> BaseImageProcessor:
