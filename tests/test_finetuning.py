@@ -167,7 +167,7 @@ class Recorder:
     """Stands for a trainer and notes what it is asked for."""
 
     train_dataset, eval_dataset = range(7), {"a": range(3), "b": iter(())}
-    model = SimpleNamespace(config=SimpleNamespace(model_type="bert"))
+    model = SimpleNamespace(config=SimpleNamespace(model_type="bert", _name_or_path=""))
     state = SimpleNamespace(log_history=[])
 
     def __init__(self, folder, **settings):

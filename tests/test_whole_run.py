@@ -22,14 +22,16 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def run(folder, *callbacks, dataset="GLUE rte", compute_metrics=accuracy, **settings):
+def run(folder, *callbacks, dataset="GLUE rte", model_name="bert-tiny", compute_metrics=accuracy, **settings):
     """A run of four steps in two epochs; returns its trainer."""
     given = {"method": "sampa", "num_train_epochs": 2, "batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2}
     given |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_total_limit": None, **settings}
     args = FineTuningArguments(output_dir=str(folder), **given)
     kind = BaselineTrainer if args.method == "adamw" else SAMPaTrainer
+    model = tiny.bert()
+    model.config._name_or_path = f"models/{model_name}"
     trainer = kind(
-        tiny.bert(),
+        model,
         args,
         train_dataset=tiny.sentences(8) if args.do_train else None,
         eval_dataset=tiny.sentences(6, seed=2) if args.do_eval else None,
@@ -82,8 +84,12 @@ def test_an_overwritten_run_is_not_continued_by_the_one_that_overwrites_it(metho
         *("train_results.json", "eval_results.json", "learning_curve.png", "_run.json"),
     }
     assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("checkpoint-*"))
-    with pytest.raises(ValueError, match="checkpoint"):
+    with pytest.raises(ValueError) as caught:
         run(tmp_path, method=method, overwrite_output_dir=True, seed=7, resume_from_checkpoint="true")
+    assert str(caught.value) == (
+        f"--resume_from_checkpoint true: expected a checkpoint in {tmp_path}, got none: no run in it came as far. Start it anew, "
+        "without this option."
+    )
     # Killed later, it goes on from its own.
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Killed(3), method=method, overwrite_output_dir=True, seed=7)
@@ -101,11 +107,19 @@ def test_results_of_an_overwritten_run_are_not_among_the_new_ones(tmp_path):
     assert "eval_accuracy" in read(tmp_path / "_replaced-1", "all_results.json")
 
 
+def test_the_checkpoint_that_an_overwriting_run_goes_on_from_stays(tmp_path):
+    run(tmp_path)
+    named = run(tmp_path, overwrite_output_dir=True, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert named.state.global_step == 4
+    assert [each.name for each in (tmp_path / "_replaced-1").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
 @pytest.mark.parametrize(
     ("settings", "now", "then"),
     [
         ({"method": "sam"}, "method sam", "method sampa"),
         ({"method": "adamw"}, "method adamw", "method sampa"),
+        ({"model_name": "bert-mini"}, "model bert-mini", "model bert-tiny"),
         ({"dataset": "GLUE mrpc"}, "data set GLUE mrpc", "data set GLUE rte"),
     ],
 )
@@ -233,7 +247,7 @@ def test_the_command_on_a_card_starts_the_run_anew(tmp_path, monkeypatch):
     command = started.command(FineTuningArguments, 1)
     assert command == "```bash\npython run.py --output_dir out-again --data_dir data --seed 1\n```"
     continued = started.command(FineTuningArguments, 1, resumed=True)
-    assert "--output_dir out/ --data_dir data --resume_from_checkpoint=true" in continued
+    assert "--output_dir out --data_dir data --resume_from_checkpoint=true" in continued
 
 
 # Errors

@@ -22,7 +22,12 @@ RESULTS = ("trainer_state.json", "*_results.json", "learning_curve.png", RUN)
 
 
 def check_own(folder: Path, run: dict[str, Any]) -> None:
-    """Raise ValueError if the last run that was started in `folder` is another one than `run`, as far as a file of it says."""
+    """Raise ValueError if there is no checkpoint in `folder`, or its last run is another one than `run`, as far as its file says."""
+    if not any(folder.glob(f"*{PREFIX_CHECKPOINT_DIR}-*")):
+        raise ValueError(
+            f"--resume_from_checkpoint true: expected a checkpoint in {folder}, got none: no run in it came as far. Start it anew, "
+            "without this option."
+        )
     file = folder / RUN
     if not file.is_file():
         return  # of an earlier version
@@ -43,12 +48,14 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
         partial.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
-def move_aside(folder: Path) -> None:
+def move_aside(folder: Path, checkpoint: str | None) -> None:
     """Move checkpoints and results of the run before out of the way of one that overwrites it; on the main process.
 
-    A checkpoint that stayed would be taken for the new run's when that is resumed, and results would be mixed.
+    A checkpoint that stayed would be taken for the new run's when that is resumed, and results would be mixed. Only the one that
+    the new run goes on from stays where it is.
     """
     old = [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(each for name in RESULTS for each in folder.glob(name))]
+    old = [each for each in old if checkpoint is None or each.resolve() != Path(checkpoint).resolve()]
     if not old:
         return
     number = 1 + max(

@@ -56,14 +56,14 @@ def train_and_score(
 
 def _begin(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
     """Make room for the run, or see that the one which is there is the one to be continued."""
-    args, facts = trainer.args, trainer.card_facts
-    run = {"method": args.method, "data set": facts.dataset, "model": trainer.model.config.model_type}
-    run = {name: value for name, value in run.items() if value is not None}
+    args, config = trainer.args, trainer.model.config
+    model = Path(config._name_or_path).name or config.model_type
+    run = {"method": args.method, "data set": trainer.card_facts.dataset, "model": model}
     if args.resume_from_checkpoint is True:
         output_folder.check_own(folder, run)
     elif trainer.is_world_process_zero():
-        if args.overwrite_output_dir and not args.resume_from_checkpoint:
-            output_folder.move_aside(folder)
+        if args.overwrite_output_dir:
+            output_folder.move_aside(folder, args.resume_from_checkpoint)
         output_folder.begin(folder, run)
 
 
