@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from tasks import HUB_DATASET, PAPER_SETTINGS, TASKS
-from transformers import HfArgumentParser
+from tasks import HUB_DATASET, PAPER_SETTINGS, TASKS, TaskName
+from text_arguments import TextArguments, TextModelArguments
 
-from hf_sampa.finetuning import FineTuningArguments, parse_arguments
+from hf_sampa.finetuning import FineTuningArguments, FineTuningParser, parse_arguments
 
 
 USAGE = r"""accelerate launch --config_file accelerate_configs/gpu_2.yaml \
@@ -19,38 +19,38 @@ task's dev sets. The first command starts a SAMPa pair of two processes (without
 one process, with the same numbers in about twice the time. More commands are at the top of glue/run_glue.py."""
 
 
-@dataclass
-class GlueArguments:
-    """What to train on which task."""
+@dataclass(kw_only=True)
+class GlueArguments(TextArguments):
+    """Which task, and where its data are.
 
-    _argument_group_name: ClassVar[str] = "task, data and model"
+    Raises:
+        ValueError: there is no such task.
+    """
 
-    task_name: str = field(metadata={"help": "The GLUE task.", "choices": list(TASKS)})
+    _argument_group_name: ClassVar[str] = "task and data"
+
+    task_name: TaskName = field(
+        metadata={"help": "The GLUE task, in any spelling (sst2, SST-2).", "choices": list(TASKS)}
+    )
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with the official train.tsv and dev.tsv of this task (MNLI: dev_matched.tsv and "
-            f"dev_mismatched.tsv). Without it the task is loaded from {HUB_DATASET} on the Hub."
+            "help": "Folder with the official files of this task: train.tsv for --do_train, dev.tsv (MNLI: dev_matched.tsv "
+            "and dev_mismatched.tsv) for --do_eval, test.tsv for --do_predict (MNLI: two of them, and diagnostic.tsv if it is "
+            f"there). Without it the task is loaded from {HUB_DATASET} on the Hub."
         },
     )
-    model_name_or_path: str = field(
-        default="bert-base-uncased",
-        metadata={"help": "Encoder on the Hub or in a folder. A folder without weights is trained from scratch."},
-    )
-    max_length: int = field(default=128, metadata={"help": "Longest input in tokens; longer ones are truncated."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many training examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use the first so many of each dev set."})
 
 
-def make_parser() -> HfArgumentParser:
+def make_parser() -> FineTuningParser:
     """Parser with the paper's settings for GLUE as defaults; `parse_args` puts in those of the task."""
     exceptions = [
         f"{name}: {', '.join(f'{setting} {value}' for setting, value in task.settings.items())}"
         for name, task in TASKS.items()
         if task.settings
     ]
-    parser = HfArgumentParser(
-        (GlueArguments, FineTuningArguments),
+    parser = FineTuningParser(
+        (TextModelArguments, GlueArguments, FineTuningArguments),
         usage=USAGE,
         description=DESCRIPTION,
         epilog=f"The defaults are the paper's for GLUE, and by task {'; '.join(exceptions)}.",
@@ -59,13 +59,13 @@ def make_parser() -> HfArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[GlueArguments, FineTuningArguments]:
+def parse_args(argv: list[str] | None = None) -> tuple[TextModelArguments, GlueArguments, FineTuningArguments]:
     """Read the command line. The paper's settings for the task are the defaults; what is given explicitly wins.
 
     Raises:
         FileExistsError: the run would write into an `output_dir` that is not empty.
+        ValueError: an argument is not in its range.
     """
-    parser = make_parser()
-    task_name = parser.parse_known_args(argv)[0].task_name
-    parser.set_defaults(**TASKS[task_name].paper_settings)
-    return parse_arguments(parser, argv)
+    return parse_arguments(
+        make_parser(), argv, lambda given: TASKS[given.task_name].paper_settings if given.task_name else {}
+    )

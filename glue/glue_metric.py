@@ -6,15 +6,21 @@ without a network. Metric names and values are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Sequence
 
 import evaluate
 import numpy as np
 from datasets import Features, Value
+from outputs import check_outputs
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tasks import TASKS, GlueTask
 from transformers import EvalPrediction
+
+
+logger = logging.getLogger(__name__)
 
 
 def _correlation(statistic: Callable) -> Callable[[list[float], list[float]], float]:
@@ -59,14 +65,39 @@ class GlueMetric(evaluate.Metric):
         return {name: float(METRICS[name](references, predictions)) for name in TASKS[self.config_name].metrics}
 
 
-def make_compute_metrics(task: GlueTask) -> Callable[[EvalPrediction], dict[str, float]]:
-    """`compute_metrics` for Trainer, from logits of shape ``(num_examples, num_labels)`` (``num_labels`` is 1 for STS-B)."""
+def make_compute_metrics(
+    task: GlueTask, ids: Sequence[int] | None = None
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """`compute_metrics` for Trainer, from logits of shape ``(num_examples, num_labels)`` (``num_labels`` is 1 for STS-B).
+
+    It raises ValueError for logits with NaN, and takes a correlation that is undefined for 0, with a warning: nothing else can
+    be compared with other epochs, or written to JSON.
+
+    Args:
+        task: which metrics.
+        ids: the model's output for each of the task's labels; by default they are in the same order.
+    """
     # In memory: the processes of a run would otherwise share one cache file.
     metric = GlueMetric(task.name, keep_in_memory=True)
+    ids = list(range(len(task.labels) or 1) if ids is None else ids)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions
-        predictions = logits[:, 0] if task.is_regression else np.argmax(logits, axis=-1)
-        return metric.compute(predictions=predictions, references=prediction.label_ids)
+        logits = check_outputs(prediction.predictions)[:, ids]
+        if task.is_regression:
+            return defined(metric.compute(predictions=logits[:, 0], references=prediction.label_ids))
+        # F1 is of the task's class 1, whichever output of the model that is.
+        references = np.argsort(ids)[prediction.label_ids]
+        return metric.compute(predictions=np.argmax(logits, axis=-1), references=references)
 
     return compute_metrics
+
+
+def defined(metrics: dict[str, float]) -> dict[str, float]:
+    """0 in the place of NaN, with a warning."""
+    undefined = [name for name, value in metrics.items() if math.isnan(value)]
+    if undefined:
+        logger.warning(
+            "%s: undefined, since all predictions or all labels are the same; 0 is taken instead.",
+            ", ".join(undefined),
+        )
+    return metrics | dict.fromkeys(undefined, 0.0)

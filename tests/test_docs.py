@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -13,6 +14,7 @@ from pathlib import Path
 from unittest import SkipTest
 from unittest.mock import patch
 
+import classification_arguments
 import datasets
 import glue_arguments
 import make_sample
@@ -24,6 +26,7 @@ from matplotlib.text import Text
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from torch.distributed.run import get_args_parser as torchrun_parser
+from transformers import BertConfig, BertModel
 
 import hf_sampa.variants.__main__ as catalogue
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
@@ -50,15 +53,30 @@ def after_the_change(example: Example) -> None:
     exec("\n".join(lines), example.namespace)
 
 
+@pytest.fixture(scope="module")
+def files_of_a_reader(tmp_path_factory) -> Path:
+    """``reviews.csv``, ``pictures/``, and the models trained on them, small and where their names on the Hub lead offline."""
+    folder = tmp_path_factory.mktemp("reader")
+    make_pictures(folder)
+    rows = [
+        f"the plot is {word},{label}" for word, label in [("vivid", "good"), ("dull", "bad"), ("long", "neither")] * 5
+    ]
+    (folder / "reviews.csv").write_text("\n".join(["text,label", *rows, ""]))
+    model = folder / "distilbert" / "distilbert-base-uncased"
+    make_sample.make_tiny_bert(model, hidden_size=16, num_layers=1, dropout=0.0)
+    BertModel(BertConfig.from_pretrained(model)).save_pretrained(model)
+    return folder
+
+
 @on_every_page
-def test_the_code_runs(page, tmp_path, monkeypatch):
-    """All blocks of a page in order, in a folder with pictures, with what a reader brings: a model, arguments and data.
+def test_the_code_runs(page, files_of_a_reader, tmp_path, monkeypatch):
+    """All blocks of a page in order, in a folder with a reader's files, with what a reader brings: a model, arguments and data.
 
     A block after a line ``<!-- skip: next "reason" -->`` is left out.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    make_pictures(tmp_path)
+    shutil.copytree(files_of_a_reader, tmp_path, dirs_exist_ok=True)
     parsers = [PythonCodeBlockParser(), CodeBlockParser("diff", after_the_change), SkipParser()]
     document = Sybil(parsers).parse(page)
     document.namespace.update(
@@ -130,6 +148,7 @@ def check_script(script: str, arguments: list[str]) -> None:
         return
     assert (ROOT / script).is_file()
     parse = {
+        "glue/run_classification.py": classification_arguments.parse_args,
         "glue/run_glue.py": glue_arguments.parse_args,
         "glue/make_sample.py": run_make_sample,
         "vit_finetune/run_vit.py": vit_arguments.parse_args,

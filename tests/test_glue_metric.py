@@ -75,3 +75,25 @@ def test_logits_become_classes_and_scores():
         EvalPrediction(np.array([[1.0], [2.0], [3.0]], dtype=np.float32), np.array([2.0, 4.0, 6.0], dtype=np.float32))
     )
     assert scores == pytest.approx({"pearson": 1.0, "spearmanr": 1.0})
+
+
+def test_a_correlation_that_is_undefined_counts_as_none_and_is_warned_of(caplog):
+    constant = EvalPrediction(np.full((3, 1), 2.5, dtype=np.float32), np.array([1.0, 2.0, 3.0], dtype=np.float32))
+    with pytest.warns(match="An input array is constant"):
+        assert make_compute_metrics(TASKS["stsb"])(constant) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert "pearson, spearmanr: undefined, since all predictions or all labels are the same; 0 is taken" in caplog.text
+
+
+def test_outputs_that_are_no_numbers_are_no_classes():
+    with pytest.raises(ValueError, match="Expected numbers from the model, got NaN for 1 of 2 examples"):
+        make_compute_metrics(TASKS["rte"])(EvalPrediction(np.array([[0.0, 1.0], [np.nan, 0.0]]), np.array([0, 1])))
+
+
+def test_f1_is_of_the_tasks_class_1_whatever_its_place_in_the_model():
+    logits, labels = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]), np.array([1, 1, 0, 0])
+    expected = make_compute_metrics(TASKS["mrpc"])(EvalPrediction(logits, labels))
+    turned = make_compute_metrics(TASKS["mrpc"], (1, 0))(EvalPrediction(logits[:, ::-1], 1 - labels))
+    assert turned == expected == {"accuracy": 0.5, "f1": 0.5}
+    uneven = np.array([1, 1, 1, 0])
+    expected = make_compute_metrics(TASKS["mrpc"])(EvalPrediction(logits, uneven))
+    assert make_compute_metrics(TASKS["mrpc"], (1, 0))(EvalPrediction(logits[:, ::-1], 1 - uneven)) == expected

@@ -4,7 +4,8 @@ import logging
 import re
 
 import pytest
-from datasets import ClassLabel, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Value
+from glue_data import check_labels
 from glue_tsv import read_glue_file, read_glue_folder
 from tasks import TASKS
 
@@ -299,3 +300,96 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"rte \(train.tsv, dev.tsv\), but .* \(found: no such folder\)"):
         read_glue_folder(tmp_path / "RTE", TASKS["rte"])
+
+
+# Files of something else, and odd ones
+
+
+@pytest.mark.parametrize("task_name", TASKS)
+def test_the_folder_of_another_task_is_named_as_that_tasks(task_name, tmp_path):
+    for name in TASKS[task_name].files.values():
+        write_official(tmp_path / name, task_name, name if (task_name, name) in FILES else "train.tsv")
+    if task_name == "mnli":
+        write_official(tmp_path / "dev_mismatched.tsv", "mnli", "dev_matched.tsv")
+    for other in TASKS.values():
+        if other.name != task_name:
+            with pytest.raises(ValueError) as caught:
+                read_glue_folder(tmp_path, other)
+            assert str(caught.value) == (
+                f"{tmp_path}: expected the files of {other.name}, got those of {task_name}. Give --task_name {task_name}, "
+                f"or --data_dir the folder of {other.name}."
+            )
+
+
+def test_a_damaged_folder_of_the_task_is_not_taken_for_anothers(tmp_path):
+    write_official(tmp_path / "train.tsv", "rte")
+    with pytest.raises(FileNotFoundError, match="but dev.tsv is not there"):
+        read_glue_folder(tmp_path, TASKS["rte"])
+
+
+def numbered(path, *rows):
+    return write_tsv(path, ["index", "sentence1", "sentence2"], *rows)
+
+
+def test_a_file_to_predict_has_numbered_rows_without_labels(tmp_path):
+    path = numbered(tmp_path / "test.tsv", ["4", "a", "b"], ["2", "c", "d"])
+    rows = [{"sentence1": "a", "sentence2": "b", "idx": 4}, {"sentence1": "c", "sentence2": "d", "idx": 2}]
+    assert read_glue_file(path, TASKS["rte"], labelled=False).to_list() == rows
+    # Files of CoLA have no header row, but for this one.
+    path = write_tsv(tmp_path / "test.tsv", ["index", "sentence"], ["0", "Fine."])
+    assert read_glue_file(path, TASKS["cola"], labelled=False).to_list() == [{"sentence": "Fine.", "idx": 0}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["x", "a", "b"]], "line 2: expected the number of the row in column 'index', got 'x'. Use"),
+        ([["1", "a", "b"], ["1", "c", "d"]], "line 3: expected another number in every row, got 1 as in line 2. Use"),
+        ([["1", "a"]], "line 2: expected 3 tab-separated fields"),
+    ],
+)
+def test_rows_to_predict_without_a_number_of_their_own_are_refused(rows, message, tmp_path):
+    path = numbered(tmp_path / "test.tsv", *rows)
+    with pytest.raises(ValueError) as caught:
+        read_glue_file(path, TASKS["rte"], labelled=False)
+    assert f"{path}, {message}" in str(caught.value)
+
+
+def test_no_row_to_predict_is_left_out_of_qqp(tmp_path):
+    path = write_tsv(tmp_path / "test.tsv", ["id", "question1", "question2"], ["0", "Why?", "How?"], ["1", "Why"])
+    with pytest.raises(ValueError, match="line 3: expected 3 tab-separated fields"):
+        read_glue_file(path, TASKS["qqp"], labelled=False)
+
+
+@pytest.mark.parametrize(
+    ("texts", "warned"),
+    [(['"He said ""no"" ."', "He said no ."], True), (['"one"', '"two"', "three"], True), (['"one"', '" two', "three"], False)],
+)  # fmt: skip
+def test_quotes_of_a_spreadsheet_are_kept_but_warned_of(texts, warned, tmp_path, caplog):
+    path = write_tsv(tmp_path / "dev.tsv", ["sentence", "label"], *([text, "1"] for text in texts))
+    assert read_glue_file(path, TASKS["sst2"])["sentence"] == texts
+    assert (f"of {len(texts)} texts are in double quotes" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("column", ["sentence", "label"])
+def test_a_column_twice_is_refused(column, tmp_path):
+    path = write_tsv(tmp_path / "dev.tsv", ["sentence", "label", column], ["fine", "1", "0"])
+    assert f"but {column!r} is in 'sentence', 'label', {column!r} more than once" in refusal(path, "sst2")
+
+
+def test_labels_that_are_all_the_same_are_warned_of(caplog):
+    rows = {"sentence": ["a", "b"], "label": [1, 1]}
+    check_labels(DatasetDict(train=Dataset.from_dict(rows, features=TASKS["sst2"].features)), TASKS["sst2"])
+    assert "train of sst2: all of its 2 rows have the label positive, so that nothing" in caplog.text
+
+
+def test_scores_that_are_all_the_same_are_no_dev_set(caplog):
+    rows = Dataset.from_dict(
+        {"sentence1": "ab", "sentence2": "cd", "label": [2.5, 2.5]}, features=TASKS["stsb"].features
+    )
+    check_labels(DatasetDict(train=rows), TASKS["stsb"])
+    assert "all of its 2 rows have the label 2.5" in caplog.text
+    with pytest.raises(
+        ValueError, match="validation of stsb: expected scores that differ, got 2.5 in all of its 2 rows"
+    ):
+        check_labels(DatasetDict(validation=rows), TASKS["stsb"])
