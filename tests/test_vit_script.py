@@ -107,6 +107,13 @@ def test_the_default_of_rho_is_the_methods_and_an_explicit_one_wins(tmp_path, gi
     assert parse_args(["--output_dir", str(tmp_path), "--use_cpu", *given])[2].rho == rho
 
 
+def test_the_best_model_is_the_one_with_the_best_accuracy(tmp_path):
+    given = ["--output_dir", str(tmp_path), "--use_cpu"]
+    assert parse_args(given)[2].metric_for_best_model is None
+    args = parse_args([*given, "--early_stopping_patience", "2"])[2]
+    assert (args.metric_for_best_model, args.load_best_model_at_end) == ("accuracy", True)
+
+
 def test_an_unknown_method_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--method", "asam"])

@@ -326,6 +326,13 @@ def test_tables_that_are_refused(flat, text, message):
         load_task(data_dir=flat, evaluate=False)
 
 
+def test_a_column_of_a_table_that_is_not_there(folder):
+    with pytest.raises(
+        ValueError, match="--label_column_name kind: expected a metadata.csv with this column in .*train, got none"
+    ):
+        load_task(data_dir=folder, evaluate=False, label_column_name="kind")
+
+
 def test_a_table_in_another_coding(flat):
     write_table(flat, ROWS + "b.png,Bär\n", encoding="latin1")
     with pytest.raises(ValueError, match="metadata.csv: expected UTF-8, got other bytes .* Save it as UTF-8"):

@@ -48,6 +48,11 @@ def read_split_folder(
         paths, classes, names = _read_table(folder, label_column, needs_labels)
     elif not needs_labels and not any(path.is_dir() for path in _visible(folder)):
         paths, classes, names = [str(path) for path in _visible(folder)], None, []
+    elif label_column is not None:
+        raise ValueError(
+            f"--label_column_name {label_column}: expected a {TABLE} with this column in {folder}, got none. Put it there, or "
+            "leave the option out, where folders tell the classes."
+        )
     else:
         by_class = _images_by_class(folder)
         paths = [path for images in by_class.values() for path in images]

@@ -30,6 +30,12 @@ DEFAULT_RHO = {"adamw": 0.0, "sam": 0.05, "sampa": 0.1}
 # What the validation images are called, on the Hub and in folders.
 VALIDATION = ("validation", "val", "valid", "dev")
 
+# Settings of a data set that is named by --dataset_name.
+OF_THE_HUB = (
+    *("dataset_config_name", "dataset_revision", "image_column_name"),
+    *("train_split_name", "validation_split_name", "test_split_name"),
+)
+
 
 @dataclass
 class DataArguments:
@@ -148,30 +154,23 @@ class DataArguments:
     def __post_init__(self):
         folders = self._given("train_dir", "validation_dir", "test_dir")
         if self.dataset_name is not None:
-            self._refuse("--dataset_name", ["dataset", "data_dir", *folders])
-        elif folders:
-            self.dataset = self.dataset or "imagefolder"
-        elif self.data_dir is not None:
-            self.dataset = self.dataset or find_cifar(self.data_dir) or "imagefolder"
-        self.dataset = self.dataset or (None if self.dataset_name else "cifar10")
-        if self.dataset in CIFAR_LAYOUTS:
-            self._refuse(f"--dataset {self.dataset}", folders)
+            self._refuse("--dataset_name", self._given("dataset", "data_dir") + folders)
+        else:
+            self.dataset = self.dataset or self._found_in(folders)
+            without_effect = self._given(*OF_THE_HUB)
+            if self.dataset != "imagefolder":
+                without_effect += folders + self._given("label_column_name")
+            self._refuse(f"--dataset {self.dataset}", without_effect)
         if self.dataset == "imagefolder" and not folders and self.data_dir is None:
             raise ValueError(
                 "--dataset imagefolder reads a folder: name it with --data_dir, or its parts with --train_dir."
-            )
-        of_the_hub = [item.name for item in fields(self) if item.name.endswith(("_split_name", "_column_name"))]
-        if self.dataset is not None:
-            of_folders = {"label_column_name"} if self.dataset == "imagefolder" else set()
-            self._refuse(
-                f"--dataset {self.dataset}", [*{*of_the_hub, "dataset_config_name", "dataset_revision"} - of_folders]
             )
         if self.crop is not None and not self.augment:
             raise ValueError(f"--crop {self.crop} would have no effect with --no_augment: expected one of the two.")
         if self.train_val_split is not None and not 0 < self.train_val_split < 1:
             raise ValueError(f"--train_val_split: expected a share between 0 and 1, got {self.train_val_split}.")
-        for name in ("max_image_pixels", "max_train_samples", "max_eval_samples", "max_predict_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+        for name in self._given("max_image_pixels", "max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected a positive number, got {getattr(self, name)}.")
 
     @property
@@ -180,17 +179,24 @@ class DataArguments:
         usual = "padded" if self.dataset in CIFAR_LAYOUTS else "resized"
         return (self.crop or usual) if self.augment else None
 
+    def _found_in(self, folders: list[str]) -> str:
+        """The data set where none is named."""
+        if folders:
+            return "imagefolder"
+        return "cifar10" if self.data_dir is None else find_cifar(self.data_dir) or "imagefolder"
+
     def _given(self, *names: str) -> list[str]:
         return [name for name in names if getattr(self, name) is not None]
 
-    def _refuse(self, beside: str, names: list[str]) -> None:
-        if given := self._given(*names):
+    def _refuse(self, beside: str, given: list[str]) -> None:
+        if given:
             raise ValueError(
                 f"{', '.join(f'--{name} {getattr(self, name)}' for name in given)} would have no effect with {beside}. Leave "
                 "out what is not meant."
             )
 
 
+# Settings of a new model.
 SHAPE = ("image_size", "patch_size", "hidden_size", "num_hidden_layers")
 
 
