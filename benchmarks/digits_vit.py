@@ -13,11 +13,11 @@ from image_data import corrupt_labels
 from image_predictions import compute_accuracy
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from transformers import HfArgumentParser, Trainer, ViTConfig, ViTForImageClassification, set_seed
+from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification, set_seed
 from vit_arguments import ViTTrainingArguments
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.finetuning import train_and_score
+from hf_sampa.finetuning import BaselineTrainer, train_and_score
 
 
 LABEL_NOISE = 0.4
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     (args,) = HfArgumentParser(ViTTrainingArguments).parse_args_into_dataclasses(argv)
     set_seed(args.seed)
     train_rows, test_rows = load_rows()
-    trainer_class = Trainer if args.method == "adamw" else SAMPaTrainer
+    trainer_class = BaselineTrainer if args.method == "adamw" else SAMPaTrainer
     trainer = trainer_class(
         model=new_model(),
         args=args,
