@@ -17,7 +17,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from hf_sampa.finetuning import ClassNames, ModelArguments, class_names, load_model
+from hf_sampa.finetuning import ClassNames, ModelArguments, class_names, is_without_weights, load_config, load_model
 from tests import tiny
 
 
@@ -183,6 +183,9 @@ def test_a_configuration_alone_is_trained_from_scratch(tmp_path, caplog):
     model, labels = load(tmp_path)
     assert labels == ClassNames(DATA, (0, 1, 2), True) and model.config.num_labels == 3
     assert f"{tmp_path} holds no weights: the model is trained from scratch." in caplog.text
+    assert is_without_weights(str(tmp_path)) and not is_without_weights("bert-base-uncased")
+    model.save_pretrained(tmp_path)
+    assert not is_without_weights(str(tmp_path))
 
 
 def test_weights_are_in_full_precision_and_the_kind_of_problem_is_the_datas(tmp_path):
@@ -205,6 +208,7 @@ def test_another_configuration_can_be_given(tmp_path):
     config(hidden_dropout_prob=0.4).save_pretrained(tmp_path / "config")
     model, _ = load(tmp_path / "model", config_name=str(tmp_path / "config"))
     assert model.config.hidden_dropout_prob == 0.4
+    assert load_config(ModelArguments(str(tmp_path / "model"))).hidden_dropout_prob == 0.1
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):

@@ -7,7 +7,7 @@ from .baseline import BaselineTrainer
 from .class_names import ClassNames, class_names
 from .command_line import UNUSED, parse_arguments
 from .model_arguments import ModelArguments
-from .models import load_config, load_model
+from .models import is_without_weights, load_config, load_model
 from .parser import FineTuningParser
 from .script import run_main
 from .training_arguments import FineTuningArguments
@@ -22,6 +22,7 @@ __all__ = [
     "FineTuningParser",
     "ModelArguments",
     "class_names",
+    "is_without_weights",
     "load_config",
     "load_model",
     "parse_arguments",

@@ -159,7 +159,7 @@ def test_glue_on_two_processes_is_pushed_by_one_and_scores_the_same(hub, tmp_pat
         "steps: 4",
     ):
         assert f"\n- {line}" in card.text, line
-    assert "torchrun --nproc_per_node 2 " in card.text and "--variant vasso" in card.text
+    assert "torchrun --standalone --nproc_per_node 2 " in card.text and "--variant vasso" in card.text
     assert hub.token not in card.text and "HIDDEN" in card.text
     assert "largest Hessian eigenvalue" in card.text
     assert "More information needed" not in card.text
