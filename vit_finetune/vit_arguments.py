@@ -8,8 +8,13 @@ from cifar_files import CIFAR_LAYOUTS, find_cifar
 from image_files import MAX_PIXELS
 from transformers import SchedulerType
 
-from hf_sampa.finetuning import FineTuningArguments, FineTuningParser, ModelArguments, parse_arguments
-from hf_sampa.finetuning.models import is_without_weights
+from hf_sampa.finetuning import (
+    FineTuningArguments,
+    FineTuningParser,
+    ModelArguments,
+    is_without_weights,
+    parse_arguments,
+)
 
 
 USAGE = r"""accelerate launch --config_file accelerate_configs/gpu_2.yaml \
