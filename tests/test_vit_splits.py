@@ -105,6 +105,10 @@ def test_nothing_is_held_out_where_there_are_validation_images(folder):
         ValueError, match="expected the local folder pictures to have none of its own, but it has 'val'"
     ):
         load_task(data_dir=folder, train_val_split=0.2)
+    with pytest.raises(
+        ValueError, match="expected some in the local folder val, got val alone. Name them with --train_dir"
+    ):
+        load_task(test_dir=str(folder / "val"), train=False, train_val_split=0.2)
 
 
 def test_a_run_reads_what_it_needs_and_nothing_else(folder):

@@ -57,7 +57,7 @@ class HeldOut:
     """A source without validation images, of whose training images a share is held out for validation.
 
     Raises:
-        ValueError: The source has validation images; or (on reading) too few of some class to share.
+        ValueError: The source has validation images, or no training images; or (on reading) too few of some class to share.
     """
 
     def __init__(self, source: Source, share: float):
@@ -66,10 +66,13 @@ class HeldOut:
                 f"--train_val_split holds validation images out of the training images: expected {source.name} to have none "
                 f"of its own, but it has {source.splits['validation']!r}. Leave --train_val_split out to score those."
             )
+        if "train" not in source.splits:
+            raise ValueError(
+                f"--train_val_split holds validation images out of the training images: expected some in {source.name}, got "
+                f"{' and '.join(source.splits.values())} alone. Name them with --train_dir, or leave --train_val_split out."
+            )
         self.source, self.share, self.name, self.card = source, share, source.name, source.card
-        self.splits = dict(source.splits)
-        if "train" in source.splits:
-            self.splits["validation"] = f"{source.splits['train']}, {100 * share:g}% held out"
+        self.splits = source.splits | {"validation": f"{source.splits['train']}, {100 * share:g}% held out"}
 
     def read(self, split: str) -> tuple[LabelledImages, list[str]]:
         if split not in ("train", "validation"):

@@ -18,8 +18,6 @@ _WHAT_TO_SCORE = (
     "Hold some of the training images out with --train_val_split 0.1, name a folder with --validation_dir, or leave "
     "scoring out with --do_eval false"
 )
-
-
 # What images are for, and what a class that has none lacks.
 _PURPOSES = {
     "train": ("train on", "nothing is learned of them"),
