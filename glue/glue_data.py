@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from glue_arguments import GlueArguments
 from glue_tsv import read_glue_folder
 from tasks import DIAGNOSTIC, HUB_DATASET, GlueTask
-from text_inputs import is_scored
+from text_splits import is_scored
 
 from hf_sampa.finetuning import FineTuningArguments
 

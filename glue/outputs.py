@@ -1,4 +1,4 @@
-"""What comes out of a model: the one array of scores, and whether there are scores in it at all."""
+"""What comes out of a model: the one array of scores, and whether they can mean anything."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from hf_sampa.finetuning import ClassNames, FineTuningArguments, ModelArguments
+
+
+def check_head(classes: ClassNames, model_args: ModelArguments, training_args: FineTuningArguments) -> None:
+    """See that a model which is not to be trained has been.
+
+    Raises:
+        ValueError: its head is new.
+    """
+    if classes.new_head and not training_args.do_train:
+        raise ValueError(
+            f"--do_train false: expected a model that is trained for {', '.join(classes.names)}, got "
+            f"{model_args.model_name_or_path}, whose head is new: its scores and predictions would be random. Give "
+            "--model_name_or_path a trained one."
+        )
 
 
 def first_output(outputs: Any, labels: torch.Tensor) -> torch.Tensor:

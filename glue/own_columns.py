@@ -50,6 +50,10 @@ def find_columns(table: Table, texts: str | None, label: str | None) -> tuple[tu
         raise ValueError(_which(table, "--text_column_names", "one or two columns of text"))
     if both := set(found) & set(labels):
         raise ValueError(f"--label_column_name: expected another column than the text, got {quoted(both)} for both.")
+    if "label" in found:
+        raise ValueError(
+            "--text_column_names: expected a name other than 'label', which Trainer takes for the labels. Rename it."
+        )
     return found, labels
 
 

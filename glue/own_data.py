@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from datasets import Sequence as ListOf
 from own_files import read_file
 from own_labels import MULTI, SINGLE
 from own_tables import Table, table_of
-from text_inputs import is_scored
 from text_lines import quoted
+from text_splits import is_scored
 
 from hf_sampa.finetuning import FineTuningArguments, ModelArguments
 
+
+logger = logging.getLogger(__name__)
 
 # What the rows of a split are for, and what to do if there are none.
 _NEEDED = {
@@ -40,6 +43,10 @@ def load_tables(
         "validation": is_scored(training_args) and data_args.train_val_split is None,
         "test": training_args.do_predict,
     }
+    if data_args.test_file is not None and not training_args.do_predict:
+        logger.warning(
+            "--test_file is not read without --do_predict. Add it for predictions, or leave out what has no effect."
+        )
     splits = [split for split, is_wanted in wanted.items() if is_wanted]
     if data_args.dataset_name is not None:
         return _from_hub(data_args, model_args, splits)
@@ -56,13 +63,16 @@ def _from_hub(
     data_args: ClassificationArguments, model_args: ModelArguments, splits: Sequence[str]
 ) -> dict[str, Table]:
     name = data_args.dataset_name
-    data = load_dataset(
-        name,
-        data_args.dataset_config_name,
-        revision=data_args.dataset_revision,
-        token=model_args.token,
-        cache_dir=model_args.cache_dir,
-    )
+    try:
+        data = load_dataset(
+            name,
+            data_args.dataset_config_name,
+            revision=data_args.dataset_revision,
+            token=model_args.token,
+            cache_dir=model_args.cache_dir,
+        )
+    except ValueError as error:  # of a configuration that is missing, or that there is not; it names those there are
+        raise ValueError(f"--dataset_name {name}, --dataset_config_name: {error}") from error
     tables = {}
     for split in splits:
         theirs = getattr(data_args, f"{split}_split_name")
@@ -86,22 +96,22 @@ def with_labels(texts: Dataset, encoded: list[Any], problem_type: str, names: Se
         feature = ClassLabel(names=list(names))
     elif problem_type == MULTI:
         feature = ListOf(Value("float32"))
-    rest = [column for column in texts.column_names if column != "label"]
-    return texts.select_columns(rest).add_column("label", encoded, feature=feature)
+    return texts.add_column("label", encoded, feature=feature)
 
 
-def split_off(data: DatasetDict, share: float, seed: int, stratified: bool) -> DatasetDict:
-    """`data` with part of "train" as "validation".
+def split_off(data: DatasetDict, share: float, args: FineTuningArguments, stratified: bool) -> DatasetDict:
+    """`data` with part of "train" as "validation", and the rest of it if the run trains.
 
     Args:
         data: with "train".
         share: of the rows, that go to "validation".
-        seed: by which they are drawn.
+        args: whether there is training; the seed by which the rows are drawn.
         stratified: whether they are drawn of every class alike.
 
     Raises:
         ValueError: there are too few rows of a class, or at all.
     """
+    seed = args.seed if args.data_seed is None else args.data_seed
     try:
         parts = data["train"].train_test_split(share, seed=seed, stratify_by_column="label" if stratified else None)
     except ValueError as error:
@@ -109,7 +119,10 @@ def split_off(data: DatasetDict, share: float, seed: int, stratified: bool) -> D
             f"--train_val_split {share:g}: expected enough rows of every class to have some on both sides, but {error} Give a larger "
             "share, more rows, or a --validation_file."
         ) from error
-    return DatasetDict({**data, "train": parts["train"], "validation": parts["test"]})
+    train = {"train": parts["train"]} if args.do_train else {}
+    return DatasetDict(
+        {**train, **{split: rows for split, rows in data.items() if split != "train"}, "validation": parts["test"]}
+    )
 
 
 def split_remark(data_args: ClassificationArguments) -> list[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from own_tables import Table
-from text_lines import LONGEST_LINE, cut, entry, open_text, quoted, text_lines
+from text_lines import LONGEST_LINE, cut, entry, open_text, text_lines
 
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -140,17 +141,15 @@ def _read_json(path: Path) -> Table:
 
 def _parse(text: str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            raise ValueError(
-                f"{where}: expected every key once, got {quoted(key for key, _ in pairs)}. Remove one of the two that are the same."
-            )
-        return record
+        counts = Counter(name for name, _ in pairs)
+        if len(counts) < len(pairs):
+            raise ValueError(f"the key {cut(repr(counts.most_common(1)[0][0]))} is there twice")
+        return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:  # the latter also of a number of thousands of digits
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise ValueError(
-            f"{where}: expected one JSON object in every line (or in .json one array of them), but {error.msg} at character "
-            f"{error.pos + 1}. Repair it."
+            f"{where}: expected one JSON object in every line (or in .json one array of them), but {reason}. Repair it."
         ) from error

@@ -26,13 +26,12 @@ classes, numbers with a fraction are a score. The names of the classes go into t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from classification_arguments import ClassificationArguments, parse_args
 from datasets import DatasetDict
-from outputs import first_output
+from outputs import check_head, first_output
 from own_columns import check_texts, find_columns, require
 from own_data import card_facts, load_tables, split_off, split_remark, with_labels
 from own_labels import (
@@ -42,7 +41,6 @@ from own_labels import (
     Problem,
     encode,
     find_problem,
-    names_of,
     problem_of_model,
     read_labels,
     spelled_as,
@@ -52,7 +50,8 @@ from own_metric import find_metrics, make_compute_metrics
 from own_predictions import write_predictions
 from own_tables import Table
 from quiet import quiet_other_processes
-from text_inputs import check_head, limit, load_tokenizer, longest_input, remarks, tokenize
+from text_inputs import load_tokenizer, longest_input, tokenize
+from text_splits import limit, remarks
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -62,7 +61,7 @@ from transformers import (
 from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.finetuning import BaselineTrainer, load_config, load_model, run_main, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, ClassNames, load_config, load_model, run_main, train_and_score
 
 
 def find_texts_and_labels(
@@ -98,18 +97,22 @@ def find_task(
     labels: dict[str, Labels], config: PreTrainedConfig, data_args: ClassificationArguments, train: bool
 ) -> tuple[Problem, dict[str, Labels]]:
     """What is predicted: what the training rows say, or without them what the model was trained for. Labels in its words."""
-    if "train" not in labels or not train:
-        problem = problem_of_model(config, data_args.problem_type)
-    else:
-        problem = find_problem(labels["train"], data_args.problem_type)
-        # A trained head that counts its classes as the data do keeps its names.
-        own = names_of(config)
-        counted = problem.names == tuple(map(str, range(len(own))))
-        if problem.type != REGRESSION and counted and not own[0].startswith("LABEL_"):
-            problem = replace(problem, names=own)
+    if train:
+        return find_problem(labels["train"], data_args.problem_type), labels
+    problem = problem_of_model(config, data_args.problem_type)
     if problem.type != REGRESSION:
         labels = {split: spelled_as(found, problem.names) for split, found in labels.items()}
     return problem, labels
+
+
+def make_data(
+    tables: dict[str, Table], texts: tuple[str, ...], labels: dict[str, Labels], problem: Problem, classes: ClassNames
+) -> DatasetDict:
+    """Texts of each table, with labels as the model takes them where there are any."""
+    data = DatasetDict({split: table.texts(texts) for split, table in tables.items()})
+    for split, found in labels.items():
+        data[split] = with_labels(data[split], encode(found, problem, classes.ids), problem.type, classes.names)
+    return data
 
 
 def write(output: PredictionOutput, folder: Path, *, problem: Problem, names: tuple[str, ...]) -> None:
@@ -139,15 +142,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     check_head(classes, model_args, training_args)
     max_length = longest_input(data_args, tokenizer, model.config)
-    whole = DatasetDict({split: table.texts(texts) for split, table in tables.items()})
-    for split, found in labels.items():
-        encoded = encode(found, problem, classes.ids)
-        whole[split] = with_labels(whole[split], encoded, problem.type, classes.names)
+    whole = make_data(tables, texts, labels, problem, classes)
     if data_args.train_val_split is not None and "train" in whole:
-        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-        whole = split_off(whole, data_args.train_val_split, seed, stratified=problem.type == SINGLE)
-        if not training_args.do_train:
-            whole.pop("train")
+        whole = split_off(whole, data_args.train_val_split, training_args, stratified=problem.type == SINGLE)
     if "validation" in labels:
         warn_of_unscored(labels["validation"], problem)
     limited = limit(whole, data_args)

@@ -35,10 +35,11 @@ from glue_arguments import parse_args
 from glue_data import check_labels, load_data
 from glue_metric import make_compute_metrics
 from glue_submission import predictions_of, write_submission
-from outputs import first_output
+from outputs import check_head, first_output
 from quiet import quiet_other_processes
 from tasks import HUB_DATASET, TASKS, GlueTask
-from text_inputs import check_head, limit, load_tokenizer, longest_input, map_labels, remarks, tokenize
+from text_inputs import load_tokenizer, longest_input, map_labels, tokenize
+from text_splits import limit, remarks
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.trainer_utils import PredictionOutput
 

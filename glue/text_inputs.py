@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset
 from text_arguments import TextArguments, TextModelArguments
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-
-from hf_sampa.finetuning import ClassNames, FineTuningArguments, ModelArguments
 
 
 logger = logging.getLogger(__name__)
@@ -43,48 +41,6 @@ def longest_input(args: TextArguments, tokenizer: PreTrainedTokenizerBase, confi
             allowed,
         )
     return min(args.max_length, allowed)
-
-
-def is_scored(args: FineTuningArguments) -> bool:
-    """Whether a run needs evaluation data, at its end or on the way."""
-    return args.do_eval or (args.do_train and args.eval_strategy != "no")
-
-
-def limit(data: DatasetDict, args: TextArguments) -> DatasetDict:
-    """The first rows of every split, as many as ``--max_train_samples`` and its like allow."""
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
-    return DatasetDict(
-        {
-            split: rows.take(limits.get(split.partition("_")[0], args.max_predict_samples) or len(rows))
-            for split, rows in data.items()
-        }
-    )
-
-
-def remarks(whole: DatasetDict, tokenized: DatasetDict, max_length: int) -> list[str]:
-    """What a model card is to say of what was left out: of texts that were too long, of rows beyond a limit."""
-    # The tokenizer does not say which inputs it has cut: those that are as long as can be.
-    cut = any(sum(mask) >= max_length for rows in tokenized.values() for mask in rows["attention_mask"])
-    found = [f"inputs are truncated to {max_length} tokens"] if cut else []
-    for split, rows in tokenized.items():
-        if len(rows) < len(whole[split]):
-            doing = {"train": "trained on", "validation": "scored on"}.get(split.partition("_")[0], "predicted for")
-            found.append(f"{doing} the first {len(rows)} of {len(whole[split])} examples of {split} only")
-    return found
-
-
-def check_head(classes: ClassNames, model_args: ModelArguments, training_args: FineTuningArguments) -> None:
-    """See that a model which is not to be trained has been.
-
-    Raises:
-        ValueError: its head is new.
-    """
-    if classes.new_head and not training_args.do_train:
-        raise ValueError(
-            f"--do_train false: expected a model that is trained for {', '.join(classes.names)}, got "
-            f"{model_args.model_name_or_path}, whose head is new: its scores and predictions would be random. Give "
-            "--model_name_or_path a trained one."
-        )
 
 
 def tokenize(

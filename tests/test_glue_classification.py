@@ -240,6 +240,24 @@ def test_what_a_run_needs_is_asked_for(arguments, message, files, tiny_bert, tmp
         run_classification.main(run(tmp_path / "out", *arguments, *more, "--model_name_or_path", tiny_bert))
 
 
+def test_counted_classes_are_not_those_of_a_trained_head(trained, files, tmp_path):
+    """The numbers may mean anything: a head that has names keeps them only for the same names."""
+    file = write_csv(
+        tmp_path / "a.csv", ("review", "opinion"), *((text, list(WORDS).index(label)) for text, label in ROWS)
+    )
+    command = run(tmp_path / "out", "--train_file", file, "--do_eval", "false", "--model_name_or_path", trained)
+    with pytest.raises(ValueError, match=r"3 classes of the data, 0, 1, 2, or .* Add --ignore_mismatched_sizes"):
+        run_classification.main(command)
+    run_classification.main([*command, "--ignore_mismatched_sizes"])
+    assert AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "0", 1: "1", 2: "2"}
+
+
+def test_a_file_that_is_not_read_is_named(files, tiny_bert, tmp_path, caplog):
+    command = run(tmp_path / "out", *of_files(files, tiny_bert), "--max_steps", "1", "--test_file", files / "none.csv")
+    run_classification.main(command)
+    assert "--test_file is not read without --do_predict." in caplog.text
+
+
 def test_a_class_that_is_only_scored_is_refused(files, tiny_bert, tmp_path):
     odd = write_csv(tmp_path / "odd.csv", ("review", "opinion"), ("x", "good"), ("y", "god"))
     with pytest.raises(
@@ -256,6 +274,21 @@ def test_the_commands_of_the_docstring_are_understood():
         place = words.index("glue/run_classification.py")
         assert all((ROOT / word).is_file() for word in words[: place + 1] if word.endswith((".yaml", ".py")))
         make_parser().parse_args(words[place + 1 :])
+
+
+def test_a_configuration_that_there_is_not_is_named(tiny_bert, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_csv(tmp_path / "data" / "train.csv", ("text", "label"), ("x", "a"), ("y", "b"))
+    command = [
+        "--dataset_name",
+        tmp_path / "data",
+        "--dataset_config_name",
+        "small",
+        "--model_name_or_path",
+        tiny_bert,
+    ]
+    with pytest.raises(ValueError, match="--dataset_config_name: BuilderConfig 'small' not found"):
+        run_classification.main(run(tmp_path / "out", *command, "--cache_dir", tmp_path / "cache"))
 
 
 def test_the_help_can_be_printed(capsys, monkeypatch):

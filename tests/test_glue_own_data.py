@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from own_columns import check_texts, find_columns
 from own_files import read_file
 from own_labels import (
@@ -85,7 +85,7 @@ BAD = {
     "a workbook": ("a.xlsx", b"PK", "expected a name that ends in .csv, .tsv, .json, .jsonl, .ndjson, got '.xlsx'."),
     "no ending": ("a", "text,label\n", "got 'no ending'."),
     "half an object": ("a.jsonl", '{"text": "x"}\n{"text":\n', "line 2: expected one JSON object in every line (or in .json one array of them), but Expecting value at character 10. Repair it."),
-    "a key twice": ("a.jsonl", '{"text": "x", "label": "a", "label": "b"}\n', "line 1: expected every key once, got 'text', 'label', 'label'."),
+    "a key twice": ("a.jsonl", '{"text": "x", "label": "a", "label": "b"}\n', "line 1: expected one JSON object in every line (or in .json one array of them), but the key 'label' is there twice. Repair it."),
     "no object": ("a.jsonl", "[1, 2]\n", "line 1: expected a JSON object with the columns as keys, got [1, 2]. Write one object for every row."),
     "an array of none": ("a.json", '[{"text": "x"}, 3]', "row 1: expected a JSON object with the columns as keys, got 3."),
     "empty objects": ("a.jsonl", "{}\n", "expected JSON objects with the columns as keys, got empty ones."),
@@ -153,6 +153,7 @@ def test_columns_are_known_by_their_usual_names(names, found):
         (("a", "b", "c", "label"), "a,b,c", None, "--text_column_names: expected one or two columns, got 'a', 'b', 'c'. Join"),
         (("text", "label", "label"), None, None, "a.csv: expected one column 'label', got it 2 times. Rename the others."),
         (("text", "text", "label"), "text", None, "a.csv: expected one column 'text', got it 2 times. Rename the others."),
+        (("label", "kind"), "label", "kind", "--text_column_names: expected a name other than 'label', which Trainer takes"),
         (("text", "label"), "text", "text", "--label_column_name: expected another column than the text, got 'text' for both."),
     ],
 )  # fmt: skip
@@ -273,7 +274,7 @@ def test_names_of_a_hub_data_set_keep_their_order(caplog):
     labels = read_labels(table_of(rows.take(2), "user/data"), ["label"])
     assert find_problem(labels) == Problem(SINGLE, ("zero", "one", "never"))
     assert "user/data: no row has the label 'never', of which nothing can be learned." in caplog.text
-    features = Features(label=List(ClassLabel(names=["x", "y"])))
+    features = Features(label=Sequence(ClassLabel(names=["x", "y"])))
     labels = read_labels(table_of(Dataset.from_dict({"label": [[1], [0, 1]]}, features=features), "m"), ["label"])
     assert labels.values == [("y",), ("x", "y")] and find_problem(labels) == Problem(MULTI, ("x", "y"))
 

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 from glue_tsv import read_glue_file, read_glue_folder
+from own_files import read_file
 from tasks import TASKS
 
 from tests.faults.no_files import INSTEAD_OF_A_FILE
@@ -115,6 +116,16 @@ def test_what_is_no_file_is_named_and_not_opened(tmp_path, name, figure):
     figure("TSV: no files", len(INSTEAD_OF_A_FILE), right)
 
 
+@pytest.mark.timeout(30)
+def test_what_is_no_file_of_ones_own_is_named_and_not_opened(tmp_path, figure):
+    for number, make in enumerate(INSTEAD_OF_A_FILE.values()):
+        path = tmp_path / f"{number}.csv"
+        make(path)
+        with pytest.raises(FileNotFoundError, match=f"{number}.csv: expected a CSV, TSV or JSON lines file, but "):
+            read_file(path)
+    figure("own tables: no files", len(INSTEAD_OF_A_FILE), len(INSTEAD_OF_A_FILE))
+
+
 def test_a_folder_of_many_files_makes_no_long_message(tmp_path):
     for number in range(300):
         (tmp_path / f"{number}.tsv").touch()
@@ -142,3 +153,51 @@ def test_flipped_bits_end_in_rows_or_in_one_sentence(tmp_path, tries, figure):
         right += found.startswith(str(path)) if isinstance(found, str) else {row["label"] for row in found} <= {0, 1}
     figure("TSV: flipped bits", tries, right)
     assert right == tries
+
+
+OWN = {
+    "a.csv": "text,label\n" + "".join(f'"sentence {i}, ""quoted""",{"ab"[i % 2]}\n' for i in range(20)),
+    "a.tsv": "text\tlabel\n" + "".join(f"sentence {i}\t{'ab'[i % 2]}\n" for i in range(20)),
+    "a.jsonl": "".join(f'{{"text": "sentence {i}", "label": {i % 2}}}\n' for i in range(20)),
+    "a.json": "[" + ",".join(f'{{"text": "sentence {i}", "label": {i % 2}}}' for i in range(20)) + "]",
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("tries", [200, pytest.param(2000, marks=pytest.mark.whole)])
+def test_flipped_bits_in_files_of_ones_own(tmp_path, name, tries, figure):
+    """As above: as many values in every column, or a ValueError that names the file."""
+    generator = np.random.default_rng(0)
+    path = tmp_path / name
+    right = 0
+    for _ in range(tries):
+        path.write_bytes(flip(OWN[name].encode(), generator))
+        try:
+            table = read_file(path)
+            right += {len(values) for values in table.columns.values()} == {len(table)}
+        except ValueError as error:
+            right += str(error).startswith(str(path)) and len(str(error)) < 900 + len(str(path))
+    figure(f"own tables: flipped bits, {name}", tries, right)
+    assert right == tries
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("a.csv", b"\0" * 10_000_000, "line 1: expected text, got a NUL"),
+        ("a.csv", ("text,label\n" + "x" * 2_000_000 + ",a\n").encode(), "line 2: .*got a line of 1048576 characters"),
+        ("a.csv", ('text,label\n"' + "x\n" * 1_000_000).encode(), "line 2: expected a row of fields"),
+        ("a.csv", b"x," * 100_000 + b"\n", "expected at least one row"),
+        ("a.csv", "text,label\nx,a\n".encode("utf-16"), "line 1: expected UTF-8"),
+        ("a.jsonl", gzip.compress(b"a" * 50_000_000, 1), "line 1: expected UTF-8"),
+        ("a.json", b"[" * 100_000, "maximum recursion depth"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "maximum recursion depth"),
+        ("a.jsonl", b'{"label": ' + b"1" * 10_000 + b"}", "digits"),
+    ],
+)
+def test_hostile_files_of_ones_own(tmp_path, name, content, wanted):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s){wanted}") as caught:
+        read_file(path)
+    assert str(caught.value).startswith(str(path)) and len(str(caught.value)) < 900 + len(str(path))
