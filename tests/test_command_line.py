@@ -74,6 +74,7 @@ def test_cards_name_the_options_of_a_file_instead_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", file_of(tmp_path, given), "--seed", "5"])
     monkeypatch.setattr(started, "_script", lambda: ["train.py"])
+    monkeypatch.setattr(started, "_given", [])
     parse_arguments(parser(), None, defaults)
     command = started.command(FineTuningArguments, 1)
     expected = (

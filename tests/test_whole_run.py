@@ -243,6 +243,7 @@ def test_the_command_on_a_card_starts_the_run_anew(tmp_path, monkeypatch):
         str(tmp_path / "data"),
         "--resume_from_checkpoint=true",
     ]
+    monkeypatch.setattr(started, "_given", [])
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "run.py"), *words, "--seed", "1"])
     monkeypatch.setitem(sys.modules, "__main__", type(sys)("__main__"))
     sys.modules["__main__"].__spec__ = None
