@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from own_labels import MULTI, REGRESSION, SINGLE
 from own_metric import metric_names
+from own_problem import MULTI, REGRESSION, SINGLE
 from tasks import PAPER_SETTINGS
 from text_arguments import TextArguments, TextModelArguments
 

@@ -11,7 +11,7 @@ from classification_arguments import ClassificationArguments
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets import Sequence as ListOf
 from own_files import read_file
-from own_labels import MULTI, SINGLE
+from own_problem import MULTI, SINGLE
 from own_tables import Table, table_of
 from text_lines import quoted
 from text_splits import is_scored
@@ -99,30 +99,32 @@ def with_labels(texts: Dataset, encoded: list[Any], problem_type: str, names: Se
     return texts.add_column("label", encoded, feature=feature)
 
 
-def split_off(data: DatasetDict, share: float, args: FineTuningArguments, stratified: bool) -> DatasetDict:
-    """`data` with part of "train" as "validation", and the rest of it if the run trains.
+def split_off(data: DatasetDict, share: float, args: FineTuningArguments) -> DatasetDict:
+    """`data` with part of "train" as "validation", drawn of every class alike, and with the rest of it if the run trains.
 
     Args:
-        data: with "train".
+        data: all of it, if there is a "train" in it.
         share: of the rows, that go to "validation".
-        args: whether there is training; the seed by which the rows are drawn.
-        stratified: whether they are drawn of every class alike.
+        args: whether there is training, and the seed by which the rows are drawn.
 
     Raises:
         ValueError: there are too few rows of a class, or at all.
     """
+    others = {split: rows for split, rows in data.items() if split != "train"}
+    if len(others) == len(data):
+        return data
+    rows = data["train"]
+    classes = isinstance(rows.features["label"], ClassLabel)
     seed = args.seed if args.data_seed is None else args.data_seed
     try:
-        parts = data["train"].train_test_split(share, seed=seed, stratify_by_column="label" if stratified else None)
+        parts = rows.train_test_split(share, seed=seed, stratify_by_column="label" if classes else None)
     except ValueError as error:
         raise ValueError(
             f"--train_val_split {share:g}: expected enough rows of every class to have some on both sides, but {error} Give a larger "
             "share, more rows, or a --validation_file."
         ) from error
     train = {"train": parts["train"]} if args.do_train else {}
-    return DatasetDict(
-        {**train, **{split: rows for split, rows in data.items() if split != "train"}, "validation": parts["test"]}
-    )
+    return DatasetDict({**train, "validation": parts["test"], **others})
 
 
 def split_remark(data_args: ClassificationArguments) -> list[str]:

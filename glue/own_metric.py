@@ -10,7 +10,7 @@ import evaluate
 import numpy as np
 from glue_metric import METRICS, defined
 from outputs import check_outputs
-from own_labels import MULTI, REGRESSION, SINGLE
+from own_problem import MULTI, REGRESSION, SINGLE
 from sklearn.metrics import (
     accuracy_score,
     balanced_accuracy_score,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from outputs import sigmoid, softmax
-from own_labels import MULTI, REGRESSION
 from own_metric import decide
+from own_problem import MULTI, REGRESSION
 
 from hf_sampa.files import in_place_of
 

@@ -34,20 +34,10 @@ from datasets import DatasetDict
 from outputs import check_head, first_output
 from own_columns import check_texts, find_columns, require
 from own_data import card_facts, load_tables, split_off, split_remark, with_labels
-from own_labels import (
-    REGRESSION,
-    SINGLE,
-    Labels,
-    Problem,
-    encode,
-    find_problem,
-    problem_of_model,
-    read_labels,
-    spelled_as,
-    warn_of_unscored,
-)
+from own_labels import Labels, read_labels, spelled_as
 from own_metric import find_metrics, make_compute_metrics
 from own_predictions import write_predictions
+from own_problem import REGRESSION, Problem, encode, find_problem, problem_of_model, warn_of_unscored
 from own_tables import Table
 from quiet import quiet_other_processes
 from text_inputs import load_tokenizer, longest_input, tokenize
@@ -109,6 +99,8 @@ def make_data(
     tables: dict[str, Table], texts: tuple[str, ...], labels: dict[str, Labels], problem: Problem, classes: ClassNames
 ) -> DatasetDict:
     """Texts of each table, with labels as the model takes them where there are any."""
+    if "validation" in labels:
+        warn_of_unscored(labels["validation"], problem)
     data = DatasetDict({split: table.texts(texts) for split, table in tables.items()})
     for split, found in labels.items():
         data[split] = with_labels(data[split], encode(found, problem, classes.ids), problem.type, classes.names)
@@ -143,18 +135,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_head(classes, model_args, training_args)
     max_length = longest_input(data_args, tokenizer, model.config)
     whole = make_data(tables, texts, labels, problem, classes)
-    if data_args.train_val_split is not None and "train" in whole:
-        whole = split_off(whole, data_args.train_val_split, training_args, stratified=problem.type == SINGLE)
-    if "validation" in labels:
-        warn_of_unscored(labels["validation"], problem)
-    limited = limit(whole, data_args)
+    if data_args.train_val_split is not None:
+        whole = split_off(whole, data_args.train_val_split, training_args)
+    data = DatasetDict()
     with training_args.main_process_first(desc="tokenizing"):
-        data = DatasetDict(
-            {
-                split: tokenize(rows, texts, tokenizer, max_length, data_args.pad_to_max_length)
-                for split, rows in limited.items()
-            }
-        )
+        for split, rows in limit(whole, data_args).items():
+            data[split] = tokenize(rows, texts, tokenizer, max_length, data_args.pad_to_max_length)
     if training_args.process_index == 0:
         print(
             f"Texts: {', '.join(texts)}. Predicted: {problem.type}, {', '.join(classes.names)}. Rows: {data.num_rows}."

@@ -9,20 +9,10 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from own_columns import check_texts, find_columns
 from own_files import read_file
-from own_labels import (
-    MULTI,
-    REGRESSION,
-    SINGLE,
-    Labels,
-    Problem,
-    encode,
-    find_problem,
-    read_labels,
-    spelled_as,
-    warn_of_unscored,
-)
+from own_labels import Labels, read_labels, spelled_as
 from own_metric import decide, find_metrics, make_compute_metrics
 from own_predictions import write_predictions
+from own_problem import MULTI, REGRESSION, SINGLE, Problem, encode, find_problem, warn_of_unscored
 from own_tables import Table, table_of
 from sklearn.metrics import f1_score
 from transformers import EvalPrediction
