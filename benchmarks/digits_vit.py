@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from image_data import corrupt_labels
-from run_vit import compute_accuracy
+from image_predictions import compute_accuracy
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification, set_seed

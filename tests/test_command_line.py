@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_sampa.cards import started
 from hf_sampa.finetuning import FineTuningArguments, FineTuningParser, ModelArguments, parse_arguments
 from hf_sampa.training_args import SAMPaArgumentsMixin
 
@@ -65,6 +67,20 @@ def test_a_file_of_arguments_is_read_and_flags_win(tmp_path):
     own, _, args = parse(file_of(tmp_path, given), "--seed", "5", "--columns", "z")
     assert (own.columns, args.seed) == (["z"], 5)
     assert parse(file_of(tmp_path, given), "--task", "a")[-1].rho == 0.05
+
+
+def test_cards_name_the_options_of_a_file_instead_of_it(tmp_path, monkeypatch):
+    given = {"task": "a", "model_name_or_path": "m", "output_dir": "out", "use_cpu": True, "run_name": "my run"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", file_of(tmp_path, given), "--seed", "5"])
+    monkeypatch.setattr(started, "_script", lambda: ["train.py"])
+    monkeypatch.setattr(started, "_given", [])
+    parse_arguments(parser(), None, defaults)
+    command = started.command(FineTuningArguments, 1)
+    expected = (
+        "train.py --task=a --model_name_or_path=m --output_dir=out-again --use_cpu=true '--run_name=my run' --seed 5"
+    )
+    assert f"python {expected}\n" in command
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from unittest import SkipTest
 from unittest.mock import patch
 
 import classification_arguments
+import datasets
 import glue_arguments
 import make_sample
 import pytest
@@ -32,6 +33,7 @@ import hf_sampa.variants.__main__ as catalogue
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, launch
 from hf_sampa.variants import VARIANTS
 from tests import tiny
+from tests.pictures import make_pictures
 
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +56,9 @@ def after_the_change(example: Example) -> None:
 
 @pytest.fixture(scope="module")
 def files_of_a_reader(tmp_path_factory) -> Path:
-    """``reviews.csv``, and the model that is trained on it, small and where its name on the Hub leads offline."""
+    """``reviews.csv``, ``pictures/``, and the models trained on them, small and where their names on the Hub lead offline."""
     folder = tmp_path_factory.mktemp("reader")
+    make_pictures(folder)
     rows = [
         f"the plot is {word},{label}" for word, label in [("vivid", "good"), ("dull", "bad"), ("long", "neither")] * 5
     ]
@@ -73,6 +76,7 @@ def test_the_code_runs(page, files_of_a_reader, tmp_path, monkeypatch):
     A block after a line ``<!-- skip: next "reason" -->`` is left out.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     shutil.copytree(files_of_a_reader, tmp_path, dirs_exist_ok=True)
     parsers = [PythonCodeBlockParser(), CodeBlockParser("diff", after_the_change), SkipParser()]
     document = Sybil(parsers).parse(page)

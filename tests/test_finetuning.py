@@ -132,6 +132,8 @@ def test_the_scripts_warn_of_what_is_given_and_not_of_their_defaults(method, tmp
 
 
 def test_an_output_dir_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "_run.json").touch()
+    parse(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FileExistsError) as caught:
         parse(tmp_path)

@@ -10,17 +10,12 @@ import numpy as np
 import pytest
 import torch
 from cifar_files import read_cifar_folder
-from image_data import (
-    ImageDataset,
-    ImageTransform,
-    LabelledImages,
-    corrupt_labels,
-    load_image_task,
-    random_crop,
-    random_flip,
-)
+from image_data import ImageDataset, LabelledImages, corrupt_labels
+from image_transforms import ImageTransform, padded_crop, random_flip, random_window
 from PIL import Image, ImageOps
 from transformers import ViTImageProcessorPil
+
+from tests.image_tasks import load_task
 
 
 class Python2Pickler(pickle._Pickler):
@@ -74,10 +69,13 @@ def test_cifar10_folder_is_read_exactly(cifar10, python, parent):
     for number, labels in enumerate(([0, 1, 2], [3, 9]), start=1):
         batch = {b"data": pixels_of(random_images(len(labels), seed=number)), b"labels": labels}
         dump(cifar10 / f"data_batch_{number}", batch, python)
-    task = load_image_task("cifar10", str(cifar10.parent if parent else cifar10))
+    task = load_task("cifar10", str(cifar10.parent if parent else cifar10))
     assert np.array_equal(task.train.images, np.concatenate([random_images(3, seed=1), random_images(2, seed=2)]))
     assert task.train.labels.tolist() == [0, 1, 2, 3, 9]
-    assert np.array_equal(task.test.images, random_images(2, seed=3)) and task.test.labels.tolist() == [5, 6]
+    assert np.array_equal(task.evaluation.images, random_images(2, seed=3)) and task.evaluation.labels.tolist() == [
+        5,
+        6,
+    ]
     assert task.label_names == [f"class{i}" for i in range(10)]
 
 
@@ -88,16 +86,16 @@ def test_cifar100_folder_is_read_with_its_fine_labels(tmp_path, python):
         dump(tmp_path / name, batch, python)
     names = [b"fine%d" % i for i in range(100)]
     dump(tmp_path / "meta", {b"fine_label_names": names, b"coarse_label_names": [b"x"]}, python)
-    task = load_image_task("cifar100", str(tmp_path))
+    task = load_task("cifar100", str(tmp_path))
     assert np.array_equal(task.train.images, random_images(3, 1)) and task.train.labels.tolist() == [99, 0, 50]
-    assert np.array_equal(task.test.images, random_images(1, 2)) and task.test.labels.tolist() == [7]
+    assert np.array_equal(task.evaluation.images, random_images(1, 2)) and task.evaluation.labels.tolist() == [7]
     assert task.label_names[99] == "fine99"
 
 
 def test_an_array_in_column_order_is_read_the_same(cifar10):
     images = random_images(4)
     dump(cifar10 / "test_batch", {b"data": np.asfortranarray(pixels_of(images)), b"labels": [0, 1, 2, 3]})
-    assert np.array_equal(load_image_task("cifar10", str(cifar10)).test.images, images)
+    assert np.array_equal(load_task("cifar10", str(cifar10)).evaluation.images, images)
 
 
 class Call:
@@ -119,19 +117,19 @@ def test_a_pickle_that_names_a_function_is_refused_and_nothing_is_run(cifar10, n
     argument = str(target) if function is not exec else f"import os; os.mkdir({str(target)!r})"
     dump(cifar10 / name, {b"data": Call(function, argument), b"labels": [], b"label_names": []})
     with pytest.raises(ValueError, match=rf"{name} was not read: .* found .*{named}, which no CIFAR file needs"):
-        load_image_task("cifar10", str(cifar10))
+        load_task("cifar10", str(cifar10))
     assert not target.exists()
 
 
 def test_arrays_of_objects_and_other_codecs_are_refused(cifar10):
     dump(cifar10 / "test_batch", {b"data": np.array([{}], dtype=object), b"labels": [0]})
     with pytest.raises(ValueError, match="an array of type 'O8' instead of 'u1'"):
-        load_image_task("cifar10", str(cifar10))
+        load_task("cifar10", str(cifar10))
     dump(cifar10 / "test_batch", {b"data": pixels_of(random_images(1)), b"labels": [0]})
     raw = (cifar10 / "test_batch").read_bytes()
     (cifar10 / "test_batch").write_bytes(raw.replace(b"\x06\x00\x00\x00latin1", b"\x06\x00\x00\x00base64"))
     with pytest.raises(ValueError, match="text encoded as 'base64' instead of 'latin1'"):
-        load_image_task("cifar10", str(cifar10))
+        load_task("cifar10", str(cifar10))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +149,7 @@ def test_arrays_of_objects_and_other_codecs_are_refused(cifar10):
 def test_a_file_of_something_else_is_refused(cifar10, contents, message):
     dump(cifar10 / "data_batch_1", contents)
     with pytest.raises(ValueError, match=f"data_batch_1: .*{message}"):
-        load_image_task("cifar10", str(cifar10))
+        load_task("cifar10", str(cifar10))
 
 
 @pytest.mark.parametrize("length", [0, 1000])
@@ -159,7 +157,7 @@ def test_a_file_cut_off_is_refused(cifar10, length):
     path = cifar10 / "data_batch_1"
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(ValueError, match="data_batch_1 was not read.*Fetch it again from https"):
-        load_image_task("cifar10", str(cifar10))
+        load_task("cifar10", str(cifar10))
 
 
 @pytest.mark.parametrize("name", ["data_batch_[1-5]", "test_batch", "batches.meta"])
@@ -172,7 +170,7 @@ def test_missing_files_are_named(cifar10, name):
 
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data_dir: expected a folder, but .*nowhere is none"):
-        load_image_task("cifar10", str(tmp_path / "nowhere"))
+        load_task("cifar10", str(tmp_path / "nowhere"))
 
 
 # Image folders and the Hub
@@ -194,23 +192,25 @@ def test_image_folder(tmp_path, test_split):
     # Classes named like splits must not move images from one split to the other.
     save_image_folder(tmp_path / "images [1]" / "train", ["bus", "train", "test"])
     save_image_folder(tmp_path / "images [1]" / test_split, ["bus", "train", "test"], value=5)
-    task = load_image_task("imagefolder", str(tmp_path / "images [1]"))
+    task = load_task("imagefolder", str(tmp_path / "images [1]"))
     assert task.label_names == ["bus", "test", "train"]
     grey = {label: image.getpixel((0, 0)) for image, label in zip(*task.train, strict=True)}
     assert grey == {0: (0, 0, 0), 2: (10, 10, 10), 1: (20, 20, 20)} and len(task.train.labels) == 3
-    grey = {label: image.getpixel((0, 0)) for image, label in zip(*task.test, strict=True)}
-    assert grey == {0: (5, 5, 5), 2: (15, 15, 15), 1: (25, 25, 25)} and len(task.test.labels) == 3
+    grey = {label: image.getpixel((0, 0)) for image, label in zip(*task.evaluation, strict=True)}
+    assert grey == {0: (5, 5, 5), 2: (15, 15, 15), 1: (25, 25, 25)} and len(task.evaluation.labels) == 3
 
 
 def test_image_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="--dataset imagefolder reads a folder: name it with --data_dir"):
-        load_image_task("imagefolder")
+        load_task("imagefolder")
+    save_image_folder(tmp_path, ["cat"])
+    message = r"holds train/ and validation/ or test/, .* holds \['cat'\]\. Name the folders one by one: --train_dir"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_task("imagefolder", str(tmp_path))
     save_image_folder(tmp_path / "train", ["cat"])
-    with pytest.raises(FileNotFoundError, match=r"holds train/ and test/ \(or validation/\).* holds \['train'\]"):
-        load_image_task("imagefolder", str(tmp_path))
     save_image_folder(tmp_path / "test", ["cat"])
     with pytest.raises(ValueError, match="Expected at least two folders of images in .*train, one per class"):
-        load_image_task("imagefolder", str(tmp_path))
+        load_task("imagefolder", str(tmp_path))
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -225,9 +225,9 @@ def test_columns_of_the_hub_repositories(tmp_path, monkeypatch, name, label_colu
         path.parent.mkdir(parents=True, exist_ok=True)
         data.to_parquet(path)
     monkeypatch.chdir(tmp_path)
-    task = load_image_task(name)
+    task = load_task(name)
     assert task.label_names == ["x", "y"]
-    assert task.train.labels.tolist() == [1, 0, 1] and task.test.labels.tolist() == [0]
+    assert task.train.labels.tolist() == [1, 0, 1] and task.evaluation.labels.tolist() == [0]
     assert np.array_equal(np.stack([np.array(image) for image in task.train.images]), random_images(3))
 
 
@@ -285,12 +285,32 @@ def test_a_crop_is_a_window_of_the_image_padded_by_4():
     padded = np.pad(np.array(tagged_image(20, 12)), ((4, 4), (4, 4), (0, 0)))
     seen = set()
     for _ in range(400):
-        crop = np.array(random_crop(tagged_image(20, 12)))
+        crop = np.array(padded_crop(tagged_image(20, 12)))
         assert crop.shape == (12, 20, 3)
         top, left = int(crop[6, 10, 0]) - 3, int(crop[6, 10, 1]) - 7  # from a pixel that is never padding
         assert np.array_equal(crop, padded[top : top + 12, left : left + 20])
         seen.add((top, left))
     assert {top for top, _ in seen} == {left for _, left in seen} == set(range(9))
+
+
+def test_a_window_has_a_share_of_the_area_and_lies_anywhere():
+    torch.manual_seed(0)
+    image, boxes = tagged_image(40, 40), []
+    for _ in range(2000):
+        window = np.array(random_window(image))
+        height, width = window.shape[:2]
+        top, left = window[0, 0, :2].astype(int) - 1
+        assert np.array_equal(window, np.array(image)[top : top + height, left : left + width])
+        boxes.append((top, left, height, width))
+    tops, lefts, heights, widths = np.array(boxes).T
+    shares, ratios = heights * widths / 1600, np.log(widths / heights)
+    # Sides are rounded to whole pixels, and those that the image is too small for are as long as the image's.
+    inside = (heights < 40) & (widths < 40)
+    assert shares.min() > 0.07 and shares.max() == 1 and inside.mean() > 0.6
+    assert np.abs(ratios[inside]).max() < np.log(4 / 3) + 0.1 and abs(ratios[inside].mean()) < 0.02
+    assert shares[inside].mean() == pytest.approx(0.45, abs=0.05)
+    assert tops.min() == lefts.min() == 0 and (tops + heights).max() == 40 and (lefts + widths).max() == 40
+    assert random_window(Image.new("L", (1, 50))).width == 1
 
 
 def test_half_of_the_images_are_mirrored():
@@ -304,7 +324,9 @@ def test_half_of_the_images_are_mirrored():
 
 def make_dataset(augment, size=16, images=None):
     images = random_images(3) if images is None else images
-    transform = ImageTransform(ViTImageProcessorPil(size={"height": size, "width": size}), augment=augment)
+    transform = ImageTransform(
+        ViTImageProcessorPil(size={"height": size, "width": size}), crop="padded" if augment else None
+    )
     return ImageDataset(LabelledImages(images, np.arange(len(images))), transform)
 
 
@@ -339,6 +361,14 @@ def test_grey_images_get_three_channels():
     item = make_dataset(augment=True, images=[Image.new("L", (10, 8), color=51)])[0]
     assert item["pixel_values"].shape == (3, 16, 16)
     assert torch.equal(item["pixel_values"][0], item["pixel_values"][2])
+
+
+def test_an_image_processor_that_keeps_shapes_is_refused():
+    image_processor = ViTImageProcessorPil(size={"shortest_edge": 16})
+    with pytest.raises(
+        ValueError, match=r"ViTImageProcessorPil: expected one that makes all images one size, got \(3, 16, 32\) for a"
+    ):
+        ImageTransform(image_processor, crop=None)
 
 
 def test_one_label_per_image():

@@ -1,7 +1,9 @@
 """`vit_finetune/run_vit.py`: its arguments, its messages, and whole runs on a CIFAR folder of a few images."""
 
+import csv
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,18 +12,29 @@ import numpy as np
 import pytest
 import run_vit
 import torch
-from image_data import ImageDataset, ImageTransform, load_image_task
+from accelerate import PartialState
+from image_data import ImageDataset
+from image_predictions import write_predictions
+from image_transforms import ImageTransform
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    ConvNextConfig,
+    Dinov2Config,
+    MobileNetV2Config,
+    ResNetConfig,
+    SwinConfig,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    ViTImageProcessorPil,
 )
-from vit_arguments import DataArguments, ModelArguments, ViTTrainingArguments, make_parser, parse_args
-from vit_model import load_model
+from vit_arguments import DataArguments, ViTModelArguments, ViTTrainingArguments, make_parser, parse_args
+from vit_model import load_classifier
 
+from tests.image_tasks import load_task
 from tests.ranks import run_script
 
 
@@ -59,7 +72,7 @@ def step_logs(output_dir):
 
 def test_help_formats_and_every_own_field_has_a_help_text():
     text = make_parser().format_help()
-    for cls in (ModelArguments, DataArguments, ViTTrainingArguments):
+    for cls in (ViTModelArguments, DataArguments, ViTTrainingArguments):
         own = set(cls.__annotations__) & {field.name for field in dataclasses.fields(cls)}
         for field in dataclasses.fields(cls):
             if field.name in own:
@@ -94,6 +107,13 @@ def test_the_default_of_rho_is_the_methods_and_an_explicit_one_wins(tmp_path, gi
     assert parse_args(["--output_dir", str(tmp_path), "--use_cpu", *given])[2].rho == rho
 
 
+def test_the_best_model_is_the_one_with_the_best_accuracy(tmp_path):
+    given = ["--output_dir", str(tmp_path), "--use_cpu"]
+    assert parse_args(given)[2].metric_for_best_model is None
+    args = parse_args([*given, "--early_stopping_patience", "2"])[2]
+    assert (args.metric_for_best_model, args.load_best_model_at_end) == ("accuracy", True)
+
+
 def test_an_unknown_method_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--method", "asam"])
@@ -119,9 +139,17 @@ def test_contradictory_arguments_are_refused(tmp_path, given, message):
 # Models
 
 
-def load(path, names):
+@pytest.fixture(autouse=True)
+def state():
+    """As a script's training arguments make it, before the model is loaded."""
+    return PartialState()
+
+
+def load(path, names, **given):
     torch.manual_seed(0)
-    return load_model(ModelArguments(model_name_or_path=str(path)), names)
+    args = ViTModelArguments(model_name_or_path=str(path), **given)
+    model, _labels, image_processor = load_classifier(args, names)
+    return model, image_processor
 
 
 @pytest.fixture
@@ -136,7 +164,11 @@ def saved_vit(tmp_path):
 
 
 def test_a_checkpoint_gets_a_new_classifier_and_fp32_weights(saved_vit):
-    model, image_processor = load(saved_vit, ["a", "b", "c", "d"])
+    with pytest.raises(
+        ValueError, match="for the 4 classes of the data, a, b, c, d, .* Add --ignore_mismatched_sizes to"
+    ):
+        load(saved_vit, ["a", "b", "c", "d"])
+    model, image_processor = load(saved_vit, ["a", "b", "c", "d"], ignore_mismatched_sizes=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.id2label == {0: "a", 1: "b", 2: "c", 3: "d"} and model.config.label2id["d"] == 3
     assert model.classifier.weight.shape == (4, 16)
@@ -148,7 +180,7 @@ def test_a_checkpoint_gets_a_new_classifier_and_fp32_weights(saved_vit):
 def test_a_folder_with_a_config_alone_starts_from_random_weights(saved_vit, caplog):
     (saved_vit / "model.safetensors").unlink()
     model, image_processor = load(saved_vit, ["a", "b"])
-    assert "holds a config and no weights: training starts from random weights" in caplog.text
+    assert "holds no weights: the model is trained from scratch" in caplog.text
     assert model.config.hidden_size == 16 and model.classifier.weight.shape == (2, 16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     (saved_vit / "preprocessor_config.json").unlink()
@@ -158,7 +190,7 @@ def test_a_folder_with_a_config_alone_starts_from_random_weights(saved_vit, capl
 def test_a_checkpoint_that_leaves_weights_undetermined_is_refused(saved_vit):
     config = read_json(saved_vit / "config.json")
     (saved_vit / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(ValueError, match="expected every weight but the classifier's, but 16 would start at random"):
+    with pytest.raises(ValueError, match="expected every weight but the head's, but 16 would start at random"):
         load(saved_vit, ["a", "b"])
 
 
@@ -199,11 +231,11 @@ def test_a_saved_model_has_the_accuracy_that_was_reported(cifar10, tmp_path, met
 
     model = AutoModelForImageClassification.from_pretrained(out).eval()
     image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
-    task = load_image_task("cifar10", str(cifar10))
-    images = image_processor(list(task.test.images), return_tensors="pt")["pixel_values"]
+    task = load_task("cifar10", str(cifar10))
+    images = image_processor(list(task.evaluation.images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         predicted = model(images).logits.argmax(-1).numpy()
-    assert (predicted == task.test.labels).mean() == pytest.approx(reported["eval_accuracy"])
+    assert (predicted == task.evaluation.labels).mean() == pytest.approx(reported["eval_accuracy"])
     assert model.config.id2label[9] == "class9"
     assert ("sharpness" in step_logs(out)[0]) == (method != "adamw")
     assert (out / "README.md").is_file()
@@ -212,21 +244,21 @@ def test_a_saved_model_has_the_accuracy_that_was_reported(cifar10, tmp_path, met
 def test_label_noise_reaches_the_training_labels_and_no_others(cifar10, tmp_path, monkeypatch):
     datasets = {}
 
-    class Recorder(run_vit.Trainer):
+    class Recorder(run_vit.BaselineTrainer):
         def __init__(self, *args, train_dataset, eval_dataset, **kwargs):
             datasets.update(train=train_dataset, test=eval_dataset)
             super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
-    monkeypatch.setattr(run_vit, "Trainer", Recorder)
+    monkeypatch.setattr(run_vit, "BaselineTrainer", Recorder)
     given = [*SHORT, "--data_dir", str(cifar10), "--max_steps", "1", "--method", "adamw", "--label_noise", "0.4"]
     run_vit.main([*given, "--output_dir", str(tmp_path / "out")])
-    task = load_image_task("cifar10", str(cifar10))
+    task = load_task("cifar10", str(cifar10))
     assert (datasets["train"].data.labels != task.train.labels).sum() == 16
-    assert np.array_equal(datasets["test"].data.labels, task.test.labels)
-    assert datasets["train"].transform.augment and not datasets["test"].transform.augment
+    assert np.array_equal(datasets["test"].data.labels, task.evaluation.labels)
+    assert datasets["train"].transform.crop == "padded" and datasets["test"].transform.crop is None
     run_vit.main([*given, "--output_dir", str(tmp_path / "again"), "--no_augment", "--seed", "1"])
     assert (datasets["train"].data.labels != task.train.labels).sum() == 16
-    assert not datasets["train"].transform.augment
+    assert datasets["train"].transform.crop is None
 
 
 def test_bad_data_arguments_reach_the_user(cifar10, tmp_path):
@@ -281,7 +313,6 @@ def test_a_run_with_a_variant(method, variant, settings, cifar10, tmp_path):
 
 def test_an_image_folder_is_trained_on(tmp_path, monkeypatch):
     import datasets
-    from PIL import Image
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for split in ("train", "test"):
@@ -313,8 +344,190 @@ def test_two_processes_give_the_numbers_of_one(cifar10, tmp_path):
     assert len(accuracies) == 1
 
 
+# Images of one's own
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Dark, grey and light training and validation images, and four to predict in one folder."""
+    for split in ("train", "validation"):
+        for number, name in enumerate(("dark", "grey", "light")):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("L", (20, 16), color=100 * number + 5 * i).save(folder / f"{i}.png")
+    (tmp_path / "pictures" / "test").mkdir()
+    for i, grey in enumerate((3, 107, 203, 97)):
+        Image.new("L", (16, 20), color=grey).save(tmp_path / "pictures" / "test" / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def read_table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_are_the_models_own(pictures, tmp_path):
+    out = tmp_path / "out"
+    run_vit.main([*SHORT, "--data_dir", str(pictures), "--max_steps", "20", "--do_predict", "--output_dir", str(out)])
+    rows = read_table(out / "predictions.csv")
+    assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]
+    model = AutoModelForImageClassification.from_pretrained(out).eval()
+    image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
+    images = [Image.open(pictures / "test" / row["file"]).convert("RGB") for row in rows]
+    with torch.no_grad():
+        expected = model(**image_processor(images, return_tensors="pt")).logits.softmax(-1)
+    for row, probabilities in zip(rows, expected, strict=True):
+        told = [float(row[f"probability_{name}"]) for name in ("dark", "grey", "light")]
+        # Six digits are written.
+        assert told == pytest.approx(probabilities.tolist(), abs=1e-6)
+        assert row["prediction"] == model.config.id2label[int(probabilities.argmax())]
+    assert "| pictures | validation | 12 |" in (out / "README.md").read_text().replace("the local folder ", "")
+
+
+def test_the_model_is_asked_without_training_or_scoring(pictures, tmp_path):
+    """Neither training nor validation images have to be there, and nothing else is written."""
+    out, table = tmp_path / "out", tmp_path / "out" / "predictions.csv"
+    run_vit.main([*SHORT, "--data_dir", str(pictures), "--do_predict", "--output_dir", str(out)])
+    told, card = table.read_bytes(), (out / "README.md").read_bytes()
+    table.unlink()
+    asked = [
+        "--do_train",
+        "false",
+        "--do_eval",
+        "false",
+        "--do_predict",
+        "--model_name_or_path",
+        str(out),
+        "--use_cpu",
+    ]
+    run_vit.main([*asked, "--test_dir", str(pictures / "test"), "--output_dir", str(out)])
+    assert table.read_bytes() == told and (out / "README.md").read_bytes() == card
+    run_vit.main(
+        [
+            *asked,
+            "--test_dir",
+            str(pictures / "test"),
+            "--output_dir",
+            str(tmp_path / "other"),
+            "--max_predict_samples",
+            "2",
+        ]
+    )
+    assert {row["file"] for row in read_table(tmp_path / "other" / "predictions.csv")} < {f"{i}.png" for i in range(4)}
+    assert not (tmp_path / "other" / "README.md").exists()
+
+
+def test_a_head_that_nobody_trained_is_not_asked(pictures, tmp_path, saved_vit):
+    given = ["--do_train", "false", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    message = "--do_train false: expected a model that is trained for the classes of the images, got .*, whose head is new: its scores"
+    with pytest.raises(ValueError, match=message):
+        run_vit.main([*given, "--data_dir", str(pictures), "--from_scratch"])
+    ViTForImageClassification.from_pretrained(saved_vit).vit.save_pretrained(saved_vit)
+    with pytest.raises(ValueError, match=message):
+        run_vit.main([*given, "--data_dir", str(pictures), "--model_name_or_path", str(saved_vit)])
+
+
+def test_predictions_of_a_model_that_diverged(tmp_path):
+    with pytest.raises(ValueError, match="predictions.csv: expected a number for every class, got NaN from the model"):
+        write_predictions(tmp_path, ["a"], np.array([[0.0, np.nan]]), ["x", "y"])
+    name = os.fsdecode(b"\xff, b.png")
+    path = write_predictions(tmp_path, [name], np.array([[0.0, 1000.0]]), ["x", "y"])
+    assert path.read_bytes() == b'file,prediction,probability_x,probability_y\r\n"\xff, b.png",y,0.000000,1.000000\r\n'
+
+
+def test_training_without_evaluation_needs_no_images_to_score(pictures, tmp_path):
+    shutil.rmtree(pictures / "validation")
+    given = [
+        *SHORT,
+        "--train_dir",
+        str(pictures / "train"),
+        "--do_eval",
+        "false",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert run_vit.main(given) == {}
+    assert not any("eval_loss" in entry for entry in read_json(tmp_path / "out" / "trainer_state.json")["log_history"])
+
+
+def test_a_models_own_labels_are_kept_and_found_by_name(pictures, tmp_path):
+    """The same model with its outputs in another order has the same score, also on a part of its classes."""
+    out = tmp_path / "out"
+    run_vit.main([*SHORT, "--data_dir", str(pictures), "--max_steps", "20", "--output_dir", str(out)])
+    model = AutoModelForImageClassification.from_pretrained(out)
+    order = [2, 0, 1]
+    with torch.no_grad():
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter[order])
+    names = [model.config.id2label[index] for index in order]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "other")
+    shutil.copy(out / "preprocessor_config.json", tmp_path / "other")
+    shutil.rmtree(pictures / "train")
+
+    def score(path):
+        given = ["--do_train", "false", "--data_dir", str(pictures), "--model_name_or_path", str(path), "--use_cpu"]
+        metrics = run_vit.main([*given, "--output_dir", str(tmp_path / "scores")])
+        return metrics["eval_accuracy"], metrics["eval_loss"]
+
+    assert score(tmp_path / "other") == pytest.approx(score(out))
+    shutil.rmtree(pictures / "validation" / "dark")
+    assert score(tmp_path / "other") == pytest.approx(score(out))
+
+
+CLASSIFIERS = {
+    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    "convnext": lambda: ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=16),
+    "swin": lambda: SwinConfig(image_size=16, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2),
+    "dinov2": lambda: Dinov2Config(
+        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    ),
+    "mobilenet_v2": lambda: MobileNetV2Config(image_size=16, depth_multiplier=0.35),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet", "swin", *(pytest.param(n, marks=pytest.mark.whole) for n in ("convnext", "dinov2", "mobilenet_v2"))],
+)
+def test_any_image_classifier_is_trained(name, pictures, tmp_path):
+    """One for other classes, with a new head; its image processor has a name of its own."""
+    path = tmp_path / "model"
+    AutoModelForImageClassification.from_config(CLASSIFIERS[name]()).save_pretrained(path)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "processor")
+    given = ["--data_dir", str(pictures), "--model_name_or_path", str(path), "--ignore_mismatched_sizes", "--use_cpu"]
+    given += ["--image_processor_name", str(tmp_path / "processor"), "--batch_size", "4", "--max_steps", "2"]
+    run_vit.main([*given, "--do_predict", "--output_dir", str(tmp_path / "out")])
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert saved.config.model_type == name and saved.config.id2label == {0: "dark", 1: "grey", 2: "light"}
+    assert len(read_table(tmp_path / "out" / "predictions.csv")) == 4
+
+
+def test_a_model_of_which_nothing_says_the_size_of_its_images(pictures, tmp_path):
+    ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(tmp_path / "model")
+    given = ["--data_dir", str(pictures), "--model_name_or_path", str(tmp_path / "model"), "--use_cpu"]
+    with pytest.raises(
+        ValueError, match="or a config.json with an image_size, got neither for this resnet. Name an image"
+    ):
+        run_vit.main([*given, "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.distributed
+def test_two_processes_predict_what_one_predicts(pictures, tmp_path):
+    (pictures / "test" / "3.png").unlink()
+    given = [str(ROOT / "vit_finetune/run_vit.py"), *SHORT, "--data_dir", str(pictures), "--do_predict"]
+    given += ["--per_device_eval_batch_size", "2"]
+    for name, processes in (("one", 1), ("two", 2)):
+        out = ["--output_dir", tmp_path / name]
+        for run in run_script(*given, *out, processes=processes, folder=tmp_path / f"ranks of {name}"):
+            assert run.returncode == 0, run.stderr
+    one, two = (read_table(tmp_path / name / "predictions.csv") for name in ("one", "two"))
+    assert len(one) == 3 and one == two
+
+
 def test_items_hold_what_the_model_reads_and_nothing_else(cifar10):
-    task = load_image_task("cifar10", str(cifar10))
-    transform = ImageTransform(ViTImageProcessor(size={"height": 32, "width": 32}), augment=False)
-    item = ImageDataset(task.test, transform)[0]
+    task = load_task("cifar10", str(cifar10))
+    transform = ImageTransform(ViTImageProcessor(size={"height": 32, "width": 32}), crop=None)
+    item = ImageDataset(task.evaluation, transform)[0]
     assert set(item) == {"pixel_values", "labels"}

@@ -75,12 +75,14 @@ def test_what_a_run_leaves(method, tmp_path):
 def test_an_overwritten_run_is_not_continued_by_the_one_that_overwrites_it(method, tmp_path, caplog):
     old = run(tmp_path, method=method, num_train_epochs=3)
     (tmp_path / "notes.txt").write_text("mine")
+    # As a process leaves it that was killed while it replaced a checkpoint.
+    os.rename(tmp_path / "checkpoint-2", tmp_path / "_checkpoint-2.replaced")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Killed(1), method=method, overwrite_output_dir=True, seed=7)
     aside = tmp_path / "_replaced-1"
     assert f"--overwrite_output_dir: 9 checkpoints and results of the run before are in {aside} now." in caplog.text
     assert {each.name for each in aside.iterdir()} == {
-        *("checkpoint-2", "checkpoint-4", "checkpoint-6", "trainer_state.json", "all_results.json"),
+        *("_checkpoint-2.replaced", "checkpoint-4", "checkpoint-6", "trainer_state.json", "all_results.json"),
         *("train_results.json", "eval_results.json", "learning_curve.png", "_run.json"),
     }
     assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("checkpoint-*"))
@@ -188,7 +190,7 @@ HISTORY = [
 
 def test_the_curve_has_losses_and_metrics_by_step():
     losses, metrics = learning_curve.curves(HISTORY)
-    assert losses == {"training": [(1, 0.9), (3, 0.7)], "evaluation": [(2, 0.8)], "evaluation, matched": [(2, 0.7)]}
+    assert losses == {"training": [(1, 0.9), (3, 0.7)], "evaluation": [(2, 0.8)], "evaluation matched": [(2, 0.7)]}
     assert metrics == {"accuracy": [(2, 0.5)], "matched f1": [(2, 0.2)]}
 
 
@@ -241,6 +243,7 @@ def test_the_command_on_a_card_starts_the_run_anew(tmp_path, monkeypatch):
         str(tmp_path / "data"),
         "--resume_from_checkpoint=true",
     ]
+    monkeypatch.setattr(started, "_given", [])
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "run.py"), *words, "--seed", "1"])
     monkeypatch.setitem(sys.modules, "__main__", type(sys)("__main__"))
     sys.modules["__main__"].__spec__ = None

@@ -10,6 +10,7 @@ import functools
 import pickle
 import pickletools
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -57,14 +58,29 @@ class _Found(reprlib.Repr):
 _shown = _Found().repr
 
 
+def find_cifar(data_dir: str | Path) -> str | None:
+    """Which of the two datasets the folder holds, or a part of, by the names of its files; None for neither."""
+    for dataset, layout in CIFAR_LAYOUTS.items():
+        folder = _official_folder(layout, data_dir)
+        if any(path.is_file() for name in (layout.train, layout.test, layout.names) for path in folder.glob(name)):
+            return dataset
+    return None
+
+
+def _official_folder(layout: CifarLayout, data_dir: str | Path) -> Path:
+    within = Path(data_dir) / layout.folder
+    return within if within.is_dir() else Path(data_dir)
+
+
 def read_cifar_folder(
-    dataset: str, data_dir: str | Path
+    dataset: str, data_dir: str | Path, splits: Sequence[str] = ("train", "test")
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
     """Read whatever training files there are, in order of their names, and the test file.
 
     Args:
         dataset: ``"cifar10"`` or ``"cifar100"`` (its 100 fine labels).
         data_dir: The official folder (``cifar-10-batches-py``, ``cifar-100-python``), or the folder that holds it.
+        splits: Which of the two to read; the files of the other one need not be there.
 
     Returns:
         ``{"train": (images, labels), "test": (images, labels)}`` with images ``(n, 32, 32, 3)`` uint8 (height, width,
@@ -76,24 +92,24 @@ def read_cifar_folder(
             what only a harmful file would name.
     """
     layout = CIFAR_LAYOUTS[dataset]
-    folder = Path(data_dir)
-    if (folder / layout.folder).is_dir():
-        folder = folder / layout.folder
+    folder = _official_folder(layout, data_dir)
     train_files = sorted(folder.glob(layout.train))
+    files = {"train": [path.name for path in train_files] or [layout.train], "test": [layout.test]}
+    expected = [name for split in splits for name in files[split]] + [layout.names]
     # Opening a pipe would wait for its other end.
-    expected = [path.name for path in train_files] + [layout.test, layout.names]
     missing = [name for name in expected if not (folder / name).is_file()]
-    if missing or not train_files:
+    if missing:
         raise FileNotFoundError(
             f"The {dataset} folder holds the files {layout.train}, {layout.test} and {layout.names}, but {folder} lacks "
-            f"{', '.join(missing if train_files else [layout.train, *missing])}. Unpack the official python version "
+            f"{', '.join(missing)}. Unpack the official python version "
             f"there (it makes a folder {layout.folder}), or leave --data_dir out to load it from the Hub."
         )
     label_names = _read_names(folder / layout.names, layout)
-    train = [_read_batch(path, layout) for path in train_files]
-    images, labels = zip(*train, strict=True)
-    test = _read_batch(folder / layout.test, layout)
-    return {"train": (np.concatenate(images), np.concatenate(labels)), "test": test}, label_names
+    read = {}
+    for split in splits:
+        images, labels = zip(*(_read_batch(folder / name, layout) for name in files[split]), strict=True)
+        read[split] = (np.concatenate(images), np.concatenate(labels))
+    return read, label_names
 
 
 class _DType:

@@ -1,118 +1,85 @@
-"""Labelled images for the ViT task: where they come from, how labels are corrupted, how images become pixel values.
+"""Labelled images as arrays, and as the data sets that a trainer reads; which of them are taken; how labels are corrupted.
 
 Images are kept as they are stored (an array of bytes, files, or an undecoded column of `datasets`), and read and
 transformed when an item is asked for. A plain torch dataset does that: putting the 50 000 arrays of CIFAR into a `datasets.Dataset`
 would mean to encode each as PNG first (0.7 ms per image, measured) and to decode it again in every epoch (0.2 ms).
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
-from cifar_files import read_cifar_folder
-from image_files import MAX_PIXELS, StoredImages, images_by_class, naming, to_rgb
-from PIL import Image, ImageOps
-from transformers import BaseImageProcessor
-
-
-# Repository on the Hub, column of the images, column of the labels.
-HUB_COLUMNS = {
-    "cifar10": ("uoft-cs/cifar10", "img", "label"),
-    "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
-}
+from image_files import StoredImages, naming, to_rgb
+from PIL import Image
+from sklearn.model_selection import train_test_split
 
 
 class LabelledImages(NamedTuple):
-    """``n`` images, each a PIL image or an array that Pillow takes, ``(height, width[, 3])`` uint8 say, and their labels ``(n,)`` int64."""
+    """``n`` images, each a PIL image or an array that Pillow takes, ``(height, width[, 3])`` uint8 say, and their labels.
+
+    Labels are ``(n,)`` int64, or None for images to be predicted of which no class is known.
+    """
 
     images: Sequence[Any]
-    labels: np.ndarray
+    labels: np.ndarray | None
+
+    def take(self, positions: np.ndarray) -> "LabelledImages":
+        """The images at `positions`, still read when they are asked for."""
+        labels = None if self.labels is None else self.labels[positions]
+        return LabelledImages(torch.utils.data.Subset(self.images, positions.tolist()), labels)
 
 
-class ImageTask(NamedTuple):
-    """Training and test images of one task, and the names of its classes in the order of the labels."""
+def names_of(images: Sequence[Any]) -> list[str]:
+    """What each image is called: the path of its file in the folder of its split, or its number in its data set, from 0."""
+    if isinstance(images, torch.utils.data.Subset):
+        names = names_of(images.dataset)
+        return [names[position] for position in images.indices]
+    return images.names() if isinstance(images, StoredImages) else [str(index) for index in range(len(images))]
 
-    train: LabelledImages
-    test: LabelledImages
-    label_names: list[str]
+
+def paths_of(images: Sequence[Any]) -> list[str]:
+    """Paths of the images' files; none for images that have no files of their own."""
+    if isinstance(images, torch.utils.data.Subset):
+        paths = paths_of(images.dataset)
+        return [paths[position] for position in images.indices] if paths else []
+    return images.paths if isinstance(images, StoredImages) else []
 
 
-def load_image_task(dataset: str, data_dir: str | None = None, max_pixels: int = MAX_PIXELS) -> ImageTask:
-    """Load a task from the Hub, from the official CIFAR folders or from a folder of images.
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Each name once: in the order of their numbers if they are numbers, otherwise of their letters."""
+    found = sorted(set(names))
+    return sorted(found, key=int) if all(name.isascii() and name.isdecimal() for name in found) else found
 
-    Args:
-        dataset: ``"cifar10"``, ``"cifar100"`` or ``"imagefolder"``.
-        data_dir: For CIFAR the official folder or the one that holds it, `None` to load from the Hub. For an image
-            folder the folder with ``train/<class>/<image>`` and ``test/<class>/<image>`` (or ``validation/...``).
-        max_pixels: How many pixels an image may have.
+
+# Which images are taken is drawn with a seed of its own: whatever the run's seed is, the same are scored, and a later run
+# scores none that this one trained on.
+_DRAW = 0
+
+
+def draw(data: LabelledImages, limit: int | None) -> LabelledImages:
+    """At most `limit` images, drawn without replacement and kept in their order: folders are in the order of the classes."""
+    if limit is None or limit >= len(data.images):
+        return data
+    return data.take(np.sort(np.random.default_rng(_DRAW).permutation(len(data.images))[:limit]))
+
+
+def hold_out(data: LabelledImages, share: float) -> tuple[LabelledImages, LabelledImages]:
+    """Training images and those held out for evaluation, of each class the same share.
 
     Raises:
-        FileNotFoundError: `data_dir`, or a part of it, is missing.
-        ValueError: What is there is no such task, or the header of an image in a folder shows that it cannot be read.
+        ValueError: There are too few images to have every class on both sides.
     """
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"--data_dir: expected a folder, but {data_dir} is none.")
-    if dataset == "imagefolder":
-        if data_dir is None:
-            raise ValueError("--dataset imagefolder reads a folder: name it with --data_dir.")
-        return _load_image_folder(Path(data_dir), max_pixels)
-    if data_dir is not None:
-        files, label_names = read_cifar_folder(dataset, data_dir)
-        return ImageTask(LabelledImages(*files["train"]), LabelledImages(*files["test"]), label_names)
-    repository, image_column, label_column = HUB_COLUMNS[dataset]
-    hub = datasets.load_dataset(repository)
-    train, test = (_labelled(hub[split], split, image_column, label_column, max_pixels) for split in ("train", "test"))
-    return ImageTask(train, test, hub["train"].features[label_column].names)
-
-
-def _load_image_folder(folder: Path, max_pixels: int) -> ImageTask:
-    # Not by the "imagefolder" of datasets: it leaves out, without a word, classes that are links or begin with "__",
-    # files whose names it does not know, and all labels where one image lies deeper.
-    tests = [name for name in ("test", "validation") if (folder / name).is_dir()]
-    if not (folder / "train").is_dir() or not tests:
-        raise FileNotFoundError(
-            f"An image folder holds train/ and test/ (or validation/), each with one folder of images per class, but "
-            f"{folder} holds {str(sorted(path.name for path in folder.iterdir()))[:200]}."
-        )
-    train, test = images_by_class(folder / "train"), images_by_class(folder / tests[0])
-    empty = [name for name, images in train.items() if not images]
-    if len(train) < 2 or empty:
+    count, counts = round(share * len(data.images)), np.unique(data.labels, return_counts=True)[1]
+    if min(count, len(data.images) - count) < len(counts) or counts.min() < 2:
         raise ValueError(
-            f"Expected at least two folders of images in {folder / 'train'}, one per class and none of them empty, got "
-            f"{len(train)}{f', of which {empty[0]!r} is empty' if empty else ''}."
+            f"--train_val_split {share:g}: expected images of each of {len(counts)} classes on both sides, got {count} of "
+            f"{len(data.images)} images to hold out, and a class of {counts.min()}. Change the share, or add images."
         )
-    unknown = sorted(test.keys() - train.keys())
-    if unknown or not any(test.values()):
-        raise ValueError(
-            f"Expected images of the classes of {folder / 'train'} in {folder / tests[0]}, got "
-            f"{f'a class {unknown[0]!r}, of which nothing is learned' if unknown else 'none'}."
-        )
-    label_names = list(train)
-
-    def labelled(images: dict[str, list[str]], split: str) -> LabelledImages:
-        stored = StoredImages([path for paths in images.values() for path in paths], split, max_pixels)
-        stored.check()
-        labels = np.repeat([label_names.index(name) for name in images], [len(paths) for paths in images.values()])
-        return LabelledImages(stored, labels.astype(np.int64))
-
-    return ImageTask(labelled(train, "train"), labelled(test, tests[0]), label_names)
-
-
-def _labelled(
-    data: datasets.Dataset, split: str, image_column: str, label_column: str, max_pixels: int
-) -> LabelledImages:
-    names = data.features[label_column].names
-    # A column is decoded entry by entry on access: right for images, 8 seconds for the labels of CIFAR.
-    labels = data[label_column][:]
-    for index, label in enumerate(labels):
-        if label is None or not 0 <= label < len(names):
-            raise ValueError(f"Expected labels from 0 to {len(names) - 1}, got {label} for image {index} of {split}.")
-    # Undecoded, so that an image that cannot be read has a name.
-    undecoded = data.cast_column(image_column, datasets.Image(decode=False))[image_column]
-    return LabelledImages(StoredImages(undecoded, split, max_pixels), np.array(labels, dtype=np.int64))
+    rest, held_out = train_test_split(
+        np.arange(len(data.images)), test_size=count, random_state=_DRAW, stratify=data.labels
+    )
+    return data.take(np.sort(rest)), data.take(np.sort(held_out))
 
 
 def corrupt_labels(labels: np.ndarray, share: float, num_classes: int, seed: int) -> np.ndarray:
@@ -145,44 +112,15 @@ def corrupt_labels(labels: np.ndarray, share: float, num_classes: int, seed: int
     return corrupted
 
 
-def random_crop(image: Image.Image, padding: int = 4) -> Image.Image:
-    """Pad with `padding` black pixels on every side, then cut the image's own size out at a random place."""
-    left, top = torch.randint(2 * padding + 1, (2,)).tolist()
-    padded = ImageOps.expand(image, border=padding)
-    return padded.crop((left, top, left + image.width, top + image.height))
-
-
-def random_flip(image: Image.Image) -> Image.Image:
-    """Mirror left and right with probability 1/2."""
-    return ImageOps.mirror(image) if torch.rand(()) < 0.5 else image
-
-
-class ImageTransform:
-    """RGB image to pixel values ``(3, height, width)`` float32, as the model's image processor resizes and normalises them.
-
-    With `augment` the image is cropped and flipped first, at the resolution it has: 4 pixels of 32 are an eighth of a
-    CIFAR image, 4 of 224 would be next to nothing. The draws come from torch's global generator.
-    """
-
-    def __init__(self, image_processor: BaseImageProcessor, *, augment: bool):
-        self.image_processor = image_processor
-        self.augment = augment
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        if self.augment:
-            image = random_flip(random_crop(image))
-        return self.image_processor(image, return_tensors="pt")["pixel_values"][0]
-
-
 class ImageDataset(torch.utils.data.Dataset):
-    """Map-style dataset whose items are ``{"pixel_values": (3, height, width), "labels": int}``.
+    """Map-style dataset whose items are ``{"pixel_values": (3, height, width), "labels": int}``, or without labels.
 
     Raises:
         ValueError: There is not one label per image; or (on access) an image cannot be read, which the message names.
     """
 
     def __init__(self, data: LabelledImages, transform: Callable[[Image.Image], torch.Tensor]):
-        if len(data.images) != len(data.labels):
+        if data.labels is not None and len(data.images) != len(data.labels):
             raise ValueError(
                 f"Expected one label per image, got {len(data.images)} images and {len(data.labels)} labels."
             )
@@ -190,10 +128,11 @@ class ImageDataset(torch.utils.data.Dataset):
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.data.labels)
+        return len(self.data.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.data.images[index]
         with naming(f"image {index}"):
             image = to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
-        return {"pixel_values": self.transform(image), "labels": int(self.data.labels[index])}
+        item = {"pixel_values": self.transform(image)}
+        return item if self.data.labels is None else item | {"labels": int(self.data.labels[index])}

@@ -108,15 +108,23 @@ class StoredImages(Sequence):
             ``{"path": ..., "bytes": ...}``.
         split: Which images these are, for messages about those that have no file: ``"train"``, ``"test"``.
         max_pixels: How many pixels an image may have. One with more is refused before memory is spent on it.
+        folder: Where all of them lie, as files; None for any others.
 
     Raises:
         ValueError: (on access, and in `check`) An image is damaged, too large, or none. The message names it.
     """
 
-    def __init__(self, entries: Sequence[str | dict[str, Any]], split: str, max_pixels: int = MAX_PIXELS):
+    def __init__(
+        self,
+        entries: Sequence[str | dict[str, Any]],
+        split: str,
+        max_pixels: int = MAX_PIXELS,
+        folder: str | Path | None = None,
+    ):
         self.entries = entries
         self.split = split
         self.max_pixels = max_pixels
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -124,6 +132,17 @@ class StoredImages(Sequence):
     def __getitem__(self, index: int) -> Image.Image:
         with self._opened(index) as image:
             return to_rgb(image)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of images in a folder; none of others."""
+        return [] if self.folder is None else list(self.entries)
+
+    def names(self) -> list[str]:
+        """What each image is called: its path in the folder; where there is none, its number, from 0."""
+        return [os.path.relpath(path, self.folder) for path in self.paths] or [
+            str(index) for index in range(len(self))
+        ]
 
     def check(self) -> None:
         """Read every header, and the checksums of formats that have them: minutes for a million images, not hours."""
@@ -178,33 +197,3 @@ def _pillow_limit(max_pixels: int) -> Iterator[None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
-
-
-def images_by_class(folder: Path) -> dict[str, list[str]]:
-    """Paths of the images in ``folder/<class>/<image>``, by class, both in order of their names.
-
-    Names that begin with a dot are hidden, and passed over. Everything else is taken for a class or an image: what is
-    neither comes out when it is read.
-
-    Raises:
-        ValueError: There are other files beside the folders of the classes, or a name that no file of ours can hold.
-    """
-    classes = {}
-    for path in _visible(folder):
-        if not path.is_dir():
-            raise ValueError(
-                f"{str(path)!r}: expected folders only in {folder}, one of images for each class, got a file. Move or "
-                "remove it."
-            )
-        try:
-            path.name.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{str(path)!r}: expected the name of a class in UTF-8, got other bytes. Rename it."
-            ) from error
-        classes[path.name] = [str(image) for image in _visible(path)]
-    return classes
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

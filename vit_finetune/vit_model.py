@@ -1,11 +1,10 @@
-"""The model of the ViT task and its image processor: pretrained, or from random weights."""
+"""The model of the task and its image processor: pretrained, or from random weights."""
 
-import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
@@ -15,67 +14,77 @@ from transformers import (
     ViTImageProcessorPil,
 )
 from transformers.utils import IMAGE_PROCESSOR_NAME
-from vit_arguments import ModelArguments
+from vit_arguments import ViTModelArguments
+
+from hf_sampa.finetuning import ClassNames, class_names, load_config, load_model
 
 
-logger = logging.getLogger(__name__)
-
-
-def load_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """Model with one output per name, weights in fp32, and the image processor that goes with it.
+def load_classifier(
+    args: ViTModelArguments, names: Sequence[str], training: bool = True
+) -> tuple[PreTrainedModel, ClassNames, BaseImageProcessor]:
+    """Model with weights in fp32, which of its outputs is which class of the data, and the image processor that goes with it.
 
     Random weights come from torch's global generator.
 
+    Args:
+        args: Which model.
+        names: Of the data's classes, in the order of their labels.
+        training: Without, the data may lack classes that the model has.
+
     Raises:
-        ValueError: A checkpoint leaves other weights than those of the classifier undetermined.
+        ValueError: The model is for other classes, or has a new head that is not to be trained; a checkpoint leaves other
+            weights than those of the head undetermined; or nothing says which size its images have.
     """
-    labels = {
-        "id2label": dict(enumerate(label_names)),
-        "label2id": {name: index for index, name in enumerate(label_names)},
-    }
     if args.from_scratch:
-        config = ViTConfig(
-            image_size=args.image_size,
-            patch_size=args.patch_size,
-            hidden_size=args.hidden_size,
-            num_hidden_layers=args.num_hidden_layers,
-            num_attention_heads=max(1, args.hidden_size // 64),
-            intermediate_size=4 * args.hidden_size,
-            **labels,
-        )
-        return AutoModelForImageClassification.from_config(config), _new_image_processor(config)
-
-    path = Path(args.model_name_or_path)
-    if (path / "config.json").is_file() and not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
-        logger.warning("%s holds a config and no weights: training starts from random weights.", path)
-        config = AutoConfig.from_pretrained(path, **labels)
-        model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
-        saved_processor = (path / IMAGE_PROCESSOR_NAME).is_file()
-        return model, _load_image_processor(args) if saved_processor else _new_image_processor(config)
-    return _load_pretrained(args.model_name_or_path, labels), _load_image_processor(args)
-
-
-def _load_pretrained(name_or_path: str, labels: dict[str, dict]) -> PreTrainedModel:
-    # fp32: by default the weights keep the precision they were saved in, and a perturbation of norm rho is rounded away
-    # in bf16. Sizes may differ where the checkpoint was trained for another number of classes.
-    model, report = AutoModelForImageClassification.from_pretrained(
-        name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **labels
-    )
-    undetermined = report["missing_keys"] | {name for name, *_ in report["mismatched_keys"]}
-    lost = sorted(name for name in undetermined if "classifier" not in name)
-    if lost:
+        config = _new_config(args)
+        labels = class_names(config, names, new_head=True)
+        config.update(labels.config_entries())
+        model = AutoModelForImageClassification.from_config(config)
+    elif not training and set(names) <= set(own := _names_of(load_config(args))):
+        model, labels = load_model(AutoModelForImageClassification, args, own)
+        labels = replace(labels, ids=tuple(labels.names.index(name) for name in names))
+    else:
+        model, labels = load_model(AutoModelForImageClassification, args, names)
+    if labels.new_head and not training:
         raise ValueError(
-            f"{name_or_path}: expected every weight but the classifier's, but {len(lost)} would start at random, among "
-            f"them {lost[0]}. Name a checkpoint of this very architecture, or a folder with its config alone to train "
-            "it from scratch."
+            "--do_train false: expected a model that is trained for the classes of the images, got "
+            f"{'a new one' if args.from_scratch else args.model_name_or_path}, whose head is new: its scores and predictions "
+            "would be random. Give --model_name_or_path a trained one."
         )
-    return model
+    return model, labels, _image_processor(args, model.config)
 
 
-def _load_image_processor(args: ModelArguments) -> BaseImageProcessor:
+def _new_config(args: ViTModelArguments) -> ViTConfig:
+    return ViTConfig(
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=max(1, args.hidden_size // 64),
+        intermediate_size=4 * args.hidden_size,
+    )
+
+
+def _names_of(config: PretrainedConfig) -> tuple[str, ...]:
+    return tuple(config.id2label[index] for index in sorted(config.id2label))
+
+
+def _image_processor(args: ViTModelArguments, config: PretrainedConfig) -> BaseImageProcessor:
+    own = Path(args.model_name_or_path) / IMAGE_PROCESSOR_NAME
+    nothing_saved = args.random_weights and args.image_processor_name is None and not own.is_file()
+    if args.from_scratch or nothing_saved:
+        return _new_image_processor(config)
     # Pillow whether or not torchvision is there: the two interpolate differently, and a run should not depend on it.
-    return AutoImageProcessor.from_pretrained(args.model_name_or_path, backend="pil")
+    return AutoImageProcessor.from_pretrained(
+        args.image_processor_name or args.model_name_or_path, backend="pil", **args.hub_arguments()
+    )
 
 
 def _new_image_processor(config: PretrainedConfig) -> BaseImageProcessor:
-    return ViTImageProcessorPil(size={"height": config.image_size, "width": config.image_size})
+    size = config.to_dict().get("image_size")
+    if not isinstance(size, int):
+        raise ValueError(
+            f"--model_name_or_path: expected a {IMAGE_PROCESSOR_NAME} beside the model, or a config.json with an image_size, "
+            f"got neither for this {config.model_type}. Name an image processor with --image_processor_name."
+        )
+    return ViTImageProcessorPil(size={"height": size, "width": size})

@@ -31,6 +31,8 @@ TEXTS = frozenset(
         "optim_target_modules torch_compile_backend torch_compile_mode train_sampling_strategy ddp_backend "
         "dataloader_multiprocessing_context method variant "
         "model_name_or_path config_name tokenizer_name data_dir dataset_name dataset_config_name task_name "
+        "model_revision dataset_revision cache_dir image_processor_name train_dir validation_dir test_dir "
+        "image_column_name label_column_name train_split_name validation_split_name test_split_name "
         "target_modules exclude_modules target_parameters modules_to_save layers_pattern task_type bias init_lora_weights"
     ).split()
 )

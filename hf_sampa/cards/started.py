@@ -64,7 +64,9 @@ def command(arguments: type, world_size: int, resumed: bool = False) -> str:
         for name, value in given.items()
         if value.lower() not in ("no", "")
     )
-    words = _words(_given or sys.argv[1:], types_of(*_beside, arguments), resumed)
+    # Of the arguments themselves: what is declared beside them may be an earlier script's.
+    anew = not resumed and "overwrite_output_dir" in types_of(arguments)
+    words = _words(_given or sys.argv[1:], types_of(*_beside, arguments), resumed, anew)
     return f"```bash\n{variables}{shlex.join([*start, *script, *words])}\n```"
 
 
@@ -88,10 +90,16 @@ def _from_here(word: str) -> str:
     return str(Path(word).relative_to(Path.cwd())) if inside else word
 
 
-def _words(given: list[str], declared: dict[str, Any], resumed: bool) -> list[str]:
+def _words(given: list[str], declared: dict[str, Any], resumed: bool, anew: bool) -> list[str]:
     """The words of a command line, those that may be secrets hidden.
 
     Whether an option that is not declared takes a value is known to the script alone: the word after it is taken for one.
+
+    Args:
+        given: the words.
+        declared: types of the options that are known.
+        resumed: whether the run goes on in its folder.
+        anew: whether it needs another folder, since the script refuses one that is not empty.
     """
     words: list[str] = []
     name, values = "", 0  # the last option, and how many words have followed it
@@ -109,8 +117,8 @@ def _words(given: list[str], declared: dict[str, Any], resumed: bool) -> list[st
             found = f"{option}={shown(own, _from_here(value), declared.get(own))}" if equals else option
         else:
             found = HIDDEN
-        if values == 1 and name == "output_dir" and "overwrite_output_dir" in declared and not resumed:
-            found = f"{found.rstrip('/')}-again"  # a script that has the option refuses a folder that is not empty
+        if anew and values == 1 and name == "output_dir":
+            found = f"{found.rstrip('/')}-again"
         if values > 1 or name not in (("overwrite_output_dir",) if resumed else OF_THE_FOLDER):
             words.append(found)
     return words

@@ -50,13 +50,14 @@ def curves(history: list[dict[str, Any]]) -> tuple[dict[str, list], dict[str, li
         if "train_runtime" in line:
             continue
         for name, value in line.items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
+            own = name.removeprefix("eval_")
+            if not isinstance(value, int | float) or (own == name and name != "loss") or own.endswith(COSTS):
                 continue
             if name == "loss":
-                losses.setdefault("training", []).append((line["step"], value))
-            elif name.startswith("eval_") and not name.endswith(COSTS):
-                own = name.removeprefix("eval_")
-                of = losses if own == "loss" or own.endswith("_loss") else metrics
-                label = f"evaluation{own.removesuffix('loss').rstrip('_') and ', ' + own.removesuffix('_loss')}"
-                of.setdefault(label if of is losses else own.replace("_", " "), []).append((line["step"], value))
+                points = losses.setdefault("training", [])
+            elif own == "loss" or own.endswith("_loss"):
+                points = losses.setdefault(f"evaluation {own.removesuffix('loss').rstrip('_')}".rstrip(), [])
+            else:
+                points = metrics.setdefault(own.replace("_", " "), [])
+            points.append((line["step"], value))
     return losses, metrics

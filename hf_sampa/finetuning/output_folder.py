@@ -18,12 +18,14 @@ logger = get_logger(__name__)
 # Names that begin so are not pushed to the Hub.
 RUN = "_run.json"
 REPLACED = "_replaced"
+# The second one is a checkpoint that was about to be replaced when the process was killed; a resumed run puts it back.
+CHECKPOINTS = (f"{PREFIX_CHECKPOINT_DIR}-*", f"_{PREFIX_CHECKPOINT_DIR}-*")
 RESULTS = ("trainer_state.json", "*_results.json", "learning_curve.png", RUN)
 
 
 def check_own(folder: Path, run: dict[str, Any]) -> None:
     """Raise ValueError if there is no checkpoint in `folder`, or its last run is another one than `run`, as far as its file says."""
-    if not any(folder.glob(f"*{PREFIX_CHECKPOINT_DIR}-*")):
+    if not any(each for name in CHECKPOINTS for each in folder.glob(name)):
         raise ValueError(
             f"--resume_from_checkpoint true: expected a checkpoint in {folder}, got none: no run in it came as far. Start it anew, "
             "without this option."
@@ -54,8 +56,8 @@ def move_aside(folder: Path, checkpoint: str | None) -> None:
     A checkpoint that stayed would be taken for the new run's when that is resumed, and results would be mixed. Only the one that
     the new run goes on from stays where it is.
     """
-    old = [*folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), *(each for name in RESULTS for each in folder.glob(name))]
-    old = [each for each in old if checkpoint is None or each.resolve() != Path(checkpoint).resolve()]
+    found = [each for name in (*CHECKPOINTS, *RESULTS) for each in folder.glob(name)]
+    old = [each for each in found if checkpoint is None or each.resolve() != Path(checkpoint).resolve()]
     if not old:
         return
     number = 1 + max(

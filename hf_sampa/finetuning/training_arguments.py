@@ -9,6 +9,7 @@ from typing import ClassVar
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..training_args import SAMPaTrainingArguments
+from .output_folder import RUN
 
 
 @dataclass
@@ -169,7 +170,8 @@ class FineTuningArguments(SAMPaTrainingArguments):
         """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant."""
         folder = Path(self.output_dir)
         meant = self.overwrite_output_dir or self.resume_from_checkpoint or not self.do_train
-        if not meant and folder.is_dir() and any(folder.iterdir()):
+        # A run that was stopped before it wrote anything leaves the note of what it is, and no more.
+        if not meant and folder.is_dir() and any(each.name != RUN for each in folder.iterdir()):
             raise FileExistsError(
                 f"--output_dir {folder} is not empty. Choose another folder, add --overwrite_output_dir, or continue "
                 "the run in it with --resume_from_checkpoint true."

@@ -25,7 +25,8 @@ def train_and_score(
     """Do what the trainer's `FineTuningArguments` ask for: train and save, score, predict, publish. Writes a model card.
 
     Args:
-        trainer: SAMPa's, or for ``--method adamw`` the baseline's. It needs training data for `do_train` and evaluation data for `do_eval` only.
+        trainer: SAMPa's, or for ``--method adamw`` the baseline's. It needs training data for `do_train` only, and evaluation
+            data for `do_eval`.
         test_dataset: for `do_predict`: one data set, or several by name.
         write_predictions: for `do_predict`: called on the main process with the `PredictionOutput` and the output folder, for
             each of several data sets with its name after them.
@@ -35,6 +36,9 @@ def train_and_score(
 
     Returns:
         The metrics on the evaluation data, and on test data that have labels (``test_...``, ``test_<name>_...``).
+
+    Raises:
+        ValueError: ``resume_from_checkpoint=True`` would go on from another run than this, or there is none.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     trainer.card_facts = CardFacts(**card)  # for the cards of checkpoints, too

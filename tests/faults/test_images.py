@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import run_vit
 import torch
-from image_data import ImageDataset, ImageTransform, LabelledImages, load_image_task
+from image_data import ImageDataset, LabelledImages
 from image_files import StoredImages, to_rgb
+from image_transforms import ImageTransform
 from PIL import Image, PngImagePlugin
 from transformers import ViTImageProcessorPil
+
+from tests.image_tasks import load_task
 
 
 WHITE = (255, 255, 255)
@@ -237,7 +240,7 @@ def test_images_are_read_as_what_they_are(folder, figure):
     wrong = {}
     for name, (content, expected, rounding) in READ.items():
         path.write_bytes(content)
-        image = load_image_task("imagefolder", str(folder)).train.images[1]
+        image = load_task("imagefolder", str(folder)).train.images[1]
         if image.mode != "RGB" or difference(image, expected) > rounding:
             wrong[name] = np.asarray(image).tolist()
     figure("images of every mode", len(READ), len(READ) - len(wrong))
@@ -270,7 +273,7 @@ def test_damaged_and_hostile_images_are_named_before_training(folder, figure):
     for name, (content, message) in REFUSED.items():
         path.write_bytes(content)
         try:
-            images = load_image_task("imagefolder", str(folder)).train.images
+            images = load_task("imagefolder", str(folder)).train.images
             # What the header and the checksums do not show.
             images[1]
             wrong[name] = "read"
@@ -289,7 +292,7 @@ def test_what_is_too_large_is_not_decoded(folder, monkeypatch):
     path.write_bytes(bomb(9500))
     decoded = []
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: decoded.append(image))
-    for read in (lambda: load_image_task("imagefolder", str(folder)), lambda: StoredImages([str(path)], "train")[0]):
+    for read in (lambda: load_task("imagefolder", str(folder)), lambda: StoredImages([str(path)], "train")[0]):
         with pytest.raises(ValueError, match="9500 x 9500 = 90250000"):
             read()
     assert decoded == []
@@ -298,9 +301,9 @@ def test_what_is_too_large_is_not_decoded(folder, monkeypatch):
 def test_the_limit_is_a_setting(folder):
     limit = Image.MAX_IMAGE_PIXELS
     (folder / "test" / "b" / "0.png").write_bytes(encoded(Image.new("L", (20, 21))))
-    assert load_image_task("imagefolder", str(folder), 420).test.images[1].size == (20, 21)
+    assert load_task("imagefolder", folder, max_image_pixels=420).evaluation.images[1].size == (20, 21)
     with pytest.raises(ValueError, match=r"test/b/0.png'.*at most 419 pixels .* got 20 x 21 = 420\. Make it smaller"):
-        load_image_task("imagefolder", str(folder), 419)
+        load_task("imagefolder", folder, max_image_pixels=419)
     assert Image.MAX_IMAGE_PIXELS == limit
     # Beyond Pillow's own, too: an image of 200 million pixels, of which only the header is there.
     path = folder / "test" / "b" / "0.png"
@@ -337,7 +340,7 @@ def test_what_is_no_file_is_named_and_not_opened(folder, figure):
         with pytest.raises(
             ValueError, match=rf"{re.escape(repr(str(path)))}: expected a file of an image, got a folder"
         ):
-            load_image_task("imagefolder", str(folder))
+            load_task("imagefolder", str(folder))
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         right += 1
     figure("images: no files", len(INSTEAD_OF_AN_IMAGE), right)
@@ -369,7 +372,7 @@ FOLDERS = {
     "an image one level deeper": (add("train/a/x/1.png"), "train/a/x': expected a file of an image, got a folder"),
     "a table within": (lambda folder: (folder / "train/a/metadata.csv").write_text("file_name,label\n"), f"train/a/metadata.csv': {NO_IMAGE}"),
     "an archive within": (lambda folder: (folder / "train/a/x.zip").write_bytes(b"PK\x05\x06" + bytes(18)), f"train/a/x.zip': {NO_IMAGE}"),
-    "a class without images": (lambda folder: (folder / "train/c").mkdir(), "none of them empty, got 3, of which 'c' is empty"),
+    "a class without images": (lambda folder: (folder / "train/c").mkdir(), "none of them empty, .* got 3, of which 'c' is empty"),
     "a class that is only tested": (add("test/c/1.png"), "Expected images of the classes of .*train in .*test, got a class 'c'"),
     "a class that is not tested": (add("train/c/1.png"), ["a", "b", "c"]),
     "no test images": (lambda folder: [path.unlink() for path in folder.glob("test/*/*")], "Expected images of the classes .* got none"),
@@ -383,9 +386,9 @@ def test_folders(folder, name, figure):
     make(folder)
     if isinstance(wanted, str):
         with pytest.raises(ValueError, match=wanted):
-            load_image_task("imagefolder", str(folder))
+            load_task("imagefolder", str(folder))
     else:
-        task = load_image_task("imagefolder", str(folder))
+        task = load_task("imagefolder", str(folder))
         assert task.label_names == wanted
         # Every image is there once, with the label of its folder.
         folders = [task.label_names[label] for label in task.train.labels]
@@ -394,7 +397,7 @@ def test_folders(folder, name, figure):
 
 
 def dataset(images):
-    transform = ImageTransform(ViTImageProcessorPil(size={"height": 16, "width": 16}), augment=True)
+    transform = ImageTransform(ViTImageProcessorPil(size={"height": 16, "width": 16}), crop="padded")
     return ImageDataset(LabelledImages(images, np.zeros(len(images), np.int64)), transform)
 
 
@@ -402,7 +405,7 @@ def dataset(images):
 def test_an_image_that_turns_out_damaged_in_a_worker_is_named_there(folder):
     path = folder / "train" / "a" / "1.jpg"
     path.write_bytes(encoded(RGB.resize((64, 64)), "JPEG")[:900])
-    images = load_image_task("imagefolder", str(folder)).train.images
+    images = load_task("imagefolder", str(folder)).train.images
     loader = torch.utils.data.DataLoader(dataset(images), batch_size=1, num_workers=1)
     with pytest.raises(
         ValueError, match=rf"{re.escape(repr(str(path)))}: {UNREADABLE} \(OSError: .*Replace or remove it"
@@ -411,7 +414,7 @@ def test_an_image_that_turns_out_damaged_in_a_worker_is_named_there(folder):
 
 
 def test_an_image_that_has_gone_is_named(folder):
-    images = load_image_task("imagefolder", str(folder)).train.images
+    images = load_task("imagefolder", str(folder)).train.images
     (folder / "train" / "b" / "0.png").unlink()
     with pytest.raises(ValueError, match="train/b/0.png': expected a file of an image"):
         dataset(images)[1]
@@ -493,7 +496,7 @@ def test_labels_of_a_table_that_are_none(tmp_path, monkeypatch, label):
         data.to_parquet(tmp_path / "uoft-cs" / "cifar10" / f"{split}-00000-of-00001.parquet")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"Expected labels from 0 to 1, got {label} for image 1 of train"):
-        load_image_task("cifar10")
+        load_task("cifar10")
 
 
 @pytest.mark.parametrize("tries", [20, pytest.param(1000, marks=pytest.mark.whole)])
