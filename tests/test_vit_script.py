@@ -344,6 +344,20 @@ def test_two_processes_give_the_numbers_of_one(cifar10, tmp_path):
     assert len(accuracies) == 1
 
 
+@pytest.mark.parametrize("method", ["adamw", "sampa"])
+def test_the_best_model_is_whole(method, cifar10, tmp_path, monkeypatch):
+    """Not a mixture of the best step's weights and the last one's."""
+    scores = iter([0.9, 0.5, 0.1, 0.1])
+    monkeypatch.setattr(run_vit, "compute_accuracy", lambda prediction: {"accuracy": next(scores)})
+    out = tmp_path / "out"
+    given = [*TINY, "--method", method, "--data_dir", str(cifar10), "--batch_size", "8", "--num_train_epochs", "3"]
+    run_vit.main([*given, "--learning_rate", "1e-2", "--early_stopping_patience", "2", "--output_dir", str(out)])
+    best, saved = (load_file(out / name / "model.safetensors") for name in ("checkpoint-5", "."))
+    last = load_file(out / "checkpoint-15" / "model.safetensors")
+    assert all(torch.equal(value, best[name]) for name, value in saved.items())
+    assert not any(torch.equal(value, last[name]) for name, value in best.items())
+
+
 # Images of one's own
 
 
@@ -511,6 +525,32 @@ def test_a_model_of_which_nothing_says_the_size_of_its_images(pictures, tmp_path
         ValueError, match="or a config.json with an image_size, got neither for this resnet. Name an image"
     ):
         run_vit.main([*given, "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_image_is_one_message(workers, pictures, tmp_path):
+    """Also where a worker of a loader finds it."""
+    path = pictures / "train" / "grey" / "1.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:900])
+    given = [
+        *SHORT,
+        "--data_dir",
+        str(pictures),
+        "--output_dir",
+        tmp_path / "out",
+        "--dataloader_num_workers",
+        workers,
+    ]
+    given += ["--disable_tqdm", "true"]
+    script = str(ROOT / "vit_finetune/run_vit.py")
+    for run in run_script(script, *given, processes=1, folder=tmp_path / "ranks"):
+        told = [line for line in run.stderr.splitlines() if "error" in line.lower()]
+        assert run.returncode == 1 and len(told) == 1 and "Traceback" not in run.stderr
+        assert told[0].startswith(
+            f"run_vit.py: error: {str(path)!r}: expected a whole image, got one that cannot be read"
+        )
 
 
 @pytest.mark.distributed

@@ -7,11 +7,13 @@ from typing import Any
 from transformers import Trainer
 
 from ..cards import WithCard
+from ..checkpoints import load_missing
 from ..evaluation import ExactEvalLoss
 
 
 class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
-    """For ``--method adamw``: `Trainer`, whose `eval_loss` is the same on every number of processes, and its card true."""
+    """For ``--method adamw``: `Trainer`, whose `eval_loss` is the same on every number of processes, its card true, and its
+    weights whole after a checkpoint was loaded."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -22,3 +24,16 @@ class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
     def unlogged_means(self) -> dict[str, float]:
         """As in `SAMPaMixin`: none."""
         return {}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self._loading_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        self._loading_from = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Upstream only warns of tensors that it did not load, as most of a ViT's on 5.23: here they are loaded."""
+        super()._issue_warnings_after_load(load_result)
+        load_missing(self.model, self._loading_from, load_result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -15,6 +16,9 @@ from ..distributed import RANK_VARIABLES, close_groups
 PACKAGE = Path(__file__).parents[1]
 # Within which a launcher ends the other processes, when one of them has failed.
 SECONDS = 5.0
+# How torch raises once more what a worker of a loader has found: with the worker's traceback in its text.
+IN_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\n")
+FRAME = re.compile(r'^  File "(.+)", line \d+, in .+\n    (.+)$', re.MULTILINE)
 
 
 def run_main(main: Callable[[], object]) -> None:
@@ -26,10 +30,11 @@ def run_main(main: Callable[[], object]) -> None:
     try:
         main()
     except (OSError, ValueError) as error:
-        if not _is_users(error):
+        message = _told(error)
+        if message is None:
             raise
         let_main_process_speak()
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
         sys.exit(1)
     close_groups()  # before the interpreter ends
 
@@ -44,10 +49,16 @@ def let_main_process_speak() -> None:
         time.sleep(SECONDS)
 
 
-def _is_users(error: OSError | ValueError) -> bool:
-    """Whether it was told to a person on purpose."""
+def _told(error: OSError | ValueError) -> str | None:
+    """What was told to a person on purpose; None of another error."""
+    message = str(error)
+    frames = [(frame.filename, frame.line or "") for frame in traceback.extract_tb(error.__traceback__)]
+    if IN_A_WORKER.match(message):
+        frames = FRAME.findall(message)
+        message = message.rpartition(f"\n{type(error).__name__}: ")[2].rstrip()
     if isinstance(error, OSError):
-        return True
-    last = traceback.extract_tb(error.__traceback__)[-1]
+        return message
+    name, line = frames[-1]
     own = (PACKAGE, Path(sys.argv[0]).resolve().parent)
-    return last.line.startswith("raise ") and any(Path(last.filename).resolve().is_relative_to(each) for each in own)
+    on_purpose = line.startswith("raise ") and any(Path(name).resolve().is_relative_to(each) for each in own)
+    return message if on_purpose else None
