@@ -13,11 +13,10 @@ from text_arguments import TextArguments, TextModelArguments
 from hf_sampa.finetuning import FineTuningArguments, FineTuningParser, parse_arguments
 
 
-USAGE = r"""accelerate launch --config_file accelerate_configs/gpu_2.yaml \
-           glue/run_classification.py --train_file FILE --validation_file FILE --output_dir FOLDER [options]
+USAGE = r"""python -m hf_sampa launch glue/run_classification.py --train_file FILE --validation_file FILE --output_dir FOLDER [options]
    or: python glue/run_classification.py --train_file FILE --train_val_split 0.1 --output_dir FOLDER [options]"""
 DESCRIPTION = """Fine-tune an encoder on texts of your own with SAMPa (or --method sam, adamw), save it, score it, and predict. The
-first command starts a SAMPa pair of two processes (without GPUs: cpu_2_processes.yaml), the second one process, with the same
+first command starts a SAMPa pair of two processes, the second one process, with the same
 numbers in about twice the time. More commands are at the top of glue/run_classification.py."""
 
 

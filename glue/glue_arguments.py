@@ -11,11 +11,10 @@ from text_arguments import TextArguments, TextModelArguments
 from hf_sampa.finetuning import FineTuningArguments, FineTuningParser, parse_arguments
 
 
-USAGE = r"""accelerate launch --config_file accelerate_configs/gpu_2.yaml \
-           glue/run_glue.py --task_name TASK --output_dir FOLDER [options]
+USAGE = r"""python -m hf_sampa launch glue/run_glue.py --task_name TASK --output_dir FOLDER [options]
    or: python glue/run_glue.py --task_name TASK --output_dir FOLDER [options]"""
 DESCRIPTION = """Fine-tune an encoder on a GLUE task with SAMPa (or --method sam, adamw), save it, and score it on the
-task's dev sets. The first command starts a SAMPa pair of two processes (without GPUs: cpu_2_processes.yaml), the second
+task's dev sets. The first command starts a SAMPa pair of two processes, the second
 one process, with the same numbers in about twice the time. More commands are at the top of glue/run_glue.py."""
 
 

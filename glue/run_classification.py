@@ -5,9 +5,9 @@ From a CSV file with a column `text` and a column `label`, a tenth of which is k
     python glue/run_classification.py --train_file reviews.csv --train_val_split 0.1 \
         --model_name_or_path distilbert/distilbert-base-uncased --output_dir out/reviews
 
-Two processes, one SAMPa pair (on a machine without GPUs: accelerate_configs/cpu_2_processes.yaml):
+Two processes, one SAMPa pair:
 
-    accelerate launch --config_file accelerate_configs/gpu_2.yaml glue/run_classification.py \
+    python -m hf_sampa launch glue/run_classification.py \
         --train_file train.csv --validation_file dev.csv --output_dir out/reviews-pair
 
 Any data set on the Hub, with the names of its columns where they are not the usual ones:
@@ -51,6 +51,7 @@ from transformers import (
 from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.compat import take_loss_for_mean
 from hf_sampa.finetuning import BaselineTrainer, ClassNames, load_config, load_model, run_main, train_and_score
 
 
@@ -158,8 +159,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         compute_metrics=make_compute_metrics(problem.type, metrics),
         preprocess_logits_for_metrics=first_output,
     )
-    # The heads return a mean, though they accept num_items_in_batch (transformers #47688): tell the plain Trainer.
-    trainer.loss_is_scaled_for_ga = False
+    take_loss_for_mean(trainer)  # which the heads return; the plain Trainer thinks otherwise
 
     # 5. Train, save, score and predict
     return train_and_score(

@@ -1,13 +1,13 @@
 r"""Fine-tune an encoder on one of the nine GLUE tasks with SAMPa, SAM or AdamW, with the SAMPa paper's settings.
 
-Two processes, one SAMPa pair (on a machine without GPUs: accelerate_configs/cpu_2_processes.yaml):
+Two processes, one SAMPa pair:
 
-    accelerate launch --config_file accelerate_configs/gpu_2.yaml glue/run_glue.py \
+    python -m hf_sampa launch glue/run_glue.py \
         --task_name rte --method sampa --output_dir out/rte-sampa
 
 One process, the same numbers in about twice the time:
 
-    accelerate launch --config_file accelerate_configs/one_process.yaml glue/run_glue.py \
+    python -m hf_sampa launch --config one_process glue/run_glue.py \
         --task_name rte --method sampa --output_dir out/rte-sampa-one
 
 The baselines are `--method sam` and `--method adamw`, data parallel over the processes.
@@ -44,6 +44,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainer
+from hf_sampa.compat import take_loss_for_mean
 from hf_sampa.finetuning import BaselineTrainer, load_model, run_main, train_and_score
 
 
@@ -105,8 +106,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         compute_metrics=make_compute_metrics(task, labels.ids),
         preprocess_logits_for_metrics=first_output,
     )
-    # The heads return a mean, though they accept num_items_in_batch (transformers #47688): tell the plain Trainer.
-    trainer.loss_is_scaled_for_ga = False
+    take_loss_for_mean(trainer)  # which the heads return; the plain Trainer thinks otherwise
 
     # 4. Train, save, score and predict
     card = {"tasks": "text-classification", "dataset_split": "validation"}

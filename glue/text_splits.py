@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from text_arguments import TextArguments
 
 from hf_sampa.finetuning import FineTuningArguments
@@ -16,12 +16,12 @@ def is_scored(args: FineTuningArguments) -> bool:
 def limit(data: DatasetDict, args: TextArguments) -> DatasetDict:
     """The first rows of every split, as many as ``--max_train_samples`` and its like allow."""
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
-    return DatasetDict(
-        {
-            split: rows.take(limits.get(split.partition("_")[0], args.max_predict_samples) or len(rows))
-            for split, rows in data.items()
-        }
-    )
+
+    def first(split: str, rows: Dataset) -> Dataset:
+        limit = limits.get(split.partition("_")[0], args.max_predict_samples)
+        return rows.select(range(min(limit or len(rows), len(rows))))
+
+    return DatasetDict({split: first(split, rows) for split, rows in data.items()})
 
 
 def remarks(whole: DatasetDict, tokenized: DatasetDict, max_length: int) -> list[str]:

@@ -124,7 +124,22 @@ def _minor(version: str) -> tuple[int, ...]:
     return Version(version).release[:2]
 
 
+def _before(name: str, first: str) -> bool:
+    return Version(version(name)) < Version(first)
+
+
 # ---- transformers ----
+
+
+def take_loss_for_mean(trainer: Trainer) -> None:
+    """Tell `trainer` that its losses are means over their batches, to be divided by the accumulation steps, whatever its model accepts.
+
+    Some models accept `num_items_in_batch` and return a mean all the same (transformers #47688).
+    """
+    if _before("transformers", "5.19"):
+        trainer.model_accepts_loss_kwargs = False
+    else:
+        trainer.loss_is_scaled_for_ga = False
 
 
 @contextmanager
@@ -138,7 +153,7 @@ def divided_by(trainer: Trainer, divisor: float) -> Iterator[None]:
 @contextmanager
 def _never_scaled(trainer: Trainer) -> Iterator[None]:
     """Before transformers 5.19 ``training_step`` goes by two attributes that ``compute_loss`` goes by, too: it gets them back."""
-    if hasattr(trainer, "loss_is_scaled_for_ga"):
+    if not _before("transformers", "5.19"):
         with _set(trainer, loss_is_scaled_for_ga=False):
             yield
         return
@@ -172,6 +187,16 @@ def let_trainer_divide(trainer: Trainer) -> None:
 def without_cpu_index(device: torch.device) -> torch.device:
     """Before transformers 5.18 optimizers are loaded onto the device as it is called, and torch knows no "cpu:0" there."""
     return torch.device("cpu") if device.type == "cpu" else device
+
+
+def pillow_vit_processor(transformers: Any) -> type:
+    """ViT's image processor on Pillow, of the package `transformers`. Before 5.4 it has another name."""
+    return transformers.ViTImageProcessor if _before("transformers", "5.4") else transformers.ViTImageProcessorPil
+
+
+def on_pillow() -> dict[str, Any]:
+    """What ``AutoImageProcessor.from_pretrained`` is told. Before transformers 5.4 "fast" is torchvision and not Pillow."""
+    return {"use_fast": False} if _before("transformers", "5.4") else {"backend": "pil"}
 
 
 # ---- torch ----

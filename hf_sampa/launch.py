@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.commands import launch as accelerate_launch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 # In an installed package they are in it, in a clone beside it.
@@ -59,7 +60,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def launch(argv: list[str]) -> None:
-    """Do what ``accelerate launch`` does with `argv`, in a configuration of ours unless it has a ``--config_file``."""
+    """Do what ``accelerate launch`` does with `argv`, in a configuration of ours unless it has a ``--config_file``.
+
+    Raises:
+        SystemExit: a process failed, with its exit code. What went wrong it has said itself; the launcher's report of some 30 lines
+            would stand below that.
+    """
     args = parser().parse_args(argv)
     if args.config and args.config_file:
         sys.exit(
@@ -68,4 +74,11 @@ def launch(argv: list[str]) -> None:
     args.config_file = args.config_file or str(configurations()[args.config or for_this_machine()])
     del args.config
     print(f"accelerate launch --config_file {shlex.quote(args.config_file)}", file=sys.stderr, flush=True)
-    accelerate_launch.launch_command(args)
+    try:
+        accelerate_launch.launch_command(args)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(
+            f"Rank {rank} ended first, with exit code {failure.exitcode}. What it said stands above.", file=sys.stderr
+        )
+        sys.exit(failure.exitcode)

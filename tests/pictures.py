@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+from transformers import ViTConfig, ViTModel
+
+from hf_sampa.compat import pillow_vit_processor
+
+
+ViTProcessor = pillow_vit_processor(transformers)
 
 
 def make_pictures(folder: Path) -> None:
@@ -19,4 +25,4 @@ def make_pictures(folder: Path) -> None:
     shape = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32}
     path = folder / "google" / "vit-base-patch16-224-in21k"
     ViTModel(ViTConfig(**shape, num_attention_heads=2)).save_pretrained(path)
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(path)
+    ViTProcessor(size={"height": 8, "width": 8}).save_pretrained(path)

@@ -13,9 +13,9 @@ from cifar_files import read_cifar_folder
 from image_data import ImageDataset, LabelledImages, corrupt_labels
 from image_transforms import ImageTransform, padded_crop, random_flip, random_window
 from PIL import Image, ImageOps
-from transformers import ViTImageProcessorPil
 
 from tests.image_tasks import load_task
+from tests.pictures import ViTProcessor
 
 
 class Python2Pickler(pickle._Pickler):
@@ -324,9 +324,7 @@ def test_half_of_the_images_are_mirrored():
 
 def make_dataset(augment, size=16, images=None):
     images = random_images(3) if images is None else images
-    transform = ImageTransform(
-        ViTImageProcessorPil(size={"height": size, "width": size}), crop="padded" if augment else None
-    )
+    transform = ImageTransform(ViTProcessor(size={"height": size, "width": size}), crop="padded" if augment else None)
     return ImageDataset(LabelledImages(images, np.arange(len(images))), transform)
 
 
@@ -364,9 +362,10 @@ def test_grey_images_get_three_channels():
 
 
 def test_an_image_processor_that_keeps_shapes_is_refused():
-    image_processor = ViTImageProcessorPil(size={"shortest_edge": 16})
+    image_processor = ViTProcessor(size={"shortest_edge": 16})
     with pytest.raises(
-        ValueError, match=r"ViTImageProcessorPil: expected one that makes all images one size, got \(3, 16, 32\) for a"
+        ValueError,
+        match=rf"{ViTProcessor.__name__}: expected one that makes all images one size, got \(3, 16, 32\) for a",
     ):
         ImageTransform(image_processor, crop=None)
 

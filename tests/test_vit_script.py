@@ -29,12 +29,13 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
-    ViTImageProcessorPil,
 )
 from vit_arguments import DataArguments, ViTModelArguments, ViTTrainingArguments, make_parser, parse_args
 from vit_model import load_classifier
 
+from hf_sampa.compat import on_pillow
 from tests.image_tasks import load_task
+from tests.pictures import ViTProcessor
 from tests.ranks import run_script
 
 
@@ -230,7 +231,7 @@ def test_a_saved_model_has_the_accuracy_that_was_reported(cifar10, tmp_path, met
     assert reported["train_loss"] < 2.3  # log(10) = 2.303 is what guessing gives
 
     model = AutoModelForImageClassification.from_pretrained(out).eval()
-    image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
+    image_processor = AutoImageProcessor.from_pretrained(out, **on_pillow())
     task = load_task("cifar10", str(cifar10))
     images = image_processor(list(task.evaluation.images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -387,7 +388,7 @@ def test_predictions_are_the_models_own(pictures, tmp_path):
     rows = read_table(out / "predictions.csv")
     assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]
     model = AutoModelForImageClassification.from_pretrained(out).eval()
-    image_processor = AutoImageProcessor.from_pretrained(out, backend="pil")
+    image_processor = AutoImageProcessor.from_pretrained(out, **on_pillow())
     images = [Image.open(pictures / "test" / row["file"]).convert("RGB") for row in rows]
     with torch.no_grad():
         expected = model(**image_processor(images, return_tensors="pt")).logits.softmax(-1)
@@ -509,7 +510,7 @@ def test_any_image_classifier_is_trained(name, pictures, tmp_path):
     """One for other classes, with a new head; its image processor has a name of its own."""
     path = tmp_path / "model"
     AutoModelForImageClassification.from_config(CLASSIFIERS[name]()).save_pretrained(path)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "processor")
+    ViTProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "processor")
     given = ["--data_dir", str(pictures), "--model_name_or_path", str(path), "--ignore_mismatched_sizes", "--use_cpu"]
     given += ["--image_processor_name", str(tmp_path / "processor"), "--batch_size", "4", "--max_steps", "2"]
     run_vit.main([*given, "--do_predict", "--output_dir", str(tmp_path / "out")])

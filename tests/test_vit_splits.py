@@ -14,10 +14,10 @@ import torch
 from image_data import ImageDataset, LabelledImages, hold_out, names_of, sorted_names
 from image_transforms import ImageTransform
 from PIL import Image
-from transformers import ViTImageProcessorPil
 from vit_arguments import DataArguments
 
 from tests.image_tasks import load_task
+from tests.pictures import ViTProcessor
 
 
 @pytest.fixture(autouse=True)
@@ -459,7 +459,7 @@ def test_images_can_be_read_in_another_process(folder, hub):
         load_task(dataset_name=name, evaluate=False, max_train_samples=2),
     ):
         dataset = ImageDataset(
-            data.train, ImageTransform(ViTImageProcessorPil(size={"height": 4, "width": 4}), crop="resized")
+            data.train, ImageTransform(ViTProcessor(size={"height": 4, "width": 4}), crop="resized")
         )
         torch.manual_seed(0)
         expected = dataset[1]

@@ -2,17 +2,17 @@ r"""Fine-tune a ViT, or any other image classifier, on CIFAR-10, CIFAR-100 or im
 
 ViT-B/16 on CIFAR-10 from the Hub with the paper's settings, SAMPa on two GPUs:
 
-    accelerate launch --config_file accelerate_configs/gpu_2.yaml vit_finetune/run_vit.py \
+    python -m hf_sampa launch vit_finetune/run_vit.py \
         --dataset cifar10 --output_dir out/vit-sampa --dataloader_num_workers 4 --bf16
 
 The same numbers from one process, in about twice the time:
 
-    accelerate launch --config_file accelerate_configs/one_process.yaml vit_finetune/run_vit.py \
+    python -m hf_sampa launch --config one_process vit_finetune/run_vit.py \
         --dataset cifar10 --output_dir out/vit-sampa-one --dataloader_num_workers 4 --bf16
 
 A baseline, here on CIFAR-100 with 40 % of the training labels wrong (`--method adamw` is the other one):
 
-    accelerate launch --config_file accelerate_configs/gpu_2.yaml vit_finetune/run_vit.py \
+    python -m hf_sampa launch vit_finetune/run_vit.py \
         --method sam --dataset cifar100 --label_noise 0.4 --output_dir out/vit-sam-noise --bf16
 
 Without a network: the official folder (data/cifar-10-batches-py) and a model saved in a folder:
@@ -22,14 +22,14 @@ Without a network: the official folder (data/cifar-10-batches-py) and a model sa
 
 A small ViT from random weights, on two CPU processes:
 
-    accelerate launch --config_file accelerate_configs/cpu_2_processes.yaml vit_finetune/run_vit.py \
+    python -m hf_sampa launch --config cpu_2_processes vit_finetune/run_vit.py \
         --dataset cifar10 --data_dir data --from_scratch --hidden_size 128 --num_hidden_layers 4 --patch_size 4 \
         --learning_rate 1e-3 --output_dir out/vit-small
 
 Images of your own, in one folder per class, a tenth of them held out to be scored (or `--data_dir` for a folder with train/,
 validation/ and test/, `--dataset_name` for a data set on the Hub):
 
-    accelerate launch --config_file accelerate_configs/gpu_2.yaml vit_finetune/run_vit.py \
+    python -m hf_sampa launch vit_finetune/run_vit.py \
         --train_dir pictures --train_val_split 0.1 --output_dir out/pictures --bf16
 
 What the saved model says of further images, which lie side by side in a folder, as a table in out/pictures/predictions.csv:

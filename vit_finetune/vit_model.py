@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import transformers
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -11,11 +12,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     ViTConfig,
-    ViTImageProcessorPil,
 )
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from vit_arguments import ViTModelArguments
 
+from hf_sampa.compat import on_pillow, pillow_vit_processor
 from hf_sampa.finetuning import ClassNames, class_names, load_config, load_model
 
 
@@ -76,7 +77,7 @@ def _image_processor(args: ViTModelArguments, config: PretrainedConfig) -> BaseI
         return _new_image_processor(config)
     # Pillow whether or not torchvision is there: the two interpolate differently, and a run should not depend on it.
     return AutoImageProcessor.from_pretrained(
-        args.image_processor_name or args.model_name_or_path, backend="pil", **args.hub_arguments()
+        args.image_processor_name or args.model_name_or_path, **on_pillow(), **args.hub_arguments()
     )
 
 
@@ -87,4 +88,4 @@ def _new_image_processor(config: PretrainedConfig) -> BaseImageProcessor:
             f"--model_name_or_path: expected a {IMAGE_PROCESSOR_NAME} beside the model, or a config.json with an image_size, "
             f"got neither for this {config.model_type}. Name an image processor with --image_processor_name."
         )
-    return ViTImageProcessorPil(size={"height": size, "width": size})
+    return pillow_vit_processor(transformers)(size={"height": size, "width": size})

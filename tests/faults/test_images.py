@@ -18,9 +18,9 @@ from image_data import ImageDataset, LabelledImages
 from image_files import StoredImages, to_rgb
 from image_transforms import ImageTransform
 from PIL import Image, PngImagePlugin
-from transformers import ViTImageProcessorPil
 
 from tests.image_tasks import load_task
+from tests.pictures import ViTProcessor
 
 
 WHITE = (255, 255, 255)
@@ -397,7 +397,7 @@ def test_folders(folder, name, figure):
 
 
 def dataset(images):
-    transform = ImageTransform(ViTImageProcessorPil(size={"height": 16, "width": 16}), crop="padded")
+    transform = ImageTransform(ViTProcessor(size={"height": 16, "width": 16}), crop="padded")
     return ImageDataset(LabelledImages(images, np.zeros(len(images), np.int64)), transform)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import classification_arguments
 import glue_arguments
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tests import tiny
 from tests.division import divided
 from tests.former import as_before
 from tests.hub import Hub
+from tests.project import ROOT
 from tests.test_docs import PAGES, commands
 
 
@@ -243,16 +245,17 @@ def test_of_an_adapter_names_of_modules_are_shown_and_other_texts_are_not(tmp_pa
     assert "rank_pattern HIDDEN" in card and "target_parameters HIDDEN" in card and not is_in(secret, card)
 
 
-PARSERS = {"glue/run_glue.py": glue_arguments, "vit_finetune/run_vit.py": vit_arguments}
+PARSERS = {
+    "glue/run_glue.py": glue_arguments,
+    "glue/run_classification.py": classification_arguments,
+    "vit_finetune/run_vit.py": vit_arguments,
+}
 
 
 def test_the_commands_of_the_documentation_are_shown_whole(tmp_path, monkeypatch, from_a_script, figure):
     monkeypatch.chdir(tmp_path)
     found = [words for page in PAGES for words in commands(page) if set(words) & PARSERS.keys()]
-    for text in (
-        Path(module.__file__).with_name(name).read_text()
-        for name, module in (("run_glue.py", glue_arguments), ("run_vit.py", vit_arguments))
-    ):
+    for text in ((ROOT / script).read_text() for script in PARSERS):
         lines = text.partition('"""')[2].partition('"""')[0].replace("\\\n", " ").splitlines()
         found += [shlex.split(line) for line in lines if any(script in line.split() for script in PARSERS)]
     changed = []
