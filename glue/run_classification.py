@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         write_predictions=partial(write, problem=problem, names=classes.names),
         tasks="text-classification",
         dataset_split="validation",
-        remarks=[*remarks(whole, data, max_length), *split_remark(data_args)],
+        remarks=[*remarks(model_args, whole, data, max_length), *split_remark(data_args)],
         **card_facts(data_args),
     )
 

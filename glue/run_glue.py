@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer,
         test_dataset=select(data, task.submissions),
         write_predictions=partial(write_predictions, task=task, data=limited, ids=labels.ids),
-        remarks=remarks(whole, data, max_length),
+        remarks=remarks(model_args, whole, data, max_length),
         **card,
     )
 

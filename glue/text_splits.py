@@ -1,11 +1,11 @@
-"""Which splits of its data a run needs, how many rows of them, and what is left out."""
+"""Which splits of its data a run needs, how many rows of them, and what a model card says of that."""
 
 from __future__ import annotations
 
 from datasets import Dataset, DatasetDict
 from text_arguments import TextArguments
 
-from hf_sampa.finetuning import FineTuningArguments
+from hf_sampa.finetuning import FineTuningArguments, ModelArguments, is_without_weights
 
 
 def is_scored(args: FineTuningArguments) -> bool:
@@ -24,11 +24,13 @@ def limit(data: DatasetDict, args: TextArguments) -> DatasetDict:
     return DatasetDict({split: first(split, rows) for split, rows in data.items()})
 
 
-def remarks(whole: DatasetDict, tokenized: DatasetDict, max_length: int) -> list[str]:
-    """What a model card is to say of what was left out: of texts that were too long, of rows beyond a limit."""
+def remarks(model_args: ModelArguments, whole: DatasetDict, tokenized: DatasetDict, max_length: int) -> list[str]:
+    """What a model card is to say of the start, and of what was left out: of texts that were too long, of rows beyond a limit."""
+    found = ["starting from random weights"] if is_without_weights(model_args.model_name_or_path) else []
     # The tokenizer does not say which inputs it has cut: those that are as long as can be.
     cut = any(sum(mask) >= max_length for rows in tokenized.values() for mask in rows["attention_mask"])
-    found = [f"inputs are truncated to {max_length} tokens"] if cut else []
+    if cut:
+        found.append(f"inputs are truncated to {max_length} tokens")
     for split, rows in tokenized.items():
         if len(rows) < len(whole[split]):
             doing = {"train": "trained on", "validation": "scored on"}.get(split.partition("_")[0], "predicted for")

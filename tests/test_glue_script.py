@@ -337,6 +337,7 @@ def test_padding_to_the_longest_input_changes_no_score(one_process, tmp_path):
 
 def test_the_card_names_what_was_left_out_and_no_more(one_process, tiny_bert, tmp_path):
     card = (one_process / "README.md").read_text()
+    assert "- starting from random weights" in card
     assert "- trained on the first 40 of 800 examples of train only" in card
     assert "- scored on the first 50 of 200 examples of validation only" in card
     assert "truncated" not in card, "no sentence is so long"

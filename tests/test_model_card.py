@@ -240,6 +240,12 @@ def started_as(monkeypatch, argv, module=None):
         (1, ["--auth", "S", "https://u:S@h/x"], "python glue/run.py --auth HIDDEN HIDDEN"),
         (1, ["--pad_token", "x", "--text_key=a"], "python glue/run.py --pad_token HIDDEN --text_key=HIDDEN"),
         (1, ["--data_dir", "hf_data", "--author", "me"], "python glue/run.py --data_dir hf_data --author HIDDEN"),
+        (
+            1,
+            ["--train_file", "reviews.csv", "--text_column_names", "title", "--delimiter=;", "--metric_name", "f1"],
+            "python glue/run.py --train_file reviews.csv --text_column_names title '--delimiter=;' --metric_name f1",
+        ),
+        (1, ["--train_file", f"{TOKEN}.csv"], "python glue/run.py --train_file HIDDEN"),
         (1, ["--resume_from_checkpoint", "out/checkpoint-2", "--seed", "1"], "python glue/run.py --seed 1"),
         (1, ["--seed", "1", "--resume-from-checkpoint=true"], "python glue/run.py --seed 1"),
         (1, ["--resume_from_checkpoint", "--seed", "1"], "python glue/run.py --seed 1"),

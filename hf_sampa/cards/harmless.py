@@ -132,7 +132,8 @@ def is_harmless(name: str, value: Any, declared: Any = None) -> bool:
     if is_secret(name, value):
         return False
     if isinstance(value, str):
-        known = (name in TEXTS and is_plain(value)) or (name in PAIRS and _are_pairs(value))
+        # A single character, as a delimiter, can hold no secret.
+        known = (name in TEXTS and (len(value) == 1 or is_plain(value))) or (name in PAIRS and _are_pairs(value))
         return known or _spells(value, declared)
     if isinstance(value, Mapping):
         return all(_is_name(key) and is_harmless(key, each) for key, each in value.items())
