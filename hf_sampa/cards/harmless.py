@@ -32,7 +32,7 @@ TEXTS = frozenset(
         "dataloader_multiprocessing_context method variant "
         "model_name_or_path config_name tokenizer_name data_dir dataset_name dataset_config_name task_name "
         "model_revision dataset_revision cache_dir image_processor_name train_dir validation_dir test_dir "
-        "train_file validation_file test_file text_column_names metric_name problem_type "
+        "train_file validation_file test_file text_column_names metric_name problem_type delimiter label_delimiter "
         "image_column_name label_column_name train_split_name validation_split_name test_split_name "
         "target_modules exclude_modules target_parameters modules_to_save layers_pattern task_type bias init_lora_weights"
     ).split()
