@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from packaging.version import Version
@@ -36,7 +37,7 @@ class Range(NamedTuple):
 TESTED = {
     "transformers": Range("5.3.0", "5.24.0"),
     "torch": Range("2.6.0", "2.15.0"),
-    "accelerate": Range("1.10.0", "1.15.0"),
+    "accelerate": Range("1.10.1", "1.15.0"),
 }
 
 # The methods of Trainer that are extended or replaced, in its order, with the parameters that are relied on. Before transformers
@@ -184,6 +185,11 @@ def let_trainer_divide(trainer: Trainer) -> None:
     trainer.accelerator.gradient_accumulation_steps = 1
 
 
+def keeps_best_step() -> bool:
+    """Before transformers 5.4 ``save_strategy="best"`` keeps no note of which checkpoint is the best, and loads none at the end."""
+    return not _before("transformers", "5.4")
+
+
 def without_cpu_index(device: torch.device) -> torch.device:
     """Before transformers 5.18 optimizers are loaded onto the device as it is called, and torch knows no "cpu:0" there."""
     return torch.device("cpu") if device.type == "cpu" else device
@@ -199,7 +205,14 @@ def on_pillow() -> dict[str, Any]:
     return {"use_fast": False} if _before("transformers", "5.4") else {"backend": "pil"}
 
 
-# ---- torch ----
+# ---- torch and numpy ----
+
+
+def numpy_by_both_names():
+    """Within the block torch loads numpy's arrays from files that were written with numpy 1 and with numpy 2, which name them differently."""
+    reconstruct, *_ = np.empty(0).__reduce__()
+    names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+    return torch.serialization.safe_globals([(reconstruct, name) for name in names])
 
 
 def adam_step(*args, decoupled_weight_decay: bool, **kwargs) -> None:

@@ -30,7 +30,7 @@ from .checks import (
     check_savable,
     check_trainer,
 )
-from .compat import check_hooks, let_trainer_divide, say_what_is_untested
+from .compat import check_hooks, let_trainer_divide, numpy_by_both_names, say_what_is_untested
 from .distributed import check_same_start, end_with_launcher, peers_expected
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
 from .evaluation import ExactEvalLoss
@@ -283,8 +283,8 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         self._run.epoch(super()._run_epoch, **kwargs)
 
     def _load_rng_state(self, checkpoint):
-        """As in `_load_optimizer_and_scheduler`."""
-        with loading(checkpoint, "rng_state*.pth"):
+        """As in `_load_optimizer_and_scheduler`; and upstream's knows numpy's state by one of its two names."""
+        with loading(checkpoint, "rng_state*.pth"), numpy_by_both_names():
             super()._load_rng_state(checkpoint)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from .compat import without_cpu_index
+from .compat import keeps_best_step, without_cpu_index
 from .distributed import SIZE_VARIABLES, Mesh, peers_expected, whole_size_and_rank
 from .state import stood_in
 from .variants import Recipe, Variant, find, parse_arguments
@@ -228,6 +228,11 @@ class SAMPaArgumentsMixin:
             raise ValueError(
                 f"optim: expected an optimizer whose step comes after backward, got {str(self.optim.value)!r}, which updates "
                 "during backward, while the weights are displaced."
+            )
+        if self.save_strategy == "best" and self.load_best_model_at_end and not keeps_best_step():
+            raise ValueError(
+                "save_strategy: expected 'steps' or 'epoch' together with load_best_model_at_end, got 'best', with which this "
+                "transformers loads no model at the end. Take one of those, or transformers 5.4 or newer."
             )
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(

@@ -18,12 +18,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import hub as transformers_hub
 
 from tests import tiny
 from tests.hub import Hub, without_waiting
+
+
+try:
+    from huggingface_hub.utils import httpx
+except ImportError:  # before huggingface_hub 2
+    import httpx
 
 
 REPO = "user/name"

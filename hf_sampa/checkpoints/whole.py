@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers.trainer_pt_utils import safe_globals
 
+from ..compat import numpy_by_both_names
 from ..files import sync
 from .manifest import Recorded
 
@@ -134,7 +135,7 @@ def refused(file: Path) -> str | None:
     """What torch would not load of a file, though it be whole: classes that are not known to be harmless."""
     if file.suffix not in (".pt", ".pth", ".bin") or not zipfile.is_zipfile(file):
         return None
-    with safe_globals():  # as Trainer does, for numpy's random state
+    with safe_globals(), numpy_by_both_names():  # as Trainer does, for numpy's random state
         names = get_unsafe_globals_in_checkpoint(str(file))
     return names and (
         f"holds {', '.join(sorted(names))}, which torch.load takes for unsafe. If you know that it is safe, name it to "

@@ -320,7 +320,10 @@ class Calls(TrainerCallback):
 
     def count(self, frame, event, arg):
         if event in ("call", "c_call") and "hf_sampa" in frame.f_code.co_filename:
-            self.found[arg.__name__ if event == "c_call" else frame.f_code.co_qualname] += 1
+            code = frame.f_code
+            # Python 3.10 knows no names of classes here.
+            own = getattr(code, "co_qualname", code.co_name)
+            self.found[arg.__name__ if event == "c_call" else own] += 1
 
 
 def calls(folder, count: int) -> Counter:
