@@ -65,7 +65,6 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
     client = NotebookClient(
         notebook,
         km=kernel,
-        timeout=280,
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,

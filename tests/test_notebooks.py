@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+import hf_sampa
 from tests.notebooks import METADATA, NOTEBOOKS, code, execute, fingerprint, read
 
 
@@ -69,10 +71,20 @@ def test_another_cell_has_another_fingerprint():
     assert fingerprint(new_notebook(cells=cells)) != fingerprint(new_notebook(cells=cells[::-1]))
 
 
+def test_words_and_whole_numbers_are_compared_and_what_differs_between_machines_is_not():
+    def compared(text):
+        return texts(new_notebook(cells=[new_code_cell(outputs=[new_output("stream", text=text)])]))
+
+    assert compared("300 updates, loss 0.0097, torch 2.13.0") == compared("300 updates, loss 1.2e-05, torch 2.9.1")
+    for other in ("301 updates, loss 0.0097", "300 steps, loss 0.0097", "300 updates"):
+        assert compared("300 updates, loss 0.0097") != compared(other)
+
+
 # Executed
 
 
 @pytest.mark.whole
+@pytest.mark.timeout(900)
 @on_every_notebook
 def test_it_puts_out_what_is_stored(path, tmp_path):
     notebook = read(path)
@@ -87,9 +99,5 @@ def test_a_cell_that_raises_is_found_and_the_kernel_is_this_python(tmp_path):
     ]
     with pytest.raises(CellExecutionError, match="AssertionError"):
         execute(new_notebook(cells=cells), tmp_path)
-    import sys
-
-    import hf_sampa
-
     done = execute(new_notebook(cells=cells[:1]), tmp_path)
     assert done.cells[0].outputs[0].text == f"{sys.executable} {hf_sampa.__file__}\n"
