@@ -32,6 +32,7 @@ NOT_OF_VERSIONS = [
     "tests/test_docs.py",
     "tests/test_house.py",
     "tests/test_mutation.py",
+    "tests/test_notebooks.py",
     "tests/test_package.py",
     "tests/test_project.py",
 ]

@@ -15,7 +15,7 @@ project = "hf_sampa"
 author = "the authors of hf_sampa"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue", "mathml"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue", "mathml"]
 exclude_patterns = ["_build"]
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
@@ -38,6 +38,9 @@ nitpicky = True
 nitpick_ignore_regex = [(r"py:.*", r"(torch|transformers|collections)(\..*)?")]
 # A single pair of backticks is code, as in Markdown.
 default_role = "literal"
+# Notebooks are shown as they are stored, with what they put out; `python -m tests.notebooks` runs them.
+nb_execution_mode = "off"
+nb_render_markdown_format = "myst"
 # Quotation marks and dashes stay what one can type.
 smartquotes = False
 autodoc_member_order = "bysource"
@@ -65,7 +68,8 @@ def link_repository_files(app, docname: str, source: list[str]) -> None:
     """Let links out of docs/, which a reader of the repository can follow, open files."""
     text = show_contributing() if docname == "contributing" else source[0]
     text = re.sub(r"(?<!!)(\[[^\]]*\])\(\.\./CONTRIBUTING\.md(#[^)]*)?\)", r"\1(contributing.md\2)", text)
-    source[0] = re.sub(r"(?<!!)(\[[^\]]*\])\((\.\./[^)#]+)(#[^)]*)?\)", r"\1(path:\2)", text)
+    out = re.escape("../" * (docname.count("/") + 1))
+    source[0] = re.sub(rf"(?<!!)(\[[^\]]*\])\(({out}[^)#]+)(#[^)]*)?\)", r"\1(path:\2)", text)
 
 
 def setup(app) -> None:

@@ -32,7 +32,7 @@ import hf_sampa.__main__ as command_line
 import hf_sampa.variants.__main__ as catalogue
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, launch
 from hf_sampa.variants import VARIANTS
-from tests import tiny
+from tests import notebooks, tiny
 from tests.pictures import make_pictures
 
 
@@ -43,6 +43,18 @@ PAGES = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("*.md"))]
 WIDTH = 88
 IDS = [page.relative_to(ROOT).as_posix() for page in PAGES]
 on_every_page = pytest.mark.parametrize("page", PAGES, ids=IDS)
+# Notebooks are run by `tests/test_notebooks.py`; what else holds for a page holds for them.
+on_all_that_is_read = pytest.mark.parametrize(
+    "page", [*PAGES, *notebooks.NOTEBOOKS], ids=[*IDS, *(path.name for path in notebooks.NOTEBOOKS)]
+)
+
+
+def markdown(page: Path) -> str:
+    """The text of a page; a notebook's as if it were one, with its code in blocks."""
+    if page.suffix != ".ipynb":
+        return page.read_text(encoding="utf-8")
+    cells = notebooks.read(page).cells
+    return "\n\n".join(f"````\n{cell.source}\n````" if cell.cell_type == "code" else cell.source for cell in cells)
 
 
 # Python blocks
@@ -101,18 +113,18 @@ def test_the_code_runs(page, files_of_a_reader, tmp_path, monkeypatch):
 # What a page can show
 
 
-@on_every_page
+@on_all_that_is_read
 def test_code_fits_the_page(page):
-    for token in MarkdownIt().parse(page.read_text()):
+    for token in MarkdownIt().parse(markdown(page)):
         if token.type in ("fence", "code_block") and token.info not in ("{eval-rst}", "mermaid"):
             for line in token.content.splitlines():
                 assert len(line) <= WIDTH, line
 
 
-@on_every_page
+@on_all_that_is_read
 def test_github_draws_the_formulas(page):
     """It reads Markdown first: what that would take for an escape or for emphasis must not be in a line's formula."""
-    for token in MarkdownIt().parse(page.read_text()):
+    for token in MarkdownIt().parse(markdown(page)):
         if token.type == "inline":
             for formula in re.findall(r"\$([^$]+)\$", re.sub(r"`[^`]*`", "", token.content)):
                 assert not re.search(r"\\[^A-Za-z]|}_|[*<|]", formula), formula
@@ -232,20 +244,20 @@ def test_a_wrong_command_would_be_found(tmp_path, monkeypatch):
 
 def slugs(page: Path) -> set[str]:
     """Names of the headings of a page, as GitHub makes them, and of the sections that its catalogue will have."""
-    tokens = MarkdownIt().parse(page.read_text())
+    tokens = MarkdownIt().parse(markdown(page))
     titles = [after.content for token, after in zip(tokens, tokens[1:], strict=False) if token.type == "heading_open"]
     found = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-    return found | (set(VARIANTS) if "{catalogue} entries" in page.read_text() else set())
+    return found | (set(VARIANTS) if "{catalogue} entries" in markdown(page) else set())
 
 
 def links(page: Path) -> list[str]:
     """Where the links and pictures of a page lead, inside the repository."""
-    inline = [child for token in MarkdownIt().parse(page.read_text()) for child in token.children or []]
+    inline = [child for token in MarkdownIt().parse(markdown(page)) for child in token.children or []]
     found = [child.attrGet("href") or child.attrGet("src") for child in inline if child.attrs]
     return [link for link in found if link and not re.match(r"https?:", link)]
 
 
-@on_every_page
+@on_all_that_is_read
 def test_links_lead_to_what_is_there(page):
     for link in links(page):
         path, _, anchor = link.partition("#")
@@ -275,6 +287,10 @@ def test_it_builds_without_a_warning_and_without_a_network(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     built = {page.stem: (tmp_path / "html" / page.with_suffix(".html").name).read_text() for page in DOCS.glob("*.md")}
+    built |= {
+        f"notebooks/{path.stem}": (tmp_path / "html" / "notebooks" / f"{path.stem}.html").read_text()
+        for path in notebooks.NOTEBOOKS
+    }
     for name, html in built.items():
         assert not re.search(r"<(script|link|img)[^>]+(src|href)=\"https?:", html), f"{name} loads from elsewhere"
         assert "<merror" not in html and not re.search(
