@@ -25,12 +25,14 @@ SETS = {
     "middle": ("3.12", ["torch==2.9.1", "transformers==5.12.1", "accelerate==1.12.0"]),
     "newest": ("3.13", ["--upgrade"]),
 }
-# Of the project itself: its pages, its rules, its pins. They hold for one set of versions, that of constraints.txt.
+# Of the project itself: its pages, its rules, its pins, the hub of its tests. They hold for one set of versions, that of
+# constraints.txt.
 NOT_OF_VERSIONS = [
     "tests/mutation",
     "tests/test_configs.py",
     "tests/test_docs.py",
     "tests/test_house.py",
+    "tests/test_hub.py",
     "tests/test_mutation.py",
     "tests/test_notebooks.py",
     "tests/test_package.py",

@@ -68,6 +68,7 @@ def make_trainer(
         "disable_tqdm": True,
         "use_cpu": use_cpu,
         "bf16": bf16,
+        "optim": "adamw_torch_fused",  # the default, but for torch before 2.8
     }
     if method in ("adamw", "adamw_ddp"):
         trainer_class, args = LabelledTrainer, TrainingArguments(**settings)

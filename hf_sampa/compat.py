@@ -125,7 +125,8 @@ def _minor(version: str) -> tuple[int, ...]:
     return Version(version).release[:2]
 
 
-def _before(name: str, first: str) -> bool:
+def before(name: str, first: str) -> bool:
+    """Whether the package `name` is older than its version `first`."""
     return Version(version(name)) < Version(first)
 
 
@@ -137,7 +138,7 @@ def take_loss_for_mean(trainer: Trainer) -> None:
 
     Some models accept `num_items_in_batch` and return a mean all the same (transformers #47688).
     """
-    if _before("transformers", "5.19"):
+    if before("transformers", "5.19"):
         trainer.model_accepts_loss_kwargs = False
     else:
         trainer.loss_is_scaled_for_ga = False
@@ -154,7 +155,7 @@ def divided_by(trainer: Trainer, divisor: float) -> Iterator[None]:
 @contextmanager
 def _never_scaled(trainer: Trainer) -> Iterator[None]:
     """Before transformers 5.19 ``training_step`` goes by two attributes that ``compute_loss`` goes by, too: it gets them back."""
-    if not _before("transformers", "5.19"):
+    if not before("transformers", "5.19"):
         with _set(trainer, loss_is_scaled_for_ga=False):
             yield
         return
@@ -187,7 +188,7 @@ def let_trainer_divide(trainer: Trainer) -> None:
 
 def keeps_best_step() -> bool:
     """Before transformers 5.4 ``save_strategy="best"`` keeps no note of which checkpoint is the best, and loads none at the end."""
-    return not _before("transformers", "5.4")
+    return not before("transformers", "5.4")
 
 
 def without_cpu_index(device: torch.device) -> torch.device:
@@ -197,12 +198,12 @@ def without_cpu_index(device: torch.device) -> torch.device:
 
 def pillow_vit_processor(transformers: Any) -> type:
     """ViT's image processor on Pillow, of the package `transformers`. Before 5.4 it has another name."""
-    return transformers.ViTImageProcessor if _before("transformers", "5.4") else transformers.ViTImageProcessorPil
+    return transformers.ViTImageProcessor if before("transformers", "5.4") else transformers.ViTImageProcessorPil
 
 
 def on_pillow() -> dict[str, Any]:
     """What ``AutoImageProcessor.from_pretrained`` is told. Before transformers 5.4 "fast" is torchvision and not Pillow."""
-    return {"use_fast": False} if _before("transformers", "5.4") else {"backend": "pil"}
+    return {"use_fast": False} if before("transformers", "5.4") else {"backend": "pil"}
 
 
 # ---- torch and numpy ----

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.utils.data import default_collate
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, compat
 from tests import models, reference, tiny
 
 
@@ -105,6 +105,7 @@ class Compilations(TrainerCallback):
         self.graphs.append(counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.skipif(compat.before("torch", "2.9"), reason="torch.compile breaks the graph of this BERT in seven")
 def test_a_model_is_compiled_once(tmp_path):
     """One graph serves the start, both roles and every step; numbers are those of eager, the checkpoint is plain."""
     torch._dynamo.reset()

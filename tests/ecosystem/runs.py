@@ -127,6 +127,7 @@ def make(
     trainer_class, arguments = case.plain if plain else (case.trainer, case.arguments)
     args = arguments(str(out), **{**SETTINGS, **changes, **case.settings})
     watch = Watch()
+    torch.manual_seed(0)  # for adapters, which some versions make before the trainer has set its seed
     kwargs = {"model": model, "args": args, "callbacks": [watch], **case.inputs(model, start, samples)}
     positional = [kwargs.pop(name) for name in case.positional]
     watch.trainer = trainer_class(*positional, **kwargs)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hf_sampa import compat
 from tests.ecosystem import runs
 from tests.ecosystem.properties import *  # noqa: F403
 from tests.ecosystem.trl_cases import CASES
@@ -61,6 +62,10 @@ def accumulated(case, start, folder) -> list[dict]:
     return [under["weights"], plain["weights"]]
 
 
+@pytest.mark.skipif(
+    compat.before("transformers", "5.5.4"),
+    reason="accelerate divides losses of plain Trainer once more under accumulation",
+)
 def test_experts_are_balanced_as_much_under_accumulation(start, tmp_path):
     """TRL divides the loss that balances experts by the micro-batches, and so does Trainer with whole losses."""
     case = next(each for each in CASES if each.model == "mixtral")
