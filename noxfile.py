@@ -19,6 +19,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 FOLDER = Path("out/versions")
 SHOWN = ["transformers", "torch", "accelerate", "numpy", "huggingface_hub", "trl", "sentence-transformers"]
+INSTALLED = "import json; from importlib.metadata import distributions as d; print(json.dumps({e.name: e.version for e in d()}))"
 # Python, and what uv is told. pyproject.toml has the bounds.
 SETS = {
     "lowest": ("3.10", ["--resolution", "lowest-direct"]),
@@ -49,12 +50,11 @@ def versions(session: nox.Session, name: str) -> None:
     """The tests of every property, without those of the project itself."""
     session.install("-e", ".[tests]", *SETS[name][1])
     FOLDER.mkdir(parents=True, exist_ok=True)
-    installed = json.loads(session.run("uv", "pip", "list", "--format", "json", silent=True))
-    (FOLDER / f"{name}.json").write_text(json.dumps({each["name"]: each["version"] for each in installed}), "utf-8")
+    (FOLDER / f"{name}.json").write_text(session.run("python", "-c", INSTALLED, silent=True), "utf-8")
     session.notify("table")
     left = [f"--ignore={path}" for path in NOT_OF_VERSIONS] if not session.posargs else []
     session.run(
-        *("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={FOLDER / name}.xml"),
+        *("python", "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={FOLDER / name}.xml"),
         *("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *left, *session.posargs),
         env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
