@@ -43,5 +43,5 @@ def write_submission(folder: Path, split: str, task: GlueTask, indices: Sequence
     folder.mkdir(parents=True, exist_ok=True)
     with in_place_of(path) as partial:
         lines = [f"{index}\t{prediction}\n" for index, prediction in zip(indices, predictions, strict=True)]
-        partial.write_text("".join(["index\tprediction\n", *lines]))
+        partial.write_text("".join(["index\tprediction\n", *lines]), encoding="utf-8")
     return path

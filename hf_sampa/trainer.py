@@ -133,15 +133,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
             accelerator.scaler = SharedGradScaler(accelerator.scaler, accelerator.device.type)
         # "evaluation mode" prepares autocast and compilation and leaves out DDP, which would average the two roles.
         accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
-        prepare = accelerator.prepare_data_loader
-
-        def prepare_and_remember(data_loader: DataLoader, *args, **kwargs) -> DataLoader:
-            prepared = prepare(data_loader, *args, **kwargs)
-            # What `replica_loader` shards by replica instead of by rank.
-            prepared.unprepared = getattr(data_loader, "unprepared", data_loader)
-            return prepared
-
-        accelerator.prepare_data_loader = prepare_and_remember
+        accelerator.prepare_data_loader = partial(_prepare_and_remember, accelerator.prepare_data_loader)
 
     def _move_model_to_device(self, model, device):
         """Upstream's gives entries that share memory memory of their own, where the device has another name."""
@@ -486,6 +478,13 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         """Around code of a callback that computes a loss: its world is a pass's, and it leaves nothing on the trainer. Within a run."""
         with nullcontext() if self.sampa is None else self._run.steps.micro_batches.aside():
             yield
+
+
+def _prepare_and_remember(prepare: Callable, data_loader: DataLoader, *args, **kwargs) -> DataLoader:
+    """What `prepare` makes of a loader, with the loader itself, which `replica_loader` shards by replica instead of by rank."""
+    prepared = prepare(data_loader, *args, **kwargs)
+    prepared.unprepared = getattr(data_loader, "unprepared", data_loader)
+    return prepared
 
 
 def _trainer_below(kind: type) -> type[Trainer]:

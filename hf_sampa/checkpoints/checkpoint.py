@@ -95,7 +95,7 @@ def write_manifest(folder: Path, content: dict[str, Any], expected: set[str]) ->
         raise FileNotFoundError(f"{missing[0]} was removed from {folder} while the checkpoint was written")
     text = manifest.written(manifest.built({**content, "files": record(folder)}))
     with in_place_of(folder / MANIFEST) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
     for each in (folder, folder.parent):  # the names of the files, before older checkpoints are removed
         sync_names(each)
 
