@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
-from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, training_args
 from hf_sampa.checkpoints import checkpoint
 from hf_sampa.checks import check_trainer
 from hf_sampa.distributed.roles import Mesh, Role
@@ -395,3 +395,16 @@ def test_twenty_bad_steps_in_a_row_end_the_run(tmp_path):
         run.train()
     assert run.state.global_step == 21
     assert all(param.isfinite().all() for param in run.model.parameters())
+
+
+def test_the_best_checkpoint_is_one_that_is_noted(tmp_path, monkeypatch):
+    """transformers 5.3 notes none with save_strategy="best"."""
+    monkeypatch.setattr(training_args, "keeps_best_step", lambda: False)
+    best = {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"}
+    tiny.arguments(tmp_path, **best)
+    with pytest.raises(ValueError) as error:
+        tiny.arguments(tmp_path, **best, load_best_model_at_end=True)
+    assert str(error.value) == (
+        "save_strategy: expected 'steps' or 'epoch' together with load_best_model_at_end, got 'best', with which this transformers "
+        "loads no model at the end. Take one of those, or transformers 5.4 or newer."
+    )

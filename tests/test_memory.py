@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hf_sampa import compat
 from tests.ranks import Forked
 
 
@@ -38,6 +39,9 @@ def test_adamw_holds_weights_gradients_and_two_moments():
 
 
 @pytest.mark.distributed
+@pytest.mark.skipif(
+    compat.before("torch", "2.9"), reason="torch gives gradients of embeddings away with a second owner"
+)
 @pytest.mark.parametrize(("method", "most"), [("sampa", 5.0), ("sampa_sharded", 4.0)])
 def test_a_pair_holds_no_more_than_it_should(method, most, monkeypatch):
     """Weights, displaced weights, gradient and two moments; or, sharded, no more than AdamW."""

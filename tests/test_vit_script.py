@@ -224,7 +224,7 @@ def test_a_saved_model_is_scored_without_training(cifar10, tmp_path):
 @pytest.mark.parametrize("method", ["adamw", "sam", "sampa"])
 def test_a_saved_model_has_the_accuracy_that_was_reported(cifar10, tmp_path, method):
     out = tmp_path / "out"
-    command = [*SHORT, "--method", method, "--data_dir", str(cifar10), "--output_dir", str(out), "--max_steps", "15"]
+    command = [*SHORT, "--method", method, "--data_dir", str(cifar10), "--output_dir", str(out), "--max_steps", "30"]
     metrics = run_vit.main(command)
     reported = read_json(out / "all_results.json")
     assert reported["eval_accuracy"] == metrics["eval_accuracy"]

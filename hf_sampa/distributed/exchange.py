@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.profiler import record_function
 
+from ..compat import let_threads_go
 from ..functional import real
 from .role_world import RoleWorld, whole_world
 from .roles import Mesh, Role
@@ -46,6 +47,7 @@ def close_groups() -> None:
     for exchange in list(_open):
         exchange.close()
     if dist.is_available() and dist.is_initialized():
+        let_threads_go()
         dist.destroy_process_group()
 
 
@@ -156,6 +158,8 @@ class Exchange:
 
     def close(self) -> None:
         """Give its process groups back; it cannot be used afterwards."""
+        if self._groups:
+            let_threads_go()
         while self._groups:
             group = self._groups.pop()
             if group in distributed_c10d._world.pg_map:  # nobody else has closed it

@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from ..cards import WithCard
 from ..checkpoints import load_missing
+from ..compat import let_trainer_divide
 from ..evaluation import ExactEvalLoss
 
 
@@ -20,6 +21,11 @@ class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
         # What cards ask a trainer for; all that SAMPa's do besides, this one does not.
         self.continued: list[str] = []
         self.seconds_per_step = self.sampa = self._recipe = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Upstream's lets accelerate divide losses once more, before transformers 5.5.4."""
+        super().create_accelerator_and_postprocess()
+        let_trainer_divide(self)
 
     def unlogged_means(self) -> dict[str, float]:
         """As in `SAMPaMixin`: none."""

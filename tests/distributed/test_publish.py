@@ -13,7 +13,7 @@ from make_sample import make_tiny_bert
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, compat
 from tests import tiny
 from tests.hub import Hub, point_to, without_waiting
 from tests.ranks import run_script
@@ -139,7 +139,8 @@ def test_glue_on_two_processes_is_pushed_by_one_and_scores_the_same(hub, tmp_pat
     assert results["eval_accuracy"] == pytest.approx(accuracy)
 
     card = ModelCard.load("user/sst2")
-    card.validate()
+    if not compat.before("huggingface_hub", "2"):  # it would ask the real hub
+        card.validate()
     found = {each.metric_type: each for each in card.data.eval_results}
     assert found["accuracy"].metric_value == results["eval_accuracy"]
     assert found["loss"].metric_value == results["eval_loss"]
