@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from accelerate.logging import get_logger
+from accelerate.utils import find_batch_size
 
 from .distributed import Alone, alone
 from .state import Collected
@@ -23,12 +24,17 @@ logger = get_logger(__name__)
 
 
 class ExactEvalLoss:
-    """Put it above a `Trainer`: its `eval_loss` on any number of processes weighs every sample once, `predict`'s, too."""
+    """Put it above a `Trainer`: its `eval_loss` on any number of processes weighs every sample once, `predict`'s, too.
+
+    Where nobody knows how many samples the last batch has, a warning says so: upstream's loss is left as it is there.
+    """
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         """Upstream's loss of the last batch is also one of samples that fill it up: it is taken once more, without them."""
         share = _share_of_last_batch(self.accelerator)
         step = super().prediction_step
+        if share is None:
+            _warn_of_other_weights(self, inputs)
         real = None if share is None else _first(inputs, *share)
         loss, *rest = step(model, inputs, prediction_loss_only, *args, **kwargs)
         if share is not None and loss is not None and loss.dim() == 0:
@@ -59,6 +65,23 @@ def _share_of_last_batch(accelerator: Accelerator) -> tuple[int, int] | None:
     # What a dispatcher has left it deals out evenly; others give each process a batch, as long as there are any.
     size = -(-left // world) if isinstance(loader, DataLoaderDispatcher) else loader.total_batch_size // world
     return min(max(left - accelerator.process_index * size, 0), size), size
+
+
+def _warn_of_other_weights(trainer: Any, inputs: Any) -> None:
+    """Say where upstream takes the loss of a batch for one of ``eval_batch_size`` samples, and it is not."""
+    state, world = trainer.accelerator.gradient_state, trainer.accelerator.num_processes
+    if world > 1 and trainer.accelerator.split_batches:
+        logger.warning_once(
+            "eval_loss weighs the last batch less than the others: with split_batches=True a process has a part of a batch, and "
+            "its loss counts as that of a whole one. Leave split_batches out, or evaluate on one process for the exact mean."
+        )
+        return
+    known = state.active_dataloader is not None and state.end_of_dataloader and state.remainder >= 0
+    if not known and (find_batch_size(inputs) or trainer.args.eval_batch_size) < trainer.args.eval_batch_size:
+        logger.warning_once(
+            "eval_loss may weigh a short batch as a whole one: its loader is not accelerate's, or has no length, so that nobody "
+            "knows how many samples the last batch has. Return self.accelerator.prepare(loader), or give data of a known length."
+        )
 
 
 def _first(inputs: Any, count: int, size: int) -> Any:

@@ -10,9 +10,11 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 from accelerate.commands import launch as accelerate_launch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
@@ -71,7 +73,13 @@ def launch(argv: list[str]) -> None:
         sys.exit(
             "--config: expected either a configuration of this package or one of your own (--config_file), got both."
         )
-    args.config_file = args.config_file or str(configurations()[args.config or for_this_machine()])
+    chosen = args.config or for_this_machine()
+    if args.cpu and not args.config_file and chosen != "one_process":
+        sys.exit(
+            "--cpu: accelerate starts a single process with it. Leave it out, and take --config cpu_2_processes for a pair on the CPU, "
+            "or --config one_process."
+        )
+    args.config_file = args.config_file or str(configurations()[chosen])
     del args.config
     print(f"accelerate launch --config_file {shlex.quote(args.config_file)}", file=sys.stderr, flush=True)
     try:
@@ -81,4 +89,13 @@ def launch(argv: list[str]) -> None:
         print(
             f"Rank {rank} ended first, with exit code {failure.exitcode}. What it said stands above.", file=sys.stderr
         )
-        sys.exit(failure.exitcode)
+        sys.exit(_as_of_a_shell(failure.exitcode))
+    except CalledProcessError as error:  # of a world of one
+        sys.exit(_as_of_a_shell(error.returncode))
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+def _as_of_a_shell(exit_code: int) -> int:
+    """A process that signal n has ended has exit code -n here, and 128 + n for shells and schedulers."""
+    return exit_code if exit_code >= 0 else 128 - exit_code

@@ -189,6 +189,30 @@ def test_launch_refuses_two_configurations(monkeypatch):
     )
 
 
+def test_launch_refuses_what_would_start_one_process(monkeypatch):
+    with pytest.raises(SystemExit) as error:
+        launched(monkeypatch, "--cpu", "--config", "cpu_2_processes", "script.py")
+    assert str(error.value) == (
+        "--cpu: accelerate starts a single process with it. Leave it out, and take --config cpu_2_processes for a pair on the CPU, "
+        "or --config one_process."
+    )
+    assert launched(monkeypatch, "--cpu", "--config", "one_process", "script.py").cpu
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("config", "end", "code"),
+    [("one_process", "sys.exit(3)", 3), ("cpu_2_processes", "os.kill(os.getpid(), 9)", 137)],
+)
+def test_launch_ends_as_its_script_has_ended(config, end, code, tmp_path):
+    """With its exit code, and without a traceback of the launcher."""
+    script = tmp_path / "a script.py"
+    script.write_text(f"import os, sys\n{end}\n")
+    command = [sys.executable, "-m", "hf_sampa", "launch", "--config", config, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and "Traceback" not in done.stderr
+
+
 def test_the_command_line_says_what_there_is(capsys):
     from hf_sampa.__main__ import main
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from datasets import IterableDataset
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 from hf_sampa.finetuning import BaselineTrainer, FineTuningArguments
@@ -154,3 +155,45 @@ def test_what_is_not_exact_is_said(tmp_path):
         "not one per sample, or of a loss that asks other processes, the part is not known that belongs to those which fill it up. "
         "Evaluate on one process for the exact mean."
     )
+
+
+class OwnLoader(SAMPaTrainer):
+    def get_eval_dataloader(self, eval_dataset=None):
+        return DataLoader(eval_dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+
+
+def said_in(folder, trainer_class, count, **changes):
+    """The warnings of an evaluation."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage().removeprefix("[RANK 0] "))
+    logging.getLogger("hf_sampa.evaluation").addHandler(handler)
+    given = settings(folder, SAMPaTrainingArguments, label_names=["target"], **changes)
+    trainer_class(Scalars(), given).evaluate(numbers(count))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "count", "warned"), [(SAMPaTrainer, 7, 0), (OwnLoader, 8, 0), (OwnLoader, 7, 1)]
+)
+def test_a_loader_of_ones_own_with_a_short_batch_is_said(trainer_class, count, warned, tmp_path):
+    """Its samples weigh more than others."""
+    (said,) = run_ranks(said_in, 1, tmp_path / "model", trainer_class, count, folder=tmp_path / "one")
+    assert len(said) == warned
+    for line in said:
+        assert line == (
+            "eval_loss may weigh a short batch as a whole one: its loader is not accelerate's, or has no length, so that nobody knows "
+            "how many samples the last batch has. Return self.accelerator.prepare(loader), or give data of a known length."
+        )
+
+
+def split(folder):
+    return said_in(folder, SAMPaTrainer, 7, accelerator_config={"split_batches": True})
+
+
+def test_batches_that_are_split_are_said(tmp_path):
+    said, _ = run_ranks(split, 2, tmp_path / "model", folder=tmp_path / "two")
+    assert said == [
+        "eval_loss weighs the last batch less than the others: with split_batches=True a process has a part of a batch, and its loss "
+        "counts as that of a whole one. Leave split_batches out, or evaluate on one process for the exact mean."
+    ]
