@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, compat
 from hf_sampa.cards import evaluations, model_card, started
 from hf_sampa.cards.evaluations import Evaluation
 from hf_sampa.cards.signature import why_left_alone
@@ -618,6 +618,8 @@ def bert_with_adapters_of_transformers(folder):
 )
 @pytest.mark.filterwarnings("default:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_the_lines_that_load_the_model_make_the_same_one(tmp_path, monkeypatch, make, expected):
+    if make is bert_with_adapters_of_transformers and compat.before("transformers", "5.12"):
+        pytest.skip("transformers 5.3 itself does not load the adapters that it saved")
     model = make(tmp_path)
     trainer = SAMPaTrainer(model=model, args=tiny.arguments(tmp_path), train_dataset=tiny.sentences(8))
     trainer.save_model()
