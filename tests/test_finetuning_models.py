@@ -69,6 +69,8 @@ def test_names_that_only_their_case_tells_apart_are_not_mixed_up():
     assert found == ClassNames(("a", "A"), (1, 0), False)
     with pytest.raises(ValueError, match="classes of the data, B, b"):
         class_names(config("a", "A"), ("B", "b"))
+    with pytest.raises(ValueError, match="3 classes of the data, a, A, b, .* got one for 2: a, b"):
+        class_names(config("a", "b"), ("a", "A", "b"))
 
 
 def test_a_regression_keeps_the_models_one_output():

@@ -488,6 +488,7 @@ def test_a_models_own_labels_are_kept_and_found_by_name(pictures, tmp_path):
 
     assert score(tmp_path / "other") == pytest.approx(score(out))
     shutil.rmtree(pictures / "validation" / "dark")
+    (pictures / "validation" / "grey").rename(pictures / "validation" / "Grey")
     assert score(tmp_path / "other") == pytest.approx(score(out))
 
 

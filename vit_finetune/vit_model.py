@@ -17,7 +17,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from vit_arguments import ViTModelArguments
 
 from hf_sampa.compat import on_pillow, pillow_vit_processor
-from hf_sampa.finetuning import ClassNames, class_names, load_config, load_model
+from hf_sampa.finetuning import ClassNames, class_names, load_config, load_model, same_names
 
 
 def load_classifier(
@@ -41,9 +41,9 @@ def load_classifier(
         labels = class_names(config, names, new_head=True)
         config.update(labels.config_entries())
         model = AutoModelForImageClassification.from_config(config)
-    elif not training and set(names) <= set(own := _names_of(load_config(args))):
+    elif not training and (found := same_names(own := _names_of(load_config(args)), names)) is not None:
         model, labels = load_model(AutoModelForImageClassification, args, own)
-        labels = replace(labels, ids=tuple(labels.names.index(name) for name in names))
+        labels = replace(labels, ids=tuple(labels.names.index(found[name]) for name in names))
     else:
         model, labels = load_model(AutoModelForImageClassification, args, names)
     if labels.new_head and not training:
