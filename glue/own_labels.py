@@ -33,6 +33,11 @@ class Labels:
     values: list[str | tuple[str, ...] | None]
     names: tuple[str, ...] | None = None
 
+    @property
+    def words(self) -> set[str]:
+        """All that stand in the rows."""
+        return {word for value in self.values for word in (value if isinstance(value, tuple) else (value,)) if word}
+
     def refuse(self, index: int, expected: str, instead: str) -> ValueError:
         """What is said of a row."""
         value = self.values[index]
@@ -113,7 +118,7 @@ def spelled_as(labels: Labels, names: Sequence[str]) -> Labels:
     Raises:
         ValueError: the labels are numbers, and the classes have names.
     """
-    words = {word for value in labels.values for word in (value if isinstance(value, tuple) else (value,)) if word}
+    words = labels.words
     spelling = same_names(names, words.union(labels.names or ())) or same_names(names, words)
     if spelling is None:
         spelling = {str(index): name for index, name in enumerate(names) if name == f"LABEL_{index}"}

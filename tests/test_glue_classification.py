@@ -166,10 +166,19 @@ def test_classes_that_only_their_case_tells_apart_are_scored_apart(tiny_bert, tm
 
 def test_a_model_without_a_trained_head_is_not_scored(files, tiny_bert, tmp_path):
     command = run(tmp_path, "--model_name_or_path", tiny_bert, "--do_train", "false", "--validation_file", write_csv(tmp_path / "a.csv", ("text", "label"), ("x", "0"), ("y", "1")))  # fmt: skip
-    with pytest.raises(
-        ValueError, match=r"--do_train false: expected a model that is trained for .*, whose head is new"
-    ):
+    message = (
+        f"--do_train false: expected a model that is trained for %s, got {re.escape(tiny_bert)}, whose head is new"
+    )
+    with pytest.raises(ValueError, match=message % "0, 1"):
         run_classification.main(command)
+    write_csv(tmp_path / "a.csv", ("text", "label"), ("x", "good"), ("y", "bad"))
+    with pytest.raises(ValueError, match=message % "bad, good"):
+        run_classification.main(command)
+    command = run(
+        tmp_path, "--model_name_or_path", tiny_bert, "--do_train", "false", "--do_eval", "false", "--do_predict"
+    )
+    with pytest.raises(ValueError, match=message % "the classes of the data"):
+        run_classification.main([*command, "--test_file", str(files / "new.csv")])
 
 
 def test_part_of_the_training_rows_is_kept_to_score_on(files, tiny_bert, tmp_path):

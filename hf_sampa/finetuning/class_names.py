@@ -87,6 +87,24 @@ def same_names(own: Collection[str], names: Collection[str]) -> dict[str, str] |
     return None
 
 
+def check_trained(classes: ClassNames, names: Collection[str], model: str) -> None:
+    """See that a model which is not to be trained has been.
+
+    Args:
+        classes: the model's.
+        names: of the data's classes, as far as they are known.
+        model: how a message calls the model.
+
+    Raises:
+        ValueError: its head is new.
+    """
+    if classes.new_head:
+        raise ValueError(
+            f"--do_train false: expected a model that is trained for {listed(names) or 'the classes of the data'}, got {model}, "
+            "whose head is new: its scores and predictions would be random. Give --model_name_or_path a trained one."
+        )
+
+
 def has_names(config: PreTrainedConfig) -> bool:
     """Whether its classes have names of their own, and not LABEL_0, LABEL_1, ..., which transformers gives them."""
     return list(config.id2label.values()) != [f"LABEL_{index}" for index in range(len(config.id2label))]
