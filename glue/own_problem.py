@@ -22,6 +22,8 @@ from transformers import PreTrainedConfig
 logger = logging.getLogger(__name__)
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+# What is predicted of a text, in words.
+_PREDICTED = {SINGLE: "one of", MULTI: "any number of", REGRESSION: "a score,"}
 
 # More different whole numbers than these may be scores; they are not taken for classes unless that is said.
 _MANY_CLASSES = 20
@@ -40,6 +42,9 @@ class Problem:
 
     type: str
     names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{_PREDICTED[self.type]} {', '.join(self.names)}"
 
 
 def find_problem(labels: Labels, given: str | None = None) -> Problem:

@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with training_args.main_process_first(desc="loading"):
         tables = load_tables(data_args, model_args, training_args)
     texts, found = find_texts_and_labels(tables, data_args)
-    problem, labels = find_task(found, load_config(model_args), data_args, training_args.do_train)
+    config = load_config(AutoModelForSequenceClassification, model_args)
+    problem, labels = find_task(found, config, data_args, training_args.do_train)
     metrics = find_metrics(problem.type, data_args.metric_name, model_args.cache_dir)
 
     # 3. Tokenizer and model, data as it takes them. Of a trained head every output keeps its meaning.
@@ -153,9 +154,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for split, rows in limit(whole, data_args).items():
             data[split] = tokenize(rows, texts, tokenizer, max_length, data_args.pad_to_max_length)
     if training_args.process_index == 0:
-        print(
-            f"Texts: {', '.join(texts)}. Predicted: {problem.type}, {', '.join(classes.names)}. Rows: {data.num_rows}."
-        )
+        rows = ", ".join(f"{number} in {split}" for split, number in data.num_rows.items())
+        print(f"Texts: {', '.join(texts)}. Predicted: {Problem(problem.type, classes.names)}. Rows: {rows}.")
 
     # 4. Trainer. All that SAMPa adds to a stock script is this choice of class, and the base class of the arguments.
     trainer_class = BaselineTrainer if training_args.method == "adamw" else SAMPaTrainer

@@ -45,7 +45,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.compat import take_loss_for_mean
-from hf_sampa.finetuning import BaselineTrainer, check_trained, load_model, run_main, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, check_trained, load_config, load_model, run_main, train_and_score
 
 
 def select(data: DatasetDict, splits: Iterable[str]) -> Dataset | dict[str, Dataset] | None:
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)  # for the new head's weights
 
     # 2. Data, tokenizer, model. Of a trained head every output keeps its meaning: labels are mapped to it by name.
+    load_config(AutoModelForSequenceClassification, model_args)  # a model for anything else has no tokenizer
     tokenizer = load_tokenizer(model_args)
     with training_args.main_process_first(desc="loading"):
         whole = load_data(task, glue_args, training_args)

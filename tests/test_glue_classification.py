@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import run_classification
+import run_glue
 import torch
 from classification_arguments import make_parser, parse_args
 from make_sample import make_tiny_bert
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, ViTConfig
 
 from .ranks import run_script
 
@@ -118,7 +119,9 @@ def test_two_processes_train_score_and_predict_as_one(trained, files, tiny_bert,
     }
     assert (
         sum(
-            each.stdout.count("Texts: review. Predicted: single_label_classification, bad, good, neither.")
+            each.stdout.count(
+                "Texts: review. Predicted: one of bad, good, neither. Rows: 48 in train, 13 in validation, 7 in test."
+            )
             for each in ran
         )
         == 1
@@ -179,6 +182,15 @@ def test_a_model_without_a_trained_head_is_not_scored(files, tiny_bert, tmp_path
     )
     with pytest.raises(ValueError, match=message % "the classes of the data"):
         run_classification.main([*command, "--test_file", str(files / "new.csv")])
+
+
+def test_a_model_for_images_is_named_as_that_before_its_tokenizer_is_missed(files, tmp_path):
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    message = "expected a model for texts, got .*vit, one for images, of type vit"
+    with pytest.raises(ValueError, match=message):
+        run_classification.main(run(tmp_path / "out", *of_files(files, tmp_path / "vit")))
+    with pytest.raises(ValueError, match=message):
+        run_glue.main(run(tmp_path / "out", "--task_name", "rte", "--model_name_or_path", tmp_path / "vit"))
 
 
 def test_part_of_the_training_rows_is_kept_to_score_on(files, tiny_bert, tmp_path):

@@ -206,6 +206,12 @@ def test_what_is_predicted_is_found_from_the_labels(case):
     assert find_problem(labels_of(values)) == Problem(kind, names)
 
 
+def test_what_is_predicted_is_told_in_words():
+    assert str(Problem(SINGLE, ("a", "b"))) == "one of a, b"
+    assert str(Problem(MULTI, ("a", "b"))) == "any number of a, b"
+    assert str(Problem(REGRESSION, ("stars",))) == "a score, stars"
+
+
 def test_what_is_predicted_can_be_said():
     assert find_problem(labels_of(["1", "2", "3"]), REGRESSION) == Problem(REGRESSION, ("label",))
     assert find_problem(labels_of([str(n) for n in range(50)]), SINGLE).names == tuple(str(n) for n in range(50))

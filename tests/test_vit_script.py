@@ -383,9 +383,10 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
-def test_predictions_are_the_models_own(pictures, tmp_path):
+def test_predictions_are_the_models_own(pictures, tmp_path, capsys):
     out = tmp_path / "out"
     run_vit.main([*SHORT, "--data_dir", str(pictures), "--max_steps", "20", "--do_predict", "--output_dir", str(out)])
+    assert f"Predictions of 4 images: {out / 'predictions.csv'}\n" in capsys.readouterr().out
     rows = read_table(out / "predictions.csv")
     assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]
     model = AutoModelForImageClassification.from_pretrained(out).eval()

@@ -41,7 +41,11 @@ def load_classifier(
         labels = class_names(config, names, new_head=True)
         config.update(labels.config_entries())
         model = AutoModelForImageClassification.from_config(config)
-    elif not training and (found := same_names(own := _names_of(load_config(args)), names)) is not None:
+    elif (
+        not training
+        and (found := same_names(own := _names_of(load_config(AutoModelForImageClassification, args)), names))
+        is not None
+    ):
         model, labels = load_model(AutoModelForImageClassification, args, own)
         labels = replace(labels, ids=tuple(labels.names.index(found[name]) for name in names))
     else:
