@@ -57,14 +57,14 @@ class ClassificationArguments(TextArguments):
     text_column_names: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the text, or two with a comma between them. By default text, sentence, premise and hypothesis, or another usual name."
+            "help": "Column of the text, or two with a comma between them. Default: text, sentence, premise and hypothesis, or another usual name."
         },
     )
     label_column_name: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the label (by default label or another usual name), or with commas between them several columns of 0 and 1, "
-            "each named as a label that a text has or has not."
+            "help": "Column of the label, or with commas between them several columns of 0 and 1, each named as a label that a text has or "
+            "has not. Default: label or another usual name."
         },
     )
     label_delimiter: str | None = field(
@@ -73,7 +73,7 @@ class ClassificationArguments(TextArguments):
     problem_type: str | None = field(
         default=None,
         metadata={
-            "help": "What is predicted. By default: several labels where there are lists, classes where there are words or a few whole numbers, "
+            "help": "What is predicted. Default: several labels where there are lists, classes where there are words or a few whole numbers, "
             "a score where there are numbers with a fraction.",
             "choices": [SINGLE, MULTI, REGRESSION],
         },
@@ -81,7 +81,7 @@ class ClassificationArguments(TextArguments):
     metric_name: str | None = field(
         default=None,
         metadata={
-            "help": "What to score with, one or more with a comma between them, or what evaluate.load finds. By default the first two of "
+            "help": "What to score with, one or more with a comma between them, or what evaluate.load finds. Default: the first two of "
             f"{metric_names()}."
         },
     )

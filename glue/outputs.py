@@ -7,22 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_sampa.finetuning import ClassNames, FineTuningArguments, ModelArguments
-
-
-def check_head(classes: ClassNames, model_args: ModelArguments, training_args: FineTuningArguments) -> None:
-    """See that a model which is not to be trained has been.
-
-    Raises:
-        ValueError: its head is new.
-    """
-    if classes.new_head and not training_args.do_train:
-        raise ValueError(
-            f"--do_train false: expected a model that is trained for {', '.join(classes.names)}, got "
-            f"{model_args.model_name_or_path}, whose head is new: its scores and predictions would be random. Give "
-            "--model_name_or_path a trained one."
-        )
-
 
 def first_output(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     """`preprocess_logits_for_metrics` for Trainer: some models return hidden states, too, which need not be kept."""

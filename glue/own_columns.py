@@ -86,9 +86,10 @@ def _given(table: Table, names: str | None, option: str) -> tuple[str, ...]:
 
 def _guess(table: Table, usual: tuple[tuple[tuple[str, ...], ...], ...], option: str) -> tuple[str, ...]:
     spelled = {name.lower(): name for name in table.names}
+    alike = [name.lower() for name in set(table.names)]
     for names in usual:
         found = [columns for columns in names if set(columns) <= spelled.keys()]
-        if len(found) > 1:
+        if len(found) > 1 or any(alike.count(name) > 1 for columns in found for name in columns):
             raise ValueError(_which(table, option, "to be told which columns are meant"))
         if found:
             columns = tuple(spelled[name] for name in found[0])

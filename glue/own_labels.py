@@ -11,6 +11,8 @@ from datasets import ClassLabel
 from own_tables import Table
 from text_lines import cut, quoted
 
+from hf_sampa.finetuning import same_names
+
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,11 @@ class Labels:
     column: str
     values: list[str | tuple[str, ...] | None]
     names: tuple[str, ...] | None = None
+
+    @property
+    def words(self) -> set[str]:
+        """All that stand in the rows."""
+        return {word for value in self.values for word in (value if isinstance(value, tuple) else (value,)) if word}
 
     def refuse(self, index: int, expected: str, instead: str) -> ValueError:
         """What is said of a row."""
@@ -104,12 +111,24 @@ def _word(
 
 
 def spelled_as(labels: Labels, names: Sequence[str]) -> Labels:
-    """`labels` with the names of a model's classes, where they differ in case, or number its outputs; the latter is warned of."""
-    words = {word for value in labels.values for word in (value if isinstance(value, tuple) else (value,)) if word}
-    spelling = {name.casefold(): name for name in names}
-    if not all(word.casefold() in spelling for word in words):
-        numbered = {str(index): name for index, name in enumerate(names)}
-        if not words <= numbered.keys():
+    """`labels` with the names of a model's classes, where they differ in case; left as they are where they are other words.
+
+    Numbers are taken for outputs that have no names but LABEL_0, LABEL_1, ..., with a warning.
+
+    Raises:
+        ValueError: the labels are numbers, and the classes have names.
+    """
+    words = labels.words
+    spelling = same_names(names, words.union(labels.names or ())) or same_names(names, words)
+    if spelling is None:
+        spelling = {str(index): name for index, name in enumerate(names) if name == f"LABEL_{index}"}
+        if not words <= spelling.keys():
+            if all(word.isdecimal() for word in words):
+                raise ValueError(
+                    f"{labels.table.name}: expected the names of the model's classes, {quoted(names)}, in column "
+                    f"{labels.column!r}, got the numbers {quoted(sorted(words))}, which may count them from 0, from 1, or in "
+                    "another order. Write the name of its class in the place of each."
+                )
             return labels
         logger.warning(
             "%s: the labels %s are taken for the model's outputs in their order, %s.",
@@ -117,10 +136,9 @@ def spelled_as(labels: Labels, names: Sequence[str]) -> Labels:
             quoted(sorted(words)),
             quoted(names),
         )
-        spelling = numbered
 
     def respell(word: str | None) -> str | None:
-        return word and spelling[word.casefold()]
+        return word and spelling[word]
 
     values = [tuple(map(respell, value)) if isinstance(value, tuple) else respell(value) for value in labels.values]
-    return replace(labels, values=values, names=None)
+    return replace(labels, values=values, names=labels.names and tuple(spelling.get(n, n) for n in labels.names))

@@ -22,6 +22,8 @@ from transformers import PreTrainedConfig
 logger = logging.getLogger(__name__)
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+# What is predicted of a text, in words.
+_PREDICTED = {SINGLE: "one of", MULTI: "any number of", REGRESSION: "a score,"}
 
 # More different whole numbers than these may be scores; they are not taken for classes unless that is said.
 _MANY_CLASSES = 20
@@ -40,6 +42,9 @@ class Problem:
 
     type: str
     names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{_PREDICTED[self.type]} {', '.join(self.names)}"
 
 
 def find_problem(labels: Labels, given: str | None = None) -> Problem:
@@ -181,10 +186,12 @@ def encode(labels: Labels, problem: Problem, ids: Sequence[int]) -> list[int] | 
         ids: the model's output for each of the problem's classes.
 
     Raises:
-        ValueError: a label is none of the problem's, or there is none.
+        ValueError: a label is none of the problem's, or there is none; or labels of one text are told for some classes alone.
     """
     if problem.type == REGRESSION:
         return scores_of(labels)
+    if problem.type == MULTI:
+        _check_told(labels, problem)
     places = dict(zip(problem.names, ids, strict=True))
     expected = f"one of the classes that the model is trained for, {quoted(problem.names)},"
     encoded: list[Any] = []
@@ -197,12 +204,26 @@ def encode(labels: Labels, problem: Problem, ids: Sequence[int]) -> list[int] | 
     return encoded
 
 
+def _check_told(labels: Labels, problem: Problem) -> None:
+    """Raise ValueError if the data do not say of every class whether a text has it: what is unknown is not 0."""
+    untold = [name for name in problem.names if labels.names is not None and name not in labels.names]
+    if untold:
+        raise ValueError(
+            f"{labels.table.name}: expected 0 or 1 for every class that the model is trained for, {quoted(problem.names)}, got "
+            f"{quoted(labels.names)} alone, so that nobody knows which rows have {quoted(untold)}. Add what is missing, and name "
+            "all columns with --label_column_name."
+        )
+
+
 def warn_of_unscored(labels: Labels, problem: Problem) -> None:
-    """Warn of classes that scores say nothing of, since no row has them."""
+    """Warn of classes that no row has: no score says whether they are found, and a mean over the classes counts them as 0."""
     if problem.type == REGRESSION:
         return
-    found = {word for value in labels.values for word in (value if isinstance(value, tuple) else (value,))}
-    if unscored := [name for name in problem.names if name not in found]:
+    if unscored := [name for name in problem.names if name not in labels.words]:
         logger.warning(
-            "%s: no row has the label %s, so that no score speaks of it.", labels.table.name, quoted(unscored)
+            "%s: no row has the label %s: no score says how well it is found, and means over the classes, as f1_macro, count it "
+            "as 0%s.",
+            labels.table.name,
+            quoted(unscored),
+            "" if problem.type == MULTI else " where it is predicted",
         )

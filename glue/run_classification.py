@@ -31,7 +31,7 @@ from pathlib import Path
 
 from classification_arguments import ClassificationArguments, parse_args
 from datasets import DatasetDict
-from outputs import check_head, first_output
+from outputs import first_output
 from own_columns import check_texts, find_columns, require
 from own_data import card_facts, load_tables, split_off, split_remark, with_labels
 from own_labels import Labels, read_labels, spelled_as
@@ -52,7 +52,15 @@ from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.compat import take_loss_for_mean
-from hf_sampa.finetuning import BaselineTrainer, ClassNames, load_config, load_model, run_main, train_and_score
+from hf_sampa.finetuning import (
+    BaselineTrainer,
+    ClassNames,
+    check_trained,
+    load_config,
+    load_model,
+    run_main,
+    train_and_score,
+)
 
 
 def find_texts_and_labels(
@@ -124,8 +132,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # 2. Tables, and what is predicted from what
     with training_args.main_process_first(desc="loading"):
         tables = load_tables(data_args, model_args, training_args)
-    texts, labels = find_texts_and_labels(tables, data_args)
-    problem, labels = find_task(labels, load_config(model_args), data_args, training_args.do_train)
+    texts, found = find_texts_and_labels(tables, data_args)
+    config = load_config(AutoModelForSequenceClassification, model_args)
+    problem, labels = find_task(found, config, data_args, training_args.do_train)
     metrics = find_metrics(problem.type, data_args.metric_name, model_args.cache_dir)
 
     # 3. Tokenizer and model, data as it takes them. Of a trained head every output keeps its meaning.
@@ -133,7 +142,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, classes = load_model(
         AutoModelForSequenceClassification, model_args, problem.names, problem_type=problem.type
     )
-    check_head(classes, model_args, training_args)
+    if not training_args.do_train:
+        words = sorted({word for each in found.values() for word in each.words})
+        check_trained(classes, words, model_args.model_name_or_path)
     max_length = longest_input(data_args, tokenizer, model.config)
     whole = make_data(tables, texts, labels, problem, classes)
     if data_args.train_val_split is not None:
@@ -143,9 +154,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for split, rows in limit(whole, data_args).items():
             data[split] = tokenize(rows, texts, tokenizer, max_length, data_args.pad_to_max_length)
     if training_args.process_index == 0:
-        print(
-            f"Texts: {', '.join(texts)}. Predicted: {problem.type}, {', '.join(classes.names)}. Rows: {data.num_rows}."
-        )
+        rows = ", ".join(f"{number} in {split}" for split, number in data.num_rows.items())
+        print(f"Texts: {', '.join(texts)}. Predicted: {Problem(problem.type, classes.names)}. Rows: {rows}.")
 
     # 4. Trainer. All that SAMPa adds to a stock script is this choice of class, and the base class of the arguments.
     trainer_class = BaselineTrainer if training_args.method == "adamw" else SAMPaTrainer

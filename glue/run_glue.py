@@ -35,7 +35,7 @@ from glue_arguments import parse_args
 from glue_data import check_labels, load_data
 from glue_metric import make_compute_metrics
 from glue_submission import predictions_of, write_submission
-from outputs import check_head, first_output
+from outputs import first_output
 from quiet import quiet_other_processes
 from tasks import HUB_DATASET, TASKS, GlueTask
 from text_inputs import load_tokenizer, longest_input, map_labels, tokenize
@@ -45,7 +45,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.compat import take_loss_for_mean
-from hf_sampa.finetuning import BaselineTrainer, load_model, run_main, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, check_trained, load_config, load_model, run_main, train_and_score
 
 
 def select(data: DatasetDict, splits: Iterable[str]) -> Dataset | dict[str, Dataset] | None:
@@ -79,13 +79,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)  # for the new head's weights
 
     # 2. Data, tokenizer, model. Of a trained head every output keeps its meaning: labels are mapped to it by name.
+    load_config(AutoModelForSequenceClassification, model_args)  # a model for anything else has no tokenizer
     tokenizer = load_tokenizer(model_args)
     with training_args.main_process_first(desc="loading"):
         whole = load_data(task, glue_args, training_args)
     limited = limit(whole, glue_args)
     check_labels(limited, task)
-    model, labels = load_model(AutoModelForSequenceClassification, model_args, task.labels or (task.tsv_label,))
-    check_head(labels, model_args, training_args)
+    names = task.labels or (task.tsv_label,)
+    model, labels = load_model(AutoModelForSequenceClassification, model_args, names)
+    if not training_args.do_train:
+        check_trained(labels, names, model_args.model_name_or_path)
     max_length = longest_input(glue_args, tokenizer, model.config)
     data = DatasetDict()
     with training_args.main_process_first(desc="tokenizing"):

@@ -122,7 +122,7 @@ class SAMPaArgumentsMixin:
         default=False,
         metadata={
             "help": "Go on from a checkpoint some of whose files were changed on purpose after they were written, as an edited "
-            "config.json or weights that were saved again. By default it is refused, with the names of these files."
+            "config.json or weights that were saved again. Otherwise it is refused, with the names of these files."
         },
     )
     diagnostics_steps: int = field(

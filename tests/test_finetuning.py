@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import classification_arguments
 import glue_arguments
 import pytest
 import run_glue
@@ -160,6 +161,20 @@ def test_the_help_opens_with_what_to_type_and_what_it_does(script, capsys):
     purpose = " ".join(purpose.split())
     assert purpose.startswith("Fine-tune a") and "SAMPa (or --method sam, adamw)" in purpose
     assert purpose.endswith(f"at the top of {path}.")
+
+
+@pytest.mark.parametrize("arguments", [glue_arguments, classification_arguments, vit_arguments])
+def test_the_help_says_every_default_once_and_in_one_form(arguments, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # argparse also wraps at hyphens
+    ours = arguments.make_parser().format_help().split("\ntraining, as in transformers.TrainingArguments:")[0]
+    options = {each.split()[0]: " ".join(each.split("\n\n")[0].split()) for each in re.split(r"\n  (?=--)", ours)[1:]}
+    assert len(options) > 20
+    for option in options.values():
+        said = re.findall("default", option, flags=re.IGNORECASE)
+        assert len(said) == len(re.findall(r" \(default: [^()]+(?:\([^()]*\)[^()]*)*\)$", option)) <= 1, option
+    if arguments is vit_arguments:
+        assert options["--max_image_pixels"].endswith("fills the memory. (default: 89478485)")
+        assert options["--train_split_name"].endswith("Its split to train on. (default: train)")
 
 
 # The run

@@ -8,13 +8,17 @@ import pytest
 import torch
 from accelerate import PartialState
 from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    EncodecConfig,
     RobertaConfig,
     RobertaForSequenceClassification,
+    ViTConfig,
 )
 
 from hf_sampa.finetuning import ClassNames, ModelArguments, class_names, is_without_weights, load_config, load_model
@@ -69,6 +73,8 @@ def test_names_that_only_their_case_tells_apart_are_not_mixed_up():
     assert found == ClassNames(("a", "A"), (1, 0), False)
     with pytest.raises(ValueError, match="classes of the data, B, b"):
         class_names(config("a", "A"), ("B", "b"))
+    with pytest.raises(ValueError, match="3 classes of the data, a, A, b, .* got one for 2: a, b"):
+        class_names(config("a", "b"), ("a", "A", "b"))
 
 
 def test_a_regression_keeps_the_models_one_output():
@@ -209,7 +215,50 @@ def test_another_configuration_can_be_given(tmp_path):
     config(hidden_dropout_prob=0.4).save_pretrained(tmp_path / "config")
     model, _ = load(tmp_path / "model", config_name=str(tmp_path / "config"))
     assert model.config.hidden_dropout_prob == 0.4
-    assert load_config(ModelArguments(str(tmp_path / "model"))).hidden_dropout_prob == 0.1
+    assert (
+        load_config(AutoModelForSequenceClassification, ModelArguments(str(tmp_path / "model"))).hidden_dropout_prob
+        == 0.1
+    )
+
+
+@pytest.mark.parametrize("name", ["here/rr", "./rr", "~/rr", "/no/rr", "a/b/c", "a\\b"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "cwd" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *args, **kwargs: "asked")
+    for option in ("model_name_or_path", "config_name"):
+        with pytest.raises(ValueError) as caught:
+            load_config(
+                AutoModelForSequenceClassification, ModelArguments(**{"model_name_or_path": "x", option: name})
+            )
+        assert str(caught.value) == (
+            f"--{option}: expected a folder or a model of the Hub, got {name!r}, which is no folder in {tmp_path / 'cwd'}. Correct "
+            "it, or for a model of the Hub give its OWNER/NAME, and start where no folder is called like its owner."
+        )
+    for given in ("..", "here", "bert-base-uncased", "there/rr"):
+        ModelArguments(given).check_folders()
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "wanted", "kind", "got"),
+    [
+        (AutoModelForSequenceClassification, "texts", ViTConfig, "one for images, of type vit"),
+        (AutoModelForImageClassification, "images", BertConfig, "one for texts, of type bert"),
+        (AutoModelForImageClassification, "images", EncodecConfig, "of type encodec"),
+    ],
+)
+def test_a_model_for_something_else_is_named_as_that(auto_class, wanted, kind, got, tmp_path):
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        load_config(auto_class, ModelArguments(str(tmp_path)))
+    assert str(caught.value) == (
+        f"--model_name_or_path: expected a model for {wanted}, got {tmp_path}, {got}. Name another one."
+    )
+
+
+def test_a_model_whose_repository_has_its_own_code_is_left_to_it(tmp_path):
+    ViTConfig(auto_map={"AutoModelForSequenceClassification": "code.Model"}).save_pretrained(tmp_path)
+    assert load_config(AutoModelForSequenceClassification, ModelArguments(str(tmp_path))).model_type == "vit"
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):

@@ -138,6 +138,7 @@ def test_columns_are_known_by_their_usual_names(names, found):
         (("a", "b"), None, None, "--text_column_names: expected one or two columns of text, since their names do not say it: a.csv has the columns 'a', 'b'. Add --text_column_names with a name (two with a comma between them)."),
         (("text", "sentence", "label"), None, None, "--text_column_names: expected to be told which columns are meant"),
         (("text", "class", "score"), None, None, "--label_column_name: expected to be told which columns are meant"),
+        (("text", "label", "Label"), None, None, "--label_column_name: expected to be told which columns are meant"),
         (("text", "label"), "txt", None, "--text_column_names: expected 'txt' among the columns of a.csv, but 'txt' is not in 'text', 'label'."),
         (("text", "label"), None, "kind", "--label_column_name: expected 'kind' among the columns"),
         (("a", "b", "c", "label"), "a,b,c", None, "--text_column_names: expected one or two columns, got 'a', 'b', 'c'. Join"),
@@ -203,6 +204,12 @@ PROBLEMS = {
 def test_what_is_predicted_is_found_from_the_labels(case):
     values, kind, names = PROBLEMS[case]
     assert find_problem(labels_of(values)) == Problem(kind, names)
+
+
+def test_what_is_predicted_is_told_in_words():
+    assert str(Problem(SINGLE, ("a", "b"))) == "one of a, b"
+    assert str(Problem(MULTI, ("a", "b"))) == "any number of a, b"
+    assert str(Problem(REGRESSION, ("stars",))) == "a score, stars"
 
 
 def test_what_is_predicted_can_be_said():
@@ -287,17 +294,60 @@ def test_a_class_that_was_not_trained_is_refused_and_one_that_is_not_scored_warn
     with pytest.raises(ValueError, match="row 1: expected one of the classes .* got nothing."):
         encode(labels_of(["a", ""]), problem, (0, 1))
     warn_of_unscored(labels_of(["a", "a"]), problem)
-    assert "a.csv: no row has the label 'b', so that no score speaks of it." in caplog.text
+    said = "a.csv: no row has the label 'b': no score says how well it is found, and means over the classes, as f1_macro, count it as 0"
+    assert f"{said} where it is predicted.\n" in caplog.text
+    warn_of_unscored(labels_of([["a"], []]), Problem(MULTI, ("a", "b")))
+    assert f"{said}.\n" in caplog.text
+
+
+def test_a_class_that_no_row_has_is_0_in_a_mean_over_the_classes():
+    """What the warning says, of classes "a" and "b" of which no row has the second."""
+
+    def f1_macro(kind, logits, labels):
+        compute = make_compute_metrics(kind, find_metrics(kind, "f1_macro"))
+        return compute(EvalPrediction(predictions=np.array(logits), label_ids=np.array(labels)))["f1_macro"]
+
+    assert f1_macro(SINGLE, [[1.0, 0.0], [1.0, 0.0]], [0, 0]) == 1
+    assert f1_macro(SINGLE, [[1.0, 0.0], [0.0, 1.0]], [0, 0]) == (2 / 3 + 0) / 2
+    assert f1_macro(MULTI, [[1.0, -1.0], [1.0, -1.0]], [[1.0, 0.0], [1.0, 0.0]]) == (1 + 0) / 2
+
+
+def test_several_labels_are_told_of_every_class_of_the_model():
+    def labels_in(**columns):
+        return spelled_as(read_labels(Table("a.csv", tuple(columns), columns), list(columns)), ["a", "b", "c"])
+
+    problem = Problem(MULTI, ("a", "b", "c"))
+    assert encode(labels_in(B=["1", "0"], a=["0", "0"], C=["0", "0"]), problem, (0, 1, 2)) == [[0, 1, 0], [0, 0, 0]]
+    with pytest.raises(ValueError) as caught:
+        encode(labels_in(a=["1", "0"], B=["0", "1"]), problem, (0, 1, 2))
+    assert str(caught.value) == (
+        "a.csv: expected 0 or 1 for every class that the model is trained for, 'a', 'b', 'c', got 'a', 'b' alone, so that nobody "
+        "knows which rows have 'c'. Add what is missing, and name all columns with --label_column_name."
+    )
+    assert encode(spelled_as(labels_of([["a"], []]), problem.names), problem, (0, 1, 2)) == [[1, 0, 0], [0, 0, 0]]
+
+
+def test_labels_that_only_their_case_tells_apart_are_not_mixed_up():
+    assert spelled_as(labels_of(["us", "US"]), ["US", "us"]).values == ["us", "US"]
+    for values, names in ((["US", "us"], ["us", "them"]), (["Us", "us"], ["US", "us"])):
+        assert spelled_as(labels_of(values), names).values == values, "left to be refused, as they stand"
+
+
+def test_numbers_are_no_names_of_classes(caplog):
+    assert spelled_as(labels_of(["1", "0"]), ["LABEL_0", "LABEL_1"]).values == ["LABEL_1", "LABEL_0"]
+    assert "the labels '0', '1' are taken for the model's outputs in their order, 'LABEL_0', 'LABEL_1'." in caplog.text
+    with pytest.raises(ValueError) as caught:
+        spelled_as(labels_of([1, 2]), ["1 star", "2 stars", "3 stars"])
+    assert str(caught.value) == (
+        "a.csv: expected the names of the model's classes, '1 star', '2 stars', '3 stars', in column 'label', got the numbers "
+        "'1', '2', which may count them from 0, from 1, or in another order. Write the name of its class in the place of each."
+    )
 
 
 def test_labels_take_the_spelling_of_the_model(caplog):
     assert spelled_as(labels_of(["negative", "Positive"]), ["NEGATIVE", "POSITIVE"]).values == ["NEGATIVE", "POSITIVE"]
-    assert caplog.text == ""
-    assert spelled_as(labels_of(["1", "0"]), ["NEGATIVE", "POSITIVE"]).values == ["POSITIVE", "NEGATIVE"]
-    assert (
-        "the labels '0', '1' are taken for the model's outputs in their order, 'NEGATIVE', 'POSITIVE'." in caplog.text
-    )
     assert spelled_as(labels_of([["a"], []]), ["A", "B"]).values == [("A",), ()]
+    assert caplog.text == ""
     assert spelled_as(labels_of(["x", "0"]), ["A", "B"]).values == ["x", "0"], "left to be refused, as they stand"
 
 

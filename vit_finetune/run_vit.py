@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 5. Training, evaluation, predictions.
     def write(output: PredictionOutput, folder: Path) -> None:
-        write_predictions(folder, names_of(task.test.images), output.predictions, labels.names)
+        path = write_predictions(folder, names_of(task.test.images), output.predictions, labels.names)
+        print(f"Predictions of {len(output.predictions)} images: {path}")
 
     return train_and_score(
         trainer,

@@ -151,7 +151,7 @@ class DataArguments:
         default=MAX_PIXELS,
         metadata={
             "help": "How many pixels an image of a folder or of the Hub may have. A larger one is refused, by name and "
-            "before it is decoded: a file of some kilobytes can hold one that fills the memory. Default: Pillow's limit."
+            "before it is decoded: a file of some kilobytes can hold one that fills the memory."
         },
     )
 

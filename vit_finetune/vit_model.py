@@ -17,7 +17,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from vit_arguments import ViTModelArguments
 
 from hf_sampa.compat import on_pillow, pillow_vit_processor
-from hf_sampa.finetuning import ClassNames, class_names, load_config, load_model
+from hf_sampa.finetuning import ClassNames, check_trained, class_names, load_config, load_model, same_names
 
 
 def load_classifier(
@@ -41,17 +41,17 @@ def load_classifier(
         labels = class_names(config, names, new_head=True)
         config.update(labels.config_entries())
         model = AutoModelForImageClassification.from_config(config)
-    elif not training and set(names) <= set(own := _names_of(load_config(args))):
+    elif (
+        not training
+        and (found := same_names(own := _names_of(load_config(AutoModelForImageClassification, args)), names))
+        is not None
+    ):
         model, labels = load_model(AutoModelForImageClassification, args, own)
-        labels = replace(labels, ids=tuple(labels.names.index(name) for name in names))
+        labels = replace(labels, ids=tuple(labels.names.index(found[name]) for name in names))
     else:
         model, labels = load_model(AutoModelForImageClassification, args, names)
-    if labels.new_head and not training:
-        raise ValueError(
-            "--do_train false: expected a model that is trained for the classes of the images, got "
-            f"{'a new one' if args.from_scratch else args.model_name_or_path}, whose head is new: its scores and predictions "
-            "would be random. Give --model_name_or_path a trained one."
-        )
+    if not training:
+        check_trained(labels, names, "a model --from_scratch" if args.from_scratch else args.model_name_or_path)
     return model, labels, _image_processor(args, model.config)
 
 

@@ -4,7 +4,7 @@ glue/ and vit_finetune/ are made with it; nothing else in this package uses it.
 """
 
 from .baseline import BaselineTrainer
-from .class_names import ClassNames, class_names
+from .class_names import ClassNames, check_trained, class_names, same_names
 from .command_line import UNUSED, parse_arguments
 from .model_arguments import ModelArguments
 from .models import is_without_weights, load_config, load_model
@@ -21,11 +21,13 @@ __all__ = [
     "FineTuningArguments",
     "FineTuningParser",
     "ModelArguments",
+    "check_trained",
     "class_names",
     "is_without_weights",
     "load_config",
     "load_model",
     "parse_arguments",
     "run_main",
+    "same_names",
     "train_and_score",
 ]

@@ -61,11 +61,9 @@ def class_names(
         return ClassNames(names, in_order, new_head or len(own) != len(names))
     if len(own) == len(names) == 1:
         return ClassNames(own, (0,), False)
-    for spelled in (str, str.casefold):
-        found = {spelled(name): index for index, name in enumerate(own)}
-        wanted = [spelled(name) for name in names]
-        if len(found) == len(own) == len(set(wanted)) and found.keys() == set(wanted):
-            return ClassNames(own, tuple(found[name] for name in wanted), False)
+    found = same_names(own, names)
+    if found is not None and len(own) == len(names):
+        return ClassNames(own, tuple(own.index(found[name]) for name in names), False)
     if ignore_mismatched_sizes:
         return ClassNames(names, in_order, True)
     raise ValueError(
@@ -73,6 +71,38 @@ def class_names(
         f"head, got one for {len(own)}: {listed(own)}. Add --ignore_mismatched_sizes to train a new head in the place of its "
         "own, or give a model of these classes."
     )
+
+
+def same_names(own: Collection[str], names: Collection[str]) -> dict[str, str] | None:
+    """For each of `names` the one of `own` that is the same, or if not all are there, the same but for its case.
+
+    None where one is not there, or where only their case tells two apart. In neither of the two is a name twice.
+    """
+    for spelled in (str, str.casefold):
+        theirs = {spelled(name): name for name in own}
+        wanted = {name: spelled(name) for name in names}
+        one_to_one = len(theirs) == len(own) and len(set(wanted.values())) == len(names)
+        if one_to_one and theirs.keys() >= set(wanted.values()):
+            return {name: theirs[word] for name, word in wanted.items()}
+    return None
+
+
+def check_trained(classes: ClassNames, names: Collection[str], model: str) -> None:
+    """See that a model which is not to be trained has been.
+
+    Args:
+        classes: the model's.
+        names: of the data's classes, as far as they are known.
+        model: how a message calls the model.
+
+    Raises:
+        ValueError: its head is new.
+    """
+    if classes.new_head:
+        raise ValueError(
+            f"--do_train false: expected a model that is trained for {listed(names) or 'the classes of the data'}, got {model}, "
+            "whose head is new: its scores and predictions would be random. Give --model_name_or_path a trained one."
+        )
 
 
 def has_names(config: PreTrainedConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -39,6 +40,19 @@ class ModelArguments:
         metadata={"help": "Give the model a new head if its own is for other classes than those of the data."},
     )
 
+    def check_folders(self) -> None:
+        """See that what is named as a folder is there, for else the Hub is asked for it, which knows of no such name.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        for option, name in vars(self).items():
+            if option.endswith(("_name", "_name_or_path")) and name and _is_path(name) and not Path(name).exists():
+                raise ValueError(
+                    f"--{option}: expected a folder or a model of the Hub, got {name!r}, which is no folder in {Path.cwd()}. Correct "
+                    "it, or for a model of the Hub give its OWNER/NAME, and start where no folder is called like its owner."
+                )
+
     def hub_arguments(self) -> dict[str, Any]:
         """Keyword arguments for every ``from_pretrained`` of the model's repository: configuration, tokenizer, weights."""
         return {
@@ -47,3 +61,11 @@ class ModelArguments:
             "cache_dir": self.cache_dir,
             "trust_remote_code": self.trust_remote_code,
         }
+
+
+def _is_path(name: str) -> bool:
+    """Whether it can be no name on the Hub, NAME or OWNER/NAME, or begins with a folder that there is."""
+    first, *others = name.split("/")
+    return (
+        len(others) > 1 or name.startswith((".", "~")) or "\\" in name or (len(others) == 1 and Path(first).is_dir())
+    )

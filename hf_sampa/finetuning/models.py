@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .class_names import ClassNames, class_names, has_names, listed
@@ -19,12 +25,37 @@ from .model_arguments import ModelArguments
 
 logger = get_logger(__name__)
 
+# What the models of a class are for.
+CLASSIFIED = {AutoModelForSequenceClassification: "texts", AutoModelForImageClassification: "images"}
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
-def load_config(args: ModelArguments) -> PreTrainedConfig:
-    """The configuration that `args` name, as it is."""
-    return AutoConfig.from_pretrained(args.config_name or args.model_name_or_path, **args.hub_arguments())
+def load_config(auto_class: Any, args: ModelArguments) -> PreTrainedConfig:
+    """The configuration that `args` name, as it is. Ask for it before all else that belongs to the model.
+
+    Args:
+        auto_class: one of `CLASSIFIED`.
+        args: which model.
+
+    Raises:
+        ValueError: there is no such folder, or the model is not for `auto_class`.
+    """
+    args.check_folders()
+    name = args.config_name or args.model_name_or_path
+    config = AutoConfig.from_pretrained(name, **args.hub_arguments())
+    if not _takes(auto_class, config):
+        others = [f"one for {what}, " for other, what in CLASSIFIED.items() if _takes(other, config)]
+        raise ValueError(
+            f"--model_name_or_path: expected a model for {CLASSIFIED[auto_class]}, got {name}, {''.join(others)}of type "
+            f"{config.model_type}. Name another one."
+        )
+    return config
+
+
+def _takes(auto_class: Any, config: PreTrainedConfig) -> bool:
+    """Whether `auto_class` has a model of this configuration, in transformers or in the model's own code."""
+    own_code = getattr(config, "auto_map", None) or {}
+    return type(config) in auto_class._model_mapping or auto_class.__name__ in own_code
 
 
 def load_model(
@@ -35,7 +66,7 @@ def load_model(
     New weights come from torch's global generator.
 
     Args:
-        auto_class: as ``AutoModelForSequenceClassification``.
+        auto_class: one of `CLASSIFIED`.
         args: which model.
         names: as for `class_names`.
         settings: further entries for the configuration; without a ``problem_type``, the model goes by its labels.
@@ -44,9 +75,9 @@ def load_model(
         The model, and which of its outputs is which class.
 
     Raises:
-        ValueError: as `class_names`; or weights other than the head's are not in the model's files.
+        ValueError: as `load_config` and `class_names`; or weights other than the head's are not in the model's files.
     """
-    config = load_config(args)
+    config = load_config(auto_class, args)
     own = copy.deepcopy(config)
     random = is_without_weights(args.model_name_or_path)
     labels = class_names(config, names, new_head=random, ignore_mismatched_sizes=args.ignore_mismatched_sizes)

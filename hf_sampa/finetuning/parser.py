@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, _StoreFalseAction
 from copy import copy
 from enum import Enum
@@ -47,7 +48,7 @@ class FineTuningParser(HfArgumentParser):
 
 
 class OneDefault(ArgumentDefaultsHelpFormatter):
-    """Shows an option under one name, with its default as a command line spells it, if it has one."""
+    """Shows an option under one name, with one default: as a command line spells it, or what its help says of having none."""
 
     def _format_action(self, action: Action) -> str:
         shown = copy(action)
@@ -62,7 +63,9 @@ class OneDefault(ArgumentDefaultsHelpFormatter):
         return super()._format_action(shown)
 
     def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
+        if action.default in (None, []):
+            return action.help and re.sub(r" Default: (.*)\.$", r" (default: \1)", action.help)
+        return super()._get_help_string(action)
 
 
 def given_by(parser: ArgumentParser, words: list[str]) -> Namespace:
