@@ -69,7 +69,6 @@ def check_own(folder: Path, run: dict[str, Any], checkpoint: str, way_out: str) 
 
 def begin(folder: Path, run: dict[str, Any]) -> None:
     """Note that `run` is started in `folder`, or goes on there; on the main process."""
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder, _note(folder) | run)
 
 
@@ -80,7 +79,6 @@ def begin_anew(folder: Path, run: dict[str, Any], checkpoint: str | None) -> Non
     ends, weights and card would be the old one's. Only the checkpoint that the new run goes on from stays where it is, and all
     that no run is known to have written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     kept = checkpoint and Path(checkpoint).resolve()
     names = [name for name in sorted(_written(folder)) if (folder / name).resolve() != kept]
     if names:
@@ -186,5 +184,6 @@ def _note(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, note: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     with in_place_of(folder / RUN) as partial:
         partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
