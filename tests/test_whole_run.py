@@ -437,6 +437,18 @@ def test_the_command_on_a_card_starts_the_run_anew(tmp_path, monkeypatch):
     assert "--output_dir out --data_dir data --resume_from_checkpoint=true" in continued
 
 
+def test_a_script_that_was_started_from_elsewhere_is_named_without_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(started, "_given", [])
+    monkeypatch.setattr(sys, "argv", ["/home/somebody/glue/run_classification.py", "--seed", "1"])
+    monkeypatch.setitem(sys.modules, "__main__", type(sys)("__main__"))
+    sys.modules["__main__"].__spec__ = None
+    assert started.command(FineTuningArguments, 1) == (
+        "Put the folder of `run_classification.py` before its name:\n\n```bash\npython run_classification.py --seed 1\n```"
+    )
+
+
 # Errors
 
 
