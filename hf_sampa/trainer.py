@@ -184,9 +184,9 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
     def _issue_warnings_after_load(self, load_result):
         """Upstream only warns of tensors that it did not load: here they are loaded."""
+        load_missing(self.model, self._loading_from, load_result)
         if isinstance(self.model, PreTrainedModel):  # upstream's reads an attribute that others do not have
             super()._issue_warnings_after_load(load_result)
-        load_missing(self.model, self._loading_from, load_result)
 
     def _inner_training_loop(self, *args, **kwargs):
         """Upstream builds a loader for all processes. Those that share the data are the replicas of a role."""

@@ -15,6 +15,7 @@ from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, training_args
 from hf_sampa.checkpoints import checkpoint
 from hf_sampa.checks import check_trainer
 from hf_sampa.distributed.roles import Mesh, Role
+from hf_sampa.finetuning import BaselineTrainer
 from tests import tiny
 from tests.former import as_before
 
@@ -289,11 +290,36 @@ def test_changed_data_under_sam(tmp_path):
         )
 
 
-@pytest.mark.parametrize("other", ["other labels", "other layers"])
-def test_weights_of_another_model(folder, other):
-    model = tiny.bert(num_labels=5) if other == "other labels" else tiny.bert_of_three_layers()
+@pytest.mark.parametrize(
+    ("other", "expected", "held"),
+    [
+        (
+            lambda: tiny.bert(num_labels=5),
+            "BertForSequenceClassification of 5 classes",
+            "BertForSequenceClassification of 2 classes",
+        ),
+        (tiny.vit, "ViTForImageClassification", "BertForSequenceClassification"),
+        (tiny.token_bert, "BertForTokenClassification", "BertForSequenceClassification"),
+    ],
+)
+@pytest.mark.parametrize("kind", [SAMPaTrainer, BaselineTrainer])
+def test_weights_of_another_model_are_one_sentence(kind, other, expected, held, folder):
+    named = str(folder / "checkpoint-3")
+    with pytest.raises(ValueError) as caught:
+        kind(other(), tiny.arguments(folder, max_steps=4), train_dataset=tiny.sentences(16)).train(
+            resume_from_checkpoint=named
+        )
+    assert str(caught.value) == (
+        f"The weights in {named} are of another model: expected {expected}, but it holds a {held}. Resume with the model that wrote "
+        "it, or start a new run, which takes its weights as far as they fit, from this folder as its model."
+    )
+
+
+def test_weights_of_a_model_of_other_layers(folder):
     with pytest.raises(ValueError, match="weights.* of another model"):
-        trainer(folder, model, max_steps=4).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+        trainer(folder, tiny.bert_of_three_layers(), max_steps=4).train(
+            resume_from_checkpoint=str(folder / "checkpoint-3")
+        )
 
 
 def test_a_carried_gradient_of_another_model(folder):

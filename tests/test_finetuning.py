@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,6 +190,7 @@ class Recorder:
 
     def __init__(self, folder, **settings):
         off = {"method": "sam", "overwrite_output_dir": False, "early_stopping_patience": None}
+        off["main_process_first"] = lambda **named: nullcontext()
         self.args = SimpleNamespace(resume_from_checkpoint="a/b", output_dir=str(folder), **off, **settings)
         self.calls = []
 

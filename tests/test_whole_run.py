@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
+from unittest import mock
 
 import pytest
 from transformers import TrainerCallback
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.cards import started
-from hf_sampa.finetuning import BaselineTrainer, FineTuningArguments, learning_curve, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, FineTuningArguments, learning_curve, output_folder, train_and_score
 from tests import tiny
 from tests.ranks import run_script
 
@@ -22,8 +25,10 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def run(folder, *callbacks, dataset="GLUE rte", model_name="bert-tiny", compute_metrics=accuracy, **settings):
-    """A run of four steps in two epochs; returns its trainer."""
+def run(
+    folder, *callbacks, dataset="GLUE rte", model_name="bert-tiny", compute_metrics=accuracy, test=None, **settings
+):
+    """A run of four steps in two epochs; returns its trainer. `test` is what it predicts."""
     given = {"method": "sampa", "num_train_epochs": 2, "batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2}
     given |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_total_limit": None, **settings}
     args = FineTuningArguments(output_dir=str(folder), **given)
@@ -38,8 +43,16 @@ def run(folder, *callbacks, dataset="GLUE rte", model_name="bert-tiny", compute_
         compute_metrics=compute_metrics,
         callbacks=list(callbacks),
     )
-    train_and_score(trainer, dataset=dataset, dataset_split="validation")
+    train_and_score(trainer, test_dataset=test, write_predictions=predict, dataset=dataset, dataset_split="validation")
     return trainer
+
+
+def predict(output, folder, name=""):
+    (folder / (f"{name}.tsv" if name else "predictions.csv")).write_text(str(len(output.predictions)))
+
+
+def unlabelled(count):
+    return [{name: each for name, each in row.items() if name != "labels"} for row in tiny.sentences(count)]
 
 
 def read(folder, name):
@@ -73,18 +86,20 @@ def test_what_a_run_leaves(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["adamw", "sampa"])
 def test_an_overwritten_run_is_not_continued_by_the_one_that_overwrites_it(method, tmp_path, caplog):
-    old = run(tmp_path, method=method, num_train_epochs=3)
+    old = run(tmp_path, method=method, num_train_epochs=3, do_predict=True, test=unlabelled(3))
     (tmp_path / "notes.txt").write_text("mine")
     # As a process leaves it that was killed while it replaced a checkpoint.
     os.rename(tmp_path / "checkpoint-2", tmp_path / "_checkpoint-2.replaced")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Killed(1), method=method, overwrite_output_dir=True, seed=7)
     aside = tmp_path / "_replaced-1"
-    assert f"--overwrite_output_dir: 9 checkpoints and results of the run before are in {aside} now." in caplog.text
+    assert f"--overwrite_output_dir: 14 files and folders of the run before are in {aside} now." in caplog.text
     assert {each.name for each in aside.iterdir()} == {
         *("_checkpoint-2.replaced", "checkpoint-4", "checkpoint-6", "trainer_state.json", "all_results.json"),
-        *("train_results.json", "eval_results.json", "learning_curve.png", "_run.json"),
+        *("train_results.json", "eval_results.json", "test_results.json", "learning_curve.png", "_run.json"),
+        *("model.safetensors", "config.json", "training_args.bin", "README.md", "predictions.csv"),
     }
+    assert {each.name for each in tmp_path.iterdir()} == {"notes.txt", "_run.json", "_replaced-1"}
     assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("checkpoint-*"))
     with pytest.raises(ValueError) as caught:
         run(tmp_path, method=method, overwrite_output_dir=True, seed=7, resume_from_checkpoint="true")
@@ -109,6 +124,155 @@ def test_results_of_an_overwritten_run_are_not_among_the_new_ones(tmp_path):
     assert "eval_accuracy" in read(tmp_path / "_replaced-1", "all_results.json")
 
 
+def test_a_card_that_a_person_wrote_stays(tmp_path):
+    run(tmp_path, max_steps=1, do_eval=False)
+    (tmp_path / "README.md").write_text("# My model\n")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Killed(0), overwrite_output_dir=True)
+    assert (tmp_path / "README.md").read_text() == "# My model\n" and not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_weights_of_a_run_that_was_killed_while_it_saved_them_are_moved_aside(tmp_path, monkeypatch):
+    class Died(BaselineTrainer):
+        def save_model(self, output_dir=None, _internal_call=False):
+            super().save_model(output_dir, _internal_call)
+            if not _internal_call:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[__name__], "BaselineTrainer", Died)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, method="adamw")
+    monkeypatch.undo()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Killed(0), method="adamw", overwrite_output_dir=True)
+    assert {each.name for each in tmp_path.iterdir()} == {"_run.json", "_replaced-1"}
+
+
+RUN = {"method": "sampa", "data set": "GLUE rte", "model": "bert-tiny"}
+
+
+@pytest.mark.parametrize("place", range(1, 9))
+def test_a_kill_while_a_run_is_moved_aside_leaves_the_old_run_or_none(place, tmp_path, monkeypatch):
+    """A copy of the note, the new one, five names that are moved, the last note: before each of them."""
+    output_folder.begin(tmp_path, RUN)
+    with output_folder.noted(tmp_path):
+        (tmp_path / "model.safetensors").write_text("old")
+    for name in ("checkpoint-2", "checkpoint-4", "_checkpoint-6.replaced"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "trainer_state.json").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    old = {each.name for each in tmp_path.iterdir()} - {"notes.txt"}
+    calls = []
+
+    def dying(change, *given, **named):
+        calls.append(given)
+        if len(calls) == place:
+            raise KeyboardInterrupt
+        return change(*given, **named)
+
+    with monkeypatch.context() as patch:
+        for module, name in ((os, "rename"), (os, "replace"), (shutil, "copyfile")):
+            patch.setattr(module, name, partial(dying, getattr(module, name)))
+        with pytest.raises(KeyboardInterrupt):
+            output_folder.begin_anew(tmp_path, RUN, None)
+    output_folder.open_again(tmp_path)
+    there = {each.name for each in tmp_path.iterdir()} - {"_replaced-1"}
+    if place <= 2:
+        assert there == {*old, "notes.txt"}
+    else:
+        assert there == {"notes.txt", "_run.json"}
+        assert {each.name for each in (tmp_path / "_replaced-1").iterdir()} == old
+        assert "moving" not in read(tmp_path, "_run.json")
+        with pytest.raises(ValueError, match="got none: no run in it came as far"):
+            output_folder.check_has_checkpoint(tmp_path)
+
+
+def test_a_move_is_finished_by_the_run_that_opens_the_folder(tmp_path, monkeypatch):
+    run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, overwrite_output_dir=True, seed=7)
+    assert (tmp_path / "checkpoint-4").is_dir()
+    with pytest.raises(ValueError, match=r"--resume_from_checkpoint true: expected a checkpoint in .*, got none"):
+        run(tmp_path, resume_from_checkpoint="true")
+    assert (tmp_path / "_replaced-1" / "checkpoint-4").is_dir()
+
+
+def test_a_note_moves_nothing_outside_of_its_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (folder / "_run.json").write_text('{"moving": {"names": ["../mine"], "to": "../elsewhere"}}')
+    output_folder.open_again(folder)
+    assert (tmp_path / "mine").is_file() and {each.name for each in tmp_path.iterdir()} == {"mine", "run"}
+
+
+# Results and predictions
+
+
+PREDICTS = {"do_train": False, "do_eval": False, "do_predict": True}
+
+
+def test_results_of_two_test_sets_are_not_mixed(tmp_path, caplog):
+    run(tmp_path, test=tiny.sentences(5), do_predict=True)
+    before = read(tmp_path, "all_results.json")
+    assert before["test_samples"] == 5 and "test_accuracy" in before
+    run(tmp_path, test=unlabelled(3), **PREDICTS)
+    after = read(tmp_path, "all_results.json")
+    assert after["test_samples"] == 3 and "test_accuracy" not in after
+    assert {name: each for name, each in after.items() if not name.startswith("test_")} == {
+        name: each for name, each in before.items() if not name.startswith("test_")
+    }
+    aside = tmp_path / "_replaced-1"
+    assert (
+        f"all_results.json, predictions.csv, test_results.json of before are in {aside} now, since new ones are written. Delete "
+        "it if nobody needs them." in caplog.text
+    )
+    assert read(aside, "all_results.json") == before and (aside / "predictions.csv").read_text() == "5"
+    assert (tmp_path / "predictions.csv").read_text() == "3"
+
+
+def test_results_of_data_sets_with_names_are_not_mixed(tmp_path):
+    run(tmp_path, max_steps=1, do_eval=False)
+    run(tmp_path, test={"matched": tiny.sentences(5), "mismatched": tiny.sentences(4)}, **PREDICTS)
+    assert "test_mismatched_accuracy" in read(tmp_path, "all_results.json")
+    run(tmp_path, test={"matched": unlabelled(3)}, **PREDICTS)
+    found = read(tmp_path, "all_results.json")
+    assert {name for name in found if name.startswith("test_")} >= {"test_matched_samples"}
+    assert not [name for name in found if "accuracy" in name or "mismatched" in name]
+    # Named in no `prediction_files`, known from the note.
+    assert (tmp_path / "_replaced-1" / "mismatched.tsv").read_text() == "4"
+    assert not (tmp_path / "mismatched.tsv").exists() and (tmp_path / "matched.tsv").read_text() == "3"
+
+
+def test_results_of_weights_before_are_not_among_those_of_a_run_that_trains_on(tmp_path):
+    run(tmp_path, num_train_epochs=1, lr_scheduler_type="constant")
+    run(
+        tmp_path,
+        do_eval=False,
+        resume_from_checkpoint="true",
+        lr_scheduler_type="constant",
+    )
+    assert not [name for name in read(tmp_path, "all_results.json") if name.startswith("eval_")]
+    assert {each.name for each in (tmp_path / "_replaced-1").iterdir()} == {
+        *("all_results.json", "train_results.json", "eval_results.json")
+    }
+
+
+def test_predictions_that_a_person_wrote_are_not_lost(tmp_path):
+    (tmp_path / "predictions.csv").write_text("by hand")
+    (tmp_path / "all_results.json").write_text("cut sho")
+    run(tmp_path, test=unlabelled(3), **PREDICTS)
+    assert (tmp_path / "predictions.csv").read_text() == "3"
+    assert (tmp_path / "_replaced-1" / "predictions.csv").read_text() == "by hand"
+    assert (tmp_path / "_replaced-1" / "all_results.json").read_text() == "cut sho"
+    assert read(tmp_path, "all_results.json")["test_samples"] == 3
+
+
+# Whose run goes on
+
+
 def test_the_checkpoint_that_an_overwriting_run_goes_on_from_stays(tmp_path):
     run(tmp_path)
     named = run(tmp_path, overwrite_output_dir=True, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -131,11 +295,29 @@ def test_true_continues_no_other_run(settings, now, then, tmp_path):
         run(tmp_path, resume_from_checkpoint="true", **settings)
     assert str(caught.value) == (
         f"--resume_from_checkpoint true: expected in {tmp_path} a run with {now}, got one with {then}. Choose the --output_dir of "
-        "this run, start anew with --overwrite_output_dir, or name the checkpoint that this run is to go on from."
+        "this run, or start anew with --overwrite_output_dir."
     )
-    # A checkpoint that is named is meant.
-    named = run(tmp_path / "own", resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **settings)
-    assert named.state.global_step == 4
+    # Nor does a checkpoint that is named.
+    named = tmp_path / "checkpoint-2"
+    with pytest.raises(ValueError) as caught:
+        run(tmp_path / "own", resume_from_checkpoint=str(named), **settings)
+    assert str(caught.value) == (
+        f"--resume_from_checkpoint {named}: expected in {tmp_path} a run with {now}, got one with {then}. Name a checkpoint of this "
+        f"run, or begin a new one with its weights: --model_name_or_path {named} without this option."
+    )
+
+
+def test_a_checkpoint_that_is_named_does_not_go_on_among_those_of_another_run(tmp_path):
+    run(tmp_path / "rte", num_train_epochs=1)
+    run(tmp_path / "mrpc", num_train_epochs=1, dataset="GLUE mrpc")
+    named = str(tmp_path / "rte" / "checkpoint-2")
+    with pytest.raises(ValueError) as caught:
+        run(tmp_path / "mrpc", resume_from_checkpoint=named)
+    assert str(caught.value) == (
+        f"--resume_from_checkpoint {named}: expected in {tmp_path / 'mrpc'} a run with data set GLUE rte, got one with data set "
+        "GLUE mrpc. Choose another --output_dir, or add --overwrite_output_dir."
+    )
+    assert run(tmp_path / "mrpc", resume_from_checkpoint=named, overwrite_output_dir=True).state.global_step == 4
 
 
 # When it stops
@@ -152,7 +334,7 @@ class Drops:
 
 
 @pytest.mark.parametrize("method", ["adamw", "sampa"])
-def test_a_run_stops_early_and_a_resumed_one_at_the_same_step(method, tmp_path):
+def test_a_run_stops_early_and_a_resumed_one_at_the_same_step(method, tmp_path, caplog):
     early = {
         "early_stopping_patience": 3,
         "metric_for_best_model": "accuracy",
@@ -162,10 +344,12 @@ def test_a_run_stops_early_and_a_resumed_one_at_the_same_step(method, tmp_path):
     scores = [0.5, 0.8, 0.7, 0.6, 0.5, 0.4]
     whole = run(tmp_path / "whole", compute_metrics=Drops([*scores[:5], 0.8]), **early)
     assert whole.state.global_step == 10 and whole.state.best_global_step == 4
+    said = "Stopped at step 10: eval_accuracy was not better for 3 evaluations than 0.8 at step 4."
+    assert caplog.text.count(said) == 1
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "two", Killed(8), compute_metrics=Drops(scores), **early)
     again = run(tmp_path / "two", compute_metrics=Drops([0.5, 0.8]), resume_from_checkpoint="true", **early)
-    assert again.state.global_step == 10
+    assert again.state.global_step == 10 and caplog.text.count(said) == 2
     assert tiny.differing(whole.model.state_dict(), again.model.state_dict()) == []
     assert "weights: those of step 4, the best by accuracy" in (tmp_path / "two" / "README.md").read_text()
 
@@ -251,6 +435,18 @@ def test_the_command_on_a_card_starts_the_run_anew(tmp_path, monkeypatch):
     assert command == "```bash\npython run.py --output_dir out-again --data_dir data --seed 1\n```"
     continued = started.command(FineTuningArguments, 1, resumed=True)
     assert "--output_dir out --data_dir data --resume_from_checkpoint=true" in continued
+
+
+def test_a_script_that_was_started_from_elsewhere_is_named_without_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(started, "_given", [])
+    monkeypatch.setattr(sys, "argv", ["/home/somebody/glue/run_classification.py", "--seed", "1"])
+    monkeypatch.setitem(sys.modules, "__main__", type(sys)("__main__"))
+    sys.modules["__main__"].__spec__ = None
+    assert started.command(FineTuningArguments, 1) == (
+        "Put the folder of `run_classification.py` before its name:\n\n```bash\npython run_classification.py --seed 1\n```"
+    )
 
 
 # Errors

@@ -8,6 +8,7 @@ from .card_facts import CardFacts, changes, computation
 from .evaluations import Evaluation, bound, plain
 from .harmless import masked
 from .of_trainer import WithCard
+from .signature import why_left_alone
 from .started import declare_options, versions
 
 
@@ -23,5 +24,6 @@ __all__ = [
     "plain",
     "texts_in",
     "versions",
+    "why_left_alone",
     "without_secrets",
 ]

@@ -67,7 +67,9 @@ def command(arguments: type, world_size: int, resumed: bool = False) -> str:
     # Of the arguments themselves: what is declared beside them may be an earlier script's.
     anew = not resumed and "overwrite_output_dir" in types_of(arguments)
     words = _words(_given or sys.argv[1:], types_of(*_beside, arguments), resumed, anew)
-    return f"```bash\n{variables}{shlex.join([*start, *script, *words])}\n```"
+    name = script[0].removeprefix(f"{HIDDEN}/")
+    said = "" if name == script[0] else f"Put the folder of `{name}` before its name:\n\n"
+    return f"{said}```bash\n{variables}{shlex.join([*start, name, *script[1:], *words])}\n```"
 
 
 def _script() -> list[str] | None:

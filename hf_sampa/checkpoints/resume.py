@@ -19,7 +19,7 @@ from ..state import make_room
 from . import checkpoint, content
 from .manifest import Manifest
 from .replaced import restore, restore_all
-from .saved_weights import holds, left_out, load_every_tensor
+from .saved_weights import holds, left_out, load_every_tensor, other_model
 from .whole import is_weights, weights_in
 
 
@@ -336,7 +336,10 @@ def load_weights(model: torch.nn.Module, folder: str, load: Callable[[], None], 
     try:
         load()
     except RuntimeError as error:
-        raise ValueError(f"The weights in {folder} are of another model: {error}") from error
+        raise ValueError(
+            other_model(model, folder)
+            or f"The weights in {folder} are of another model: {error} Resume with the model that wrote it."
+        ) from error
     if changed:
         return
     if isinstance(model, PreTrainedModel) and lacks_weights_of(model, folder):

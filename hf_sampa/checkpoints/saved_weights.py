@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
 from ..state import fingerprint_of_bits
 from .manifest import Weights
@@ -60,6 +62,23 @@ def contiguous(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value.contiguous() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
 
+def other_model(model: nn.Module, folder: str) -> str | None:
+    """What to say of weights that do not fit, where the configuration beside them is of another class or number of classes."""
+    file = Path(folder) / CONFIG_NAME
+    if not isinstance(model, PreTrainedModel) or not file.is_file():
+        return None
+    saved = PreTrainedConfig.from_json_file(file)
+    then, now = saved.architectures or [saved.model_type], [type(model).__name__]
+    if then == now:
+        then, now = ([f"{now[0]} of {config.num_labels} classes"] for config in (saved, model.config))
+    if then == now:
+        return None
+    return (
+        f"The weights in {folder} are of another model: expected {now[0]}, but it holds a {then[0]}. Resume with the model that "
+        "wrote it, or start a new run, which takes its weights as far as they fit, from this folder as its model."
+    )
+
+
 def load_every_tensor(model: nn.Module, folder: str) -> None:
     """Load the weights in `folder` into `model` by way of `from_pretrained`, which knows renamed keys and tied weights.
 
@@ -77,7 +96,8 @@ def load_every_tensor(model: nn.Module, folder: str) -> None:
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if problems:
         raise ValueError(
-            f"Expected every tensor of the model in {folder}, and none besides, but got {problems}. These are weights "
+            other_model(model, folder)
+            or f"Expected every tensor of the model in {folder}, and none besides, but got {problems}. These are weights "
             "of another model; load them into the one that wrote them."
         )
     state = {name: tensor for name, tensor in loaded.state_dict().items() if name not in left_out(model)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from transformers import Trainer
 
 from ..cards import WithCard
-from ..checkpoints import load_missing
+from ..checkpoints import load_missing, load_weights
 from ..compat import let_trainer_divide
 from ..evaluation import ExactEvalLoss
 
@@ -32,8 +33,10 @@ class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
         return {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Upstream's says of another model's weights every name that does not fit."""
         self._loading_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        load = partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
+        load_weights(self.model, resume_from_checkpoint, load)
 
     def _load_best_model(self) -> None:
         self._loading_from = self.state.best_model_checkpoint
@@ -41,5 +44,5 @@ class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Upstream only warns of tensors that it did not load, as most of a ViT's on 5.23: here they are loaded."""
-        super()._issue_warnings_after_load(load_result)
         load_missing(self.model, self._loading_from, load_result)
+        super()._issue_warnings_after_load(load_result)

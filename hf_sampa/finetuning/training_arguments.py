@@ -87,7 +87,7 @@ class FineTuningArguments(SAMPaTrainingArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Write into an output_dir that is not empty; checkpoints and results of the run in it are moved to a folder inside."
+            "help": "Write into an output_dir that is not empty; what the run before wrote there is moved to a folder inside."
         },
     )
     do_predict: bool = field(default=False, metadata={"help": "Whether to write predictions for the test data."})

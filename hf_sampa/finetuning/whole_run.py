@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import PredictionOutput, has_length
 
@@ -13,6 +15,13 @@ from ..cards import CardFacts
 from ..trainer import SAMPaMixin
 from . import learning_curve, output_folder
 from .baseline import BaselineTrainer
+from .training_arguments import FineTuningArguments
+
+
+logger = get_logger(__name__)
+
+# By which a split is asked for.
+OPTIONS = {"train": "do_train", "eval": "do_eval", "test": "do_predict"}
 
 
 def train_and_score(
@@ -20,6 +29,7 @@ def train_and_score(
     *,
     test_dataset: Any = None,
     write_predictions: Callable[..., None] | None = None,
+    prediction_files: Collection[str] = ("predictions.csv",),
     **card: str | list[str] | None,
 ) -> dict[str, float]:
     """Do what the trainer's `FineTuningArguments` ask for: train and save, score, predict, publish. Writes a model card.
@@ -30,21 +40,23 @@ def train_and_score(
         test_dataset: for `do_predict`: one data set, or several by name.
         write_predictions: for `do_predict`: called on the main process with the `PredictionOutput` and the output folder, for
             each of several data sets with its name after them.
+        prediction_files: what `write_predictions` writes into that folder, by name.
         card: what the model card is to say, by the names of `CardFacts`.
 
-    The folder of the run also gets a picture of its loss and metrics, ``learning_curve.png``.
+    The folder of the run also gets a picture of its loss and metrics, ``learning_curve.png``. Results and predictions that are
+    there already, whoever wrote them, are moved into a folder inside, ``_replaced-1``, before they are written anew.
 
     Returns:
         The metrics on the evaluation data, and on test data that have labels (``test_...``, ``test_<name>_...``).
 
     Raises:
-        ValueError: ``resume_from_checkpoint=True`` would go on from another run than this, or there is none.
+        ValueError: `resume_from_checkpoint` would go on from another run than this, or in its folder, or there is none.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     trainer.card_facts = CardFacts(**card)  # for the cards of checkpoints, too
     metrics: dict[str, float] = {}
+    _open(trainer, folder, prediction_files)
     if args.do_train:
-        _begin(trainer, folder)
         _train(trainer, folder)
     if args.do_eval:
         metrics = trainer.evaluate() | _samples("eval", trainer.eval_dataset)
@@ -52,23 +64,53 @@ def train_and_score(
     if args.do_predict:
         metrics = metrics | _predict(trainer, test_dataset, write_predictions)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        with _noted(trainer):
+            trainer.push_to_hub()
     elif args.do_train:
         trainer.create_model_card()
     return metrics
 
 
-def _begin(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
+def _open(trainer: SAMPaMixin | BaselineTrainer, folder: Path, prediction_files: Collection[str]) -> None:
     """Make room for the run, or see that the one which is there is the one to be continued."""
-    args, config = trainer.args, trainer.model.config
+    args = trainer.args
+    main = trainer.is_world_process_zero()
+    # What the main process moves, the others are not to look for meanwhile.
+    with args.main_process_first(local=False, desc="opening the output folder"):
+        if main:
+            output_folder.open_again(folder)
+        if args.do_train:
+            _check_continued(args, folder, _run(trainer))
+    if not main:
+        return
+    if args.do_train and args.overwrite_output_dir and args.resume_from_checkpoint is not True:
+        output_folder.begin_anew(folder, _run(trainer), args.resume_from_checkpoint)
+    elif args.do_train:
+        output_folder.begin(folder, _run(trainer))
+    splits = [split for split in output_folder.SPLITS if getattr(args, OPTIONS[split])]
+    output_folder.make_way(folder, splits, prediction_files if args.do_predict else ())
+
+
+def _run(trainer: SAMPaMixin | BaselineTrainer) -> dict[str, Any]:
+    """Which run it is, as far as another one may not go on with it."""
+    config = trainer.model.config
     model = Path(config._name_or_path).name or config.model_type
-    run = {"method": args.method, "data set": trainer.card_facts.dataset, "model": model}
-    if args.resume_from_checkpoint is True:
-        output_folder.check_own(folder, run)
-    elif trainer.is_world_process_zero():
-        if args.overwrite_output_dir:
-            output_folder.move_aside(folder, args.resume_from_checkpoint)
-        output_folder.begin(folder, run)
+    return {"method": trainer.args.method, "data set": trainer.card_facts.dataset, "model": model}
+
+
+def _check_continued(args: FineTuningArguments, folder: Path, run: dict[str, Any]) -> None:
+    """Raise ValueError where another run would be continued, or none."""
+    given = args.resume_from_checkpoint
+    if given is True:
+        output_folder.check_has_checkpoint(folder)
+        way_out = "Choose the --output_dir of this run, or start anew with --overwrite_output_dir."
+        output_folder.check_own(folder, run, "true", way_out)
+    elif given:
+        way_out = f"Name a checkpoint of this run, or begin a new one with its weights: --model_name_or_path {given} without this option."
+        output_folder.check_own(Path(given).absolute().parent, run, given, way_out)
+        if not args.overwrite_output_dir:
+            way_out = "Choose another --output_dir, or add --overwrite_output_dir."
+            output_folder.check_own(folder, run, given, way_out)
 
 
 def _train(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
@@ -76,11 +118,33 @@ def _train(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
+    if args.early_stopping_patience is not None:
+        _say_if_stopped(trainer)
+    with _noted(trainer):
+        trainer.save_model()
     trainer.save_state()
     _keep(trainer, "train", result.metrics | _samples("train", trainer.train_dataset))
     if trainer.is_world_process_zero():
         learning_curve.draw(trainer.state.log_history, folder)
+
+
+def _say_if_stopped(trainer: Trainer) -> None:
+    """Why there are no more steps, if it is for early stopping."""
+    # A resumed run has another callback than the one that was added.
+    early = next(each for each in trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback))
+    if early.early_stopping_patience_counter >= early.early_stopping_patience:
+        state, metric = trainer.state, trainer.args.metric_for_best_model.removeprefix("eval_")
+        logger.warning(
+            f"Stopped at step {state.global_step}: eval_{metric} was not better for {early.early_stopping_patience_counter} evaluations "
+            f"than {state.best_metric:.4g} at step {state.best_global_step}."
+        )
+
+
+def _noted(trainer: Trainer, kind: str = output_folder.WROTE) -> AbstractContextManager[None]:
+    """Around what writes into the output folder: a run that overwrites this one moves it aside."""
+    return (
+        output_folder.noted(Path(trainer.args.output_dir), kind) if trainer.is_world_process_zero() else nullcontext()
+    )
 
 
 def _samples(split: str, data: Any) -> dict[str, int]:
@@ -102,6 +166,7 @@ def _predict(trainer: Trainer, test_dataset: Any, write: Callable[..., None] | N
         output: PredictionOutput = trainer.predict(dataset, metric_key_prefix=f"test_{name}" if name else "test")
         metrics |= output.metrics | _samples(f"test_{name}" if name else "test", dataset)
         if write is not None and trainer.is_world_process_zero():
-            write(output, Path(trainer.args.output_dir), *([name] if name else []))
+            with _noted(trainer, output_folder.PREDICTED):
+                write(output, Path(trainer.args.output_dir), *([name] if name else []))
     _keep(trainer, "test", metrics)
     return metrics
