@@ -122,6 +122,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         trainer,
         test_dataset=select(data, task.submissions),
         write_predictions=partial(write_predictions, task=task, data=limited, ids=labels.ids),
+        prediction_files=tuple(task.submissions.values()),
         remarks=remarks(model_args, whole, data, max_length),
         **card,
     )

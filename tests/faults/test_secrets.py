@@ -228,7 +228,8 @@ def test_what_is_around_the_options_is_shown_as_far_as_it_is_harmless(script, mo
     assert "\nACCELERATE_DYNAMO_BACKEND=HIDDEN python train.py\n" in script([])
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
     monkeypatch.setattr(sys, "argv", ["/home/me/train.py"])
-    assert "\npython HIDDEN/train.py\n" in started.command(SAMPaTrainingArguments, 1)
+    shown_command = started.command(SAMPaTrainingArguments, 1)
+    assert "/home" not in shown_command and shown_command.startswith("Put the folder of `train.py` before its name:")
 
 
 @pytest.mark.filterwarnings("default:`is_gradient_checkpointing` is deprecated:FutureWarning")
