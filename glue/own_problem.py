@@ -219,7 +219,8 @@ def warn_of_unscored(labels: Labels, problem: Problem) -> None:
     """Warn of classes that no row has: no score says whether they are found, and a mean over the classes counts them as 0."""
     if problem.type == REGRESSION:
         return
-    if unscored := [name for name in problem.names if name not in labels.words]:
+    found = labels.words
+    if unscored := [name for name in problem.names if name not in found]:
         logger.warning(
             "%s: no row has the label %s: no score says how well it is found, and means over the classes, as f1_macro, count it "
             "as 0%s.",

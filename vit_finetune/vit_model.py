@@ -41,15 +41,14 @@ def load_classifier(
         labels = class_names(config, names, new_head=True)
         config.update(labels.config_entries())
         model = AutoModelForImageClassification.from_config(config)
-    elif (
-        not training
-        and (found := same_names(own := _names_of(load_config(AutoModelForImageClassification, args)), names))
-        is not None
-    ):
-        model, labels = load_model(AutoModelForImageClassification, args, own)
-        labels = replace(labels, ids=tuple(labels.names.index(found[name]) for name in names))
-    else:
+    elif training:
         model, labels = load_model(AutoModelForImageClassification, args, names)
+    else:
+        own = _names_of(load_config(AutoModelForImageClassification, args))
+        found = same_names(own, names)
+        model, labels = load_model(AutoModelForImageClassification, args, names if found is None else own)
+        if found is not None:
+            labels = replace(labels, ids=tuple(own.index(found[name]) for name in names))
     if not training:
         check_trained(labels, names, "a model --from_scratch" if args.from_scratch else args.model_name_or_path)
     return model, labels, _image_processor(args, model.config)

@@ -76,12 +76,12 @@ def class_names(
 def same_names(own: Collection[str], names: Collection[str]) -> dict[str, str] | None:
     """For each of `names` the one of `own` that is the same, or if not all are there, the same but for its case.
 
-    None where one is not there, or where only their case tells two apart. In neither of the two is a name twice.
+    None where one is not there, or where only their case tells two apart. No name is twice in `names`.
     """
     for spelled in (str, str.casefold):
         theirs = {spelled(name): name for name in own}
         wanted = {name: spelled(name) for name in names}
-        one_to_one = len(theirs) == len(own) and len(set(wanted.values())) == len(names)
+        one_to_one = len(theirs) == len(set(own)) and len(set(wanted.values())) == len(names)
         if one_to_one and theirs.keys() >= set(wanted.values()):
             return {name: theirs[word] for name, word in wanted.items()}
     return None

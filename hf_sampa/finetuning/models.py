@@ -41,12 +41,13 @@ def load_config(auto_class: Any, args: ModelArguments) -> PreTrainedConfig:
         ValueError: there is no such folder, or the model is not for `auto_class`.
     """
     args.check_folders()
-    name = args.config_name or args.model_name_or_path
+    option = "model_name_or_path" if args.config_name is None else "config_name"
+    name = getattr(args, option)
     config = AutoConfig.from_pretrained(name, **args.hub_arguments())
     if not _takes(auto_class, config):
         others = [f"one for {what}, " for other, what in CLASSIFIED.items() if _takes(other, config)]
         raise ValueError(
-            f"--model_name_or_path: expected a model for {CLASSIFIED[auto_class]}, got {name}, {''.join(others)}of type "
+            f"--{option}: expected a model for {CLASSIFIED[auto_class]}, got {name}, {''.join(others)}of type "
             f"{config.model_type}. Name another one."
         )
     return config
