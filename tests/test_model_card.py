@@ -601,7 +601,11 @@ def adapted_bert(folder):
 def bert_with_adapters_of_transformers(folder):
     tiny.bert().save_pretrained(folder / "base")
     model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
-    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    try:
+        model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    except ValueError as error:
+        assert "use a version" in str(error)
+        pytest.skip("transformers 5.24 asks for a peft that is newer than the newest")
     return model
 
 
