@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from accelerate.logging import get_logger
-from accelerate.utils import find_batch_size
+from transformers.trainer_pt_utils import find_batch_size
 
 from .distributed import Alone, alone
 from .state import Collected
