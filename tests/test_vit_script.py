@@ -20,7 +20,6 @@ from image_transforms import ImageTransform
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     ConvNextConfig,
     Dinov2Config,
@@ -31,6 +30,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from vit_arguments import DataArguments, ViTModelArguments, ViTTrainingArguments, make_parser, parse_args
 from vit_model import load_classifier
 

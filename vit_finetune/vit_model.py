@@ -6,13 +6,15 @@ from pathlib import Path
 
 import transformers
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
     PretrainedConfig,
     PreTrainedModel,
     ViTConfig,
 )
+
+# By its module: under its short name some versions (5.12) ask for torchvision, which it does not need here.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from vit_arguments import ViTModelArguments
 
