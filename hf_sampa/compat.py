@@ -126,6 +126,7 @@ def _minor(version: str) -> tuple[int, ...]:
     return Version(version).release[:2]
 
 
+@cache  # asked in every pass, and looked up on the disk
 def before(name: str, first: str) -> bool:
     """Whether the package `name` is older than its version `first`."""
     return Version(version(name)) < Version(first)
