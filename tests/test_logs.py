@@ -23,7 +23,10 @@ def trainer_of(folder, callbacks=None, **changes):
 
 
 @pytest.mark.parametrize("method", ["sampa", "sam"])
-def test_the_progress_bar_shows_both_losses_and_the_sharpness_of_the_last_step(tmp_path, capsys, method):
+def test_the_progress_bar_shows_both_losses_and_the_sharpness_of_the_last_step(tmp_path, capsys, monkeypatch, method):
+    # tqdm cuts what a narrow terminal has no room for.
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("LINES", "24")
     trainer = trainer_of(tmp_path, disable_tqdm=False, method=method)
     trainer.train()
     last = trainer.state.log_history[-2]  # the last line is the summary
