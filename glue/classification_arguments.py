@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from own_metric import metric_names
+from own_metric import LESS_IS_BETTER, metric_names
 from own_problem import MULTI, REGRESSION, SINGLE
 from tasks import PAPER_SETTINGS
 from text_arguments import TextArguments, TextModelArguments
@@ -129,10 +130,15 @@ def make_parser() -> FineTuningParser:
 def parse_args(
     argv: list[str] | None = None,
 ) -> tuple[TextModelArguments, ClassificationArguments, FineTuningArguments]:
-    """Read the command line.
+    """Read the command line. Of errors, as mse, the smallest is the best by default.
 
     Raises:
         FileExistsError: the run would write into an `output_dir` that is not empty.
         ValueError: an argument is not in its range, or contradicts another.
     """
-    return parse_arguments(make_parser(), argv)
+    return parse_arguments(make_parser(), argv, _defaults)
+
+
+def _defaults(given: Namespace) -> dict[str, bool]:
+    best = given.metric_for_best_model
+    return {"greater_is_better": False} if best and best.removeprefix("eval_") in LESS_IS_BETTER else {}

@@ -190,6 +190,7 @@ class Recorder:
 
     def __init__(self, folder, **settings):
         off = {"method": "sam", "overwrite_output_dir": False, "early_stopping_patience": None}
+        off["metric_for_best_model"] = None
         off["main_process_first"] = lambda **named: nullcontext()
         self.args = SimpleNamespace(resume_from_checkpoint="a/b", output_dir=str(folder), **off, **settings)
         self.calls = []
@@ -235,9 +236,20 @@ CARD = ("create_model_card",)
 )
 def test_a_run_does_what_the_arguments_ask_for(do_train, do_eval, push_to_hub, calls, tmp_path):
     trainer = Recorder(tmp_path, do_train=do_train, do_eval=do_eval, push_to_hub=push_to_hub, do_predict=False)
-    assert train_and_score(trainer, dataset="GLUE rte") == (SCORED if do_eval else {})
+    assert train_and_score(trainer, scores=(), dataset="GLUE rte") == (SCORED if do_eval else {})
     assert trainer.calls == calls
     assert trainer.card_facts.dataset == "GLUE rte"
+
+
+def test_of_several_data_sets_the_score_of_one_is_the_best(tmp_path):
+    trainer = Recorder(tmp_path, do_train=True, do_eval=True, push_to_hub=False, do_predict=False)
+    trainer.args.metric_for_best_model = "eval_b_accuracy"
+    train_and_score(trainer, scores=["accuracy"])
+    trainer.args.metric_for_best_model = "loss"
+    with pytest.raises(
+        ValueError, match="finds, a_loss, a_accuracy, b_loss, b_accuracy, got loss. Give one of these."
+    ):
+        train_and_score(trainer, scores=["accuracy"])
 
 
 def test_predictions_are_written_for_each_data_set(tmp_path):
@@ -248,11 +260,11 @@ def test_predictions_are_written_for_each_data_set(tmp_path):
         written.append((output.metrics, folder, *name))
 
     one = {"test_accuracy": 0.5, "test_samples": 2}
-    assert train_and_score(trainer, test_dataset=[1, 2], write_predictions=write) == one
+    assert train_and_score(trainer, scores=(), test_dataset=[1, 2], write_predictions=write) == one
     assert trainer.calls == [("predict", [1, 2]), *kept("test", one)]
     assert written == [({"test_accuracy": 0.5}, tmp_path)]
     del trainer.calls[:], written[:]
     two = {f"test_{name}_{what}": value for name in "ab" for what, value in (("accuracy", 0.5), ("samples", 1))}
-    assert train_and_score(trainer, test_dataset={"a": [1], "b": [2]}, write_predictions=write) == two
+    assert train_and_score(trainer, scores=(), test_dataset={"a": [1], "b": [2]}, write_predictions=write) == two
     assert trainer.calls == [("predict", [1]), ("predict", [2]), *kept("test", two)]
     assert written == [({f"test_{name}_accuracy": 0.5}, tmp_path, name) for name in "ab"]

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from own_columns import check_texts, find_columns
 from own_files import read_file
 from own_labels import Labels, read_labels, spelled_as
-from own_metric import decide, find_metrics, make_compute_metrics
+from own_metric import decide, find_metrics, make_compute_metrics, score_names
 from own_predictions import write_predictions
 from own_problem import MULTI, REGRESSION, SINGLE, Problem, encode, find_problem, warn_of_unscored
 from own_tables import Table, table_of
@@ -388,6 +388,7 @@ class ShareRight(evaluate.Metric):
     predicted = EvalPrediction(np.eye(2), np.array([0, 0]))
     expected = {"f1_micro": f1_score([0, 0], [0, 1], average="micro"), "share_right": 0.5}
     assert make_compute_metrics(SINGLE, metrics)(predicted) == expected
+    assert score_names(SINGLE, metrics, [0, 0]) == list(expected)
 
 
 def test_a_metric_that_is_not_there_is_refused_with_those_that_are(monkeypatch):

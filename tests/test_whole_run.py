@@ -43,7 +43,14 @@ def run(
         compute_metrics=compute_metrics,
         callbacks=list(callbacks),
     )
-    train_and_score(trainer, test_dataset=test, write_predictions=predict, dataset=dataset, dataset_split="validation")
+    train_and_score(
+        trainer,
+        scores=["accuracy"],
+        test_dataset=test,
+        write_predictions=predict,
+        dataset=dataset,
+        dataset_split="validation",
+    )
     return trainer
 
 

@@ -27,6 +27,7 @@ OPTIONS = {"train": "do_train", "eval": "do_eval", "test": "do_predict"}
 def train_and_score(
     trainer: SAMPaMixin | BaselineTrainer,
     *,
+    scores: Collection[str],
     test_dataset: Any = None,
     write_predictions: Callable[..., None] | None = None,
     prediction_files: Collection[str] = ("predictions.csv",),
@@ -37,6 +38,7 @@ def train_and_score(
     Args:
         trainer: SAMPa's, or for ``--method adamw`` the baseline's. It needs training data for `do_train` only, and evaluation
             data for `do_eval`.
+        scores: names that its `compute_metrics` gives, of which `metric_for_best_model` is one, or the loss.
         test_dataset: for `do_predict`: one data set, or several by name.
         write_predictions: for `do_predict`: called on the main process with the `PredictionOutput` and the output folder, for
             each of several data sets with its name after them.
@@ -50,11 +52,13 @@ def train_and_score(
         The metrics on the evaluation data, and on test data that have labels (``test_...``, ``test_<name>_...``).
 
     Raises:
-        ValueError: `resume_from_checkpoint` would go on from another run than this, or in its folder, or there is none.
+        ValueError: no evaluation has the score that `metric_for_best_model` names; or `resume_from_checkpoint` would go on from
+            another run than this, or in its folder, or there is none.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     trainer.card_facts = CardFacts(**card)  # for the cards of checkpoints, too
     metrics: dict[str, float] = {}
+    _check_best(trainer, scores)
     _open(trainer, folder, prediction_files)
     if args.do_train:
         _train(trainer, folder)
@@ -69,6 +73,22 @@ def train_and_score(
     elif args.do_train:
         trainer.create_model_card()
     return metrics
+
+
+def _check_best(trainer: SAMPaMixin | BaselineTrainer, scores: Collection[str]) -> None:
+    """Raise ValueError where no evaluation has what `metric_for_best_model` names: upstream looks for it after the first one."""
+    args = trainer.args
+    if not (args.do_train and args.do_eval) or args.metric_for_best_model is None:
+        return
+    data = trainer.eval_dataset
+    of_each = ("loss", *scores)
+    known = [f"{name}_{score}" for name in data for score in of_each] if isinstance(data, dict) else list(of_each)
+    given = args.metric_for_best_model.removeprefix("eval_")
+    if given not in known:
+        raise ValueError(
+            f"--metric_for_best_model: expected what an evaluation of this run finds, {', '.join(known)}, got {given}. Give one of "
+            "these."
+        )
 
 
 def _open(trainer: SAMPaMixin | BaselineTrainer, folder: Path, prediction_files: Collection[str]) -> None:
