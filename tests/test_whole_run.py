@@ -361,6 +361,36 @@ def test_a_run_stops_early_and_a_resumed_one_at_the_same_step(method, tmp_path, 
     assert "weights: those of step 4, the best by accuracy" in (tmp_path / "two" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("method", ["adamw", "sampa"])
+def test_a_run_that_was_stopped_early_trains_no_further_step(method, tmp_path, caplog):
+    early = {"early_stopping_patience": 2, "metric_for_best_model": "accuracy", "method": method}
+    early |= {"num_train_epochs": 6, "max_steps": 12}
+    stopped = run(tmp_path, compute_metrics=Drops([0.5, 0.8, 0.7, 0.6, 0.8]), **early)
+    assert stopped.state.global_step == 8
+    caplog.clear()
+    again = run(tmp_path, compute_metrics=Drops([0.8]), resume_from_checkpoint="true", **early)
+    assert again.state.global_step == 8
+    assert tiny.differing(stopped.model.state_dict(), again.model.state_dict()) == []
+    assert (
+        "No further step is trained, since the run was stopped at step 8: eval_accuracy was not better for 2 evaluations than 0.8 at "
+        "step 4. A larger --early_stopping_patience goes on." in caplog.text
+    )
+    assert "epochs: 4\n" in (tmp_path / "README.md").read_text()
+    # It does, by its own settings, where upstream would take those of the checkpoint.
+    early["early_stopping_patience"] = 3
+    more = run(tmp_path, compute_metrics=Drops([0.7, 0.8]), resume_from_checkpoint="true", **early)
+    assert more.state.global_step == 10
+
+
+@pytest.mark.parametrize("method", ["adamw", "sampa"])
+def test_a_finished_run_trains_no_further_step(method, tmp_path):
+    """Where its last step is within an epoch."""
+    finished = run(tmp_path, method=method, max_steps=3)
+    again = run(tmp_path, method=method, max_steps=3, resume_from_checkpoint="true")
+    assert again.state.global_step == 3
+    assert tiny.differing(finished.model.state_dict(), again.model.state_dict()) == []
+
+
 # The picture
 
 

@@ -7,18 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput, has_length
 
 from ..cards import CardFacts
 from ..trainer import SAMPaMixin
 from . import learning_curve, output_folder
 from .baseline import BaselineTrainer
+from .early_stopping import EarlyStoppingCallback
 from .training_arguments import FineTuningArguments
 
-
-logger = get_logger(__name__)
 
 # By which a split is asked for.
 OPTIONS = {"train": "do_train", "eval": "do_eval", "test": "do_predict"}
@@ -138,26 +136,12 @@ def _train(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if args.early_stopping_patience is not None:
-        _say_if_stopped(trainer)
     with _noted(trainer):
         trainer.save_model()
     trainer.save_state()
     _keep(trainer, "train", result.metrics | _samples("train", trainer.train_dataset))
     if trainer.is_world_process_zero():
         learning_curve.draw(trainer.state.log_history, folder)
-
-
-def _say_if_stopped(trainer: Trainer) -> None:
-    """Why there are no more steps, if it is for early stopping."""
-    # A resumed run has another callback than the one that was added.
-    early = next(each for each in trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback))
-    if early.early_stopping_patience_counter >= early.early_stopping_patience:
-        state, metric = trainer.state, trainer.args.metric_for_best_model.removeprefix("eval_")
-        logger.warning(
-            f"Stopped at step {state.global_step}: eval_{metric} was not better for {early.early_stopping_patience_counter} evaluations "
-            f"than {state.best_metric:.4g} at step {state.best_global_step}."
-        )
 
 
 def _noted(trainer: Trainer, kind: str = output_folder.WROTE) -> AbstractContextManager[None]:
