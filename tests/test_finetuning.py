@@ -150,6 +150,25 @@ def test_an_output_dir_that_holds_something_is_refused(tmp_path):
     assert parse(tmp_path, "--resume_from_checkpoint", "a/b").resume_from_checkpoint == "a/b"
 
 
+def test_a_run_is_not_continued_and_replaced(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        parse(tmp_path, "--overwrite_output_dir", "--resume_from_checkpoint", "true")
+    assert str(caught.value) == (
+        "--resume_from_checkpoint true goes on with the run in --output_dir and --overwrite_output_dir replaces it: expected one of "
+        "the two, got both. Leave one out."
+    )
+
+
+@pytest.mark.parametrize("checkpoint", ["true", "out/checkpoint-2"])
+def test_a_run_that_does_not_train_goes_on_from_nothing(checkpoint, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        parse(tmp_path, "--do_train", "false", "--resume_from_checkpoint", checkpoint)
+    assert str(caught.value) == (
+        f"--resume_from_checkpoint {checkpoint}: expected a run that trains, got --do_train false. Leave it out: the weights to score "
+        "or predict with are those of --model_name_or_path, which may be a checkpoint."
+    )
+
+
 @pytest.mark.parametrize("script", [run_glue, run_vit])
 def test_the_help_opens_with_what_to_type_and_what_it_does(script, capsys):
     with pytest.raises(SystemExit):

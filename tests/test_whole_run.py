@@ -109,15 +109,15 @@ def test_an_overwritten_run_is_not_continued_by_the_one_that_overwrites_it(metho
     assert {each.name for each in tmp_path.iterdir()} == {"notes.txt", "_run.json", "_replaced-1"}
     assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("checkpoint-*"))
     with pytest.raises(ValueError) as caught:
-        run(tmp_path, method=method, overwrite_output_dir=True, seed=7, resume_from_checkpoint="true")
+        run(tmp_path, method=method, seed=7, resume_from_checkpoint="true")
     assert str(caught.value) == (
         f"--resume_from_checkpoint true: expected a checkpoint in {tmp_path}, got none: no run in it came as far. Start it anew, "
-        "without this option."
+        "with --overwrite_output_dir in the place of this option."
     )
     # Killed later, it goes on from its own.
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Killed(3), method=method, overwrite_output_dir=True, seed=7)
-    resumed = run(tmp_path, method=method, overwrite_output_dir=True, seed=7, resume_from_checkpoint="true")
+    resumed = run(tmp_path, method=method, seed=7, resume_from_checkpoint="true")
     expected = run(tmp_path / "other", method=method, seed=7)
     assert tiny.differing(expected.model.state_dict(), resumed.model.state_dict()) == []
     assert tiny.differing(old.model.state_dict(), resumed.model.state_dict()) != []
@@ -302,7 +302,7 @@ def test_true_continues_no_other_run(settings, now, then, tmp_path):
         run(tmp_path, resume_from_checkpoint="true", **settings)
     assert str(caught.value) == (
         f"--resume_from_checkpoint true: expected in {tmp_path} a run with {now}, got one with {then}. Choose the --output_dir of "
-        "this run, or start anew with --overwrite_output_dir."
+        "this run, or start anew with --overwrite_output_dir in the place of this option."
     )
     # Nor does a checkpoint that is named.
     named = tmp_path / "checkpoint-2"
@@ -310,7 +310,8 @@ def test_true_continues_no_other_run(settings, now, then, tmp_path):
         run(tmp_path / "own", resume_from_checkpoint=str(named), **settings)
     assert str(caught.value) == (
         f"--resume_from_checkpoint {named}: expected in {tmp_path} a run with {now}, got one with {then}. Name a checkpoint of this "
-        f"run, or begin a new one with its weights: --model_name_or_path {named} without this option."
+        f"run, or begin a new one with its weights: --model_name_or_path {named} in the place of this option, and an "
+        "--output_dir of its own."
     )
 
 

@@ -33,8 +33,9 @@ class FineTuningArguments(SAMPaTrainingArguments):
             By how much an evaluation must be better, in the units of the metric.
 
     Raises:
-        ValueError: the processes and micro-batches cannot share `batch_size` evenly; nothing is to be done; or a setting is
-            about evaluations during training, and there are none.
+        ValueError: the processes and micro-batches cannot share `batch_size` evenly; nothing is to be done; a run is to be
+            continued and replaced, or continued and not trained; or a setting is about evaluations during training, and there are
+            none.
     """
 
     _argument_group_name: ClassVar[str] = "training, as in transformers.TrainingArguments"
@@ -108,6 +109,7 @@ class FineTuningArguments(SAMPaTrainingArguments):
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint in ("true", "True"):
             self.resume_from_checkpoint = True  # Trainer takes a bool or a path; the command line has only strings
+        self._check_continued()
         self._decide_what_is_done()
         given = self.per_device_train_batch_size
         # The base class wants a number, and knows the processes only when it is done.
@@ -126,6 +128,19 @@ class FineTuningArguments(SAMPaTrainingArguments):
             raise ValueError(
                 f"--batch_size {self.batch_size} makes --per_device_train_batch_size {self.per_device_train_batch_size} "
                 f"here, got {given}. Leave it out, and set --batch_size and --gradient_accumulation_steps."
+            )
+
+    def _check_continued(self) -> None:
+        given = self.resume_from_checkpoint
+        if given is True and self.overwrite_output_dir:
+            raise ValueError(
+                "--resume_from_checkpoint true goes on with the run in --output_dir and --overwrite_output_dir replaces it: expected one "
+                "of the two, got both. Leave one out."
+            )
+        if given and not self.do_train:
+            raise ValueError(
+                f"--resume_from_checkpoint {'true' if given is True else given}: expected a run that trains, got --do_train false. Leave "
+                "it out: the weights to score or predict with are those of --model_name_or_path, which may be a checkpoint."
             )
 
     def _decide_what_is_done(self) -> None:

@@ -101,7 +101,7 @@ def _open(trainer: SAMPaMixin | BaselineTrainer, folder: Path, prediction_files:
             _check_continued(args, folder, _run(trainer))
     if not main:
         return
-    if args.do_train and args.overwrite_output_dir and args.resume_from_checkpoint is not True:
+    if args.do_train and args.overwrite_output_dir:
         output_folder.begin_anew(folder, _run(trainer), args.resume_from_checkpoint)
     elif args.do_train:
         output_folder.begin(folder, _run(trainer))
@@ -121,10 +121,10 @@ def _check_continued(args: FineTuningArguments, folder: Path, run: dict[str, Any
     given = args.resume_from_checkpoint
     if given is True:
         output_folder.check_has_checkpoint(folder)
-        way_out = "Choose the --output_dir of this run, or start anew with --overwrite_output_dir."
+        way_out = "Choose the --output_dir of this run, or start anew with --overwrite_output_dir in the place of this option."
         output_folder.check_own(folder, run, "true", way_out)
     elif given:
-        way_out = f"Name a checkpoint of this run, or begin a new one with its weights: --model_name_or_path {given} without this option."
+        way_out = f"Name a checkpoint of this run, or begin a new one with its weights: --model_name_or_path {given} in the place of this option, and an --output_dir of its own."
         output_folder.check_own(Path(given).absolute().parent, run, given, way_out)
         if not args.overwrite_output_dir:
             way_out = "Choose another --output_dir, or add --overwrite_output_dir."
