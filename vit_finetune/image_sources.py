@@ -83,7 +83,7 @@ class HeldOut:
     @cached_property
     def _shared(self) -> tuple[tuple[LabelledImages, LabelledImages], list[str]]:
         data, names = self.source.read("train")
-        return hold_out(data, self.share), names
+        return hold_out(data, self.share, names), names
 
 
 class CifarFolder:
