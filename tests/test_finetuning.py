@@ -150,6 +150,20 @@ def test_an_output_dir_that_holds_something_is_refused(tmp_path):
     assert parse(tmp_path, "--resume_from_checkpoint", "a/b").resume_from_checkpoint == "a/b"
 
 
+@pytest.mark.parametrize("below", ["", "/run", "/run/one"])
+@pytest.mark.parametrize("name", ["dev.csv", "link"])
+def test_an_output_dir_that_is_no_folder_is_refused_at_the_start(name, below, tmp_path):
+    (tmp_path / "dev.csv").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for words in ((), ("--do_train", "false"), ("--overwrite_output_dir",)):
+        with pytest.raises(NotADirectoryError) as caught:
+            parse(f"{tmp_path}/{name}{below}", *words)
+        assert str(caught.value) == (
+            f"--output_dir {tmp_path}/{name}{below}: expected a folder, or a name for one, got {tmp_path}/{name}, which is no folder. "
+            "Choose another one."
+        )
+
+
 def test_a_run_is_not_continued_and_replaced(tmp_path):
     with pytest.raises(ValueError) as caught:
         parse(tmp_path, "--overwrite_output_dir", "--resume_from_checkpoint", "true")

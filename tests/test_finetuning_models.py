@@ -221,6 +221,17 @@ def test_another_configuration_can_be_given(tmp_path):
     )
 
 
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "dev.csv").write_text("text,label\n")
+    name = str(tmp_path / "dev.csv")
+    with pytest.raises(ValueError) as caught:
+        load_config(AutoModelForSequenceClassification, ModelArguments(name))
+    assert str(caught.value) == (
+        f"--model_name_or_path: expected a folder or a model of the Hub, got {name!r}, which is a file. Name the folder that holds the "
+        "model."
+    )
+
+
 @pytest.mark.parametrize("name", ["here/rr", "./rr", "~/rr", "/no/rr", "a/b/c", "a\\b"])
 def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name, tmp_path, monkeypatch):
     (tmp_path / "cwd" / "here").mkdir(parents=True)

@@ -40,6 +40,7 @@ def parse_arguments(
 
     Raises:
         FileExistsError: the run would write into an `output_dir` that is not empty.
+        NotADirectoryError: `output_dir` is a file, or below one.
         ValueError: a setting is impossible.
         SystemExit: a word is not understood; says which.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -182,8 +183,17 @@ class FineTuningArguments(SAMPaTrainingArguments):
             self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
 
     def check_output_dir(self) -> None:
-        """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant."""
+        """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant.
+
+        NotADirectoryError where a file is in its place, or in that of a folder above it.
+        """
         folder = Path(self.output_dir)
+        # A link to nothing is in the way, too.
+        found = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        if not found.is_dir():
+            raise NotADirectoryError(
+                f"--output_dir {folder}: expected a folder, or a name for one, got {found}, which is no folder. Choose another one."
+            )
         meant = self.overwrite_output_dir or self.resume_from_checkpoint or not self.do_train
         # A run that was stopped before it wrote anything leaves the note of what it is, and no more.
         if not meant and folder.is_dir() and any(each.name != RUN for each in folder.iterdir()):
