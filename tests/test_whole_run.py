@@ -416,6 +416,19 @@ def test_the_curve_has_losses_and_metrics_by_step():
     assert metrics == {"accuracy": [(2, 0.5)], "matched f1": [(2, 0.2)]}
 
 
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_every_curve_has_a_colour_of_its_own_whatever_was_logged_first(first, tmp_path, monkeypatch):
+    drawn = {}
+
+    def note(figure, file):
+        drawn.update({line.get_label(): line.get_color() for panel in figure.axes for line in panel.get_lines()})
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", note)
+    learning_curve.draw([HISTORY[1], *HISTORY[:1], *HISTORY[2:]][:first] if first else HISTORY, tmp_path)
+    colours = {"training": "C0", "evaluation": "C1", "evaluation matched": "C2", "accuracy": "C1", "matched f1": "C2"}
+    assert drawn == {name: each for name, each in colours.items() if first != 1 or name != "training"}
+
+
 def test_without_matplotlib_there_is_a_sentence_instead(tmp_path, monkeypatch, caplog):
     FineTuningArguments(output_dir=str(tmp_path), use_cpu=True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
