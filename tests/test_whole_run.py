@@ -504,13 +504,21 @@ def test_a_script_that_was_started_from_elsewhere_is_named_without_its_folder(tm
 
 
 SCRIPT = """
+import atexit
 import sys
+import time
 from accelerate import PartialState
 from hf_sampa.finetuning import run_main
 
 def main():
     kind = sys.argv[1]
     PartialState(cpu=True)
+    if kind == "late" and PartialState().process_index == 0:
+        time.sleep(1)
+    if kind in ("late", "slow to end"):
+        if kind == "slow to end" and PartialState().process_index == 0:
+            atexit.register(time.sleep, 1)
+        raise ValueError("rows.csv, line 3: expected a label, got none.")
     if kind == "told":
         raise ValueError("rows.csv, line 3: expected a label, got none.")
     if kind == "missing":
@@ -560,6 +568,17 @@ def test_what_one_process_alone_finds_is_not_lost(tmp_path):
     main, other = run_script(tmp_path / "script.py", "one", folder=tmp_path, processes=2, prepare=shortened)
     assert (main.returncode, other.returncode) == (0, 1)
     assert other.stderr == "script.py: error: of this process alone\n"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["late", "slow to end"])
+def test_what_two_processes_find_is_one_message_however_slow_the_main_one_is(kind, tmp_path):
+    """No launcher ends the other one here."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    ran = run_script(tmp_path / "script.py", kind, folder=tmp_path, processes=2, prepare=shortened)
+    assert [each.returncode for each in ran] == [1, 1]
+    said = "script.py: error: rows.csv, line 3: expected a label, got none.\n"
+    assert [each.stderr for each in ran] == (["", said] if kind == "late" else [said, ""])
 
 
 @pytest.mark.distributed

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..training_args import SAMPaArgumentsMixin
-from .script import let_main_process_speak
+from .script import is_left_to_another
 
 
 FILE = 'In place of options, or before them, there may be the name of a JSON file of them, {"output_dir": "out"}; options win over it.'
@@ -43,7 +43,8 @@ class FineTuningParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Upstream's is said by every process."""
-        let_main_process_speak()
+        if is_left_to_another(message):
+            self.exit(2)
         super().error(message)
 
 
