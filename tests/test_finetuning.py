@@ -53,14 +53,27 @@ def test_the_processes_share_the_batch(method, world_size, per_device, tmp_path,
     assert args.per_device_train_batch_size == per_device
 
 
-@pytest.mark.parametrize("batch_size", [0, 10])
-def test_a_batch_that_cannot_be_shared_is_refused(batch_size, tmp_path):
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "accumulation", "message"),
+    [
+        (0, 1, 1, "number, got 0. Change it."),
+        (10, 1, 4, "multiple of 4 (--gradient_accumulation_steps 4), got 10. Change it, or what it is shared by."),
+        (1, 4, 1, "multiple of 2 (2 devices, a pair counting once), got 1. Change it, or what it is shared by."),
+        (
+            *(6, 4, 2),
+            "multiple of 4 (2 devices, a pair counting once, times --gradient_accumulation_steps 2), got 6. Change it, or what it is "
+            "shared by.",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(
+    batch_size, world_size, accumulation, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(FineTuningArguments, "world_size", world_size)
+    monkeypatch.setattr(FineTuningArguments, "process_index", 0)
     with pytest.raises(ValueError) as caught:
-        training_arguments(tmp_path, batch_size=batch_size, gradient_accumulation_steps=4)
-    assert str(caught.value) == (
-        "--batch_size: expected a positive multiple of 4 (1 device(s) share an update batch, in 4 micro-batch(es) each), "
-        f"got {batch_size}. Change it, the number of processes or --gradient_accumulation_steps."
-    )
+        training_arguments(tmp_path, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    assert str(caught.value) == f"--batch_size: expected a positive {message}"
 
 
 def test_a_device_batch_size_that_contradicts_is_refused(tmp_path):

@@ -119,10 +119,14 @@ class FineTuningArguments(SAMPaTrainingArguments):
         devices = self.num_replicas * max(1, self.n_gpu)
         shares = devices * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % shares:
+            factors = {f"{devices} devices, a pair counting once": devices}
+            factors[f"--gradient_accumulation_steps {self.gradient_accumulation_steps}"] = (
+                self.gradient_accumulation_steps
+            )
+            named = ", times ".join(name for name, factor in factors.items() if factor > 1)
+            expected = f"multiple of {shares} ({named})" if named else "number"
             raise ValueError(
-                f"--batch_size: expected a positive multiple of {shares} ({devices} device(s) share an update batch, in "
-                f"{self.gradient_accumulation_steps} micro-batch(es) each), got {self.batch_size}. Change it, the "
-                "number of processes or --gradient_accumulation_steps."
+                f"--batch_size: expected a positive {expected}, got {self.batch_size}. Change it{', or what it is shared by' * bool(named)}."
             )
         self.per_device_train_batch_size = self.batch_size // shares
         if given not in (None, self.per_device_train_batch_size):
