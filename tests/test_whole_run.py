@@ -228,6 +228,9 @@ def test_results_of_two_test_sets_are_not_mixed(tmp_path, caplog):
     run(tmp_path, test=unlabelled(3), **PREDICTS)
     after = read(tmp_path, "all_results.json")
     assert after["test_samples"] == 3 and "test_accuracy" not in after
+    assert not [name for name in after if "preparation" in name], (
+        "how long it took to make the model ready is no result"
+    )
     assert {name: each for name, each in after.items() if not name.startswith("test_")} == {
         name: each for name, each in before.items() if not name.startswith("test_")
     }

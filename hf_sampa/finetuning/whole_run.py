@@ -61,7 +61,7 @@ def train_and_score(
     if args.do_train:
         _train(trainer, folder)
     if args.do_eval:
-        metrics = trainer.evaluate() | _samples("eval", trainer.eval_dataset)
+        metrics = _found(trainer.evaluate()) | _samples("eval", trainer.eval_dataset)
         _keep(trainer, "eval", metrics)
     if args.do_predict:
         metrics = metrics | _predict(trainer, test_dataset, write_predictions)
@@ -151,6 +151,11 @@ def _noted(trainer: Trainer, kind: str = output_folder.WROTE) -> AbstractContext
     )
 
 
+def _found(metrics: dict[str, float]) -> dict[str, float]:
+    """Without how long it took to make the model ready, which upstream adds where nothing was trained before."""
+    return {name: each for name, each in metrics.items() if not name.endswith("_model_preparation_time")}
+
+
 def _samples(split: str, data: Any) -> dict[str, int]:
     """How many there are, of each data set where there are several by name; nothing for a stream."""
     several = {f"{split}_{name}": each for name, each in data.items()} if isinstance(data, dict) else {split: data}
@@ -168,7 +173,7 @@ def _predict(trainer: Trainer, test_dataset: Any, write: Callable[..., None] | N
     metrics: dict[str, float] = {}
     for name, dataset in several.items():
         output: PredictionOutput = trainer.predict(dataset, metric_key_prefix=f"test_{name}" if name else "test")
-        metrics |= output.metrics | _samples(f"test_{name}" if name else "test", dataset)
+        metrics |= _found(output.metrics) | _samples(f"test_{name}" if name else "test", dataset)
         if write is not None and trainer.is_world_process_zero():
             with _noted(trainer, output_folder.PREDICTED):
                 write(output, Path(trainer.args.output_dir), *([name] if name else []))
