@@ -104,6 +104,23 @@ def test_too_few_images_to_hold_some_out(folder):
     )
 
 
+@pytest.mark.parametrize("option", ["train_dir", "validation_dir", "test_dir"])
+def test_a_folder_of_splits_is_not_taken_for_one_of_classes(option, folder):
+    save_split(folder, "val")
+    with pytest.raises(ValueError) as caught:
+        load_task(**{option: folder, "train_val_split": 0.2})
+    assert str(caught.value) == (
+        f"--{option}: expected a folder with images, in one folder per class or with a metadata.csv, got {folder} with train, val. Name "
+        "it with --data_dir, or one of its folders here."
+    )
+    table = "".join(f"{split}/cat/{n}.png,{split}\n" for split in ("train", "val") for n in range(3))
+    shutil.rmtree(folder / "train" / "dog")
+    shutil.rmtree(folder / "val" / "dog")
+    (folder / "metadata.csv").write_text(f"file_name,label\n{table}")
+    if option == "train_dir":
+        assert load_task(train_dir=folder, evaluate=False).label_names == ["train", "val"], "which a table may say"
+
+
 def test_nothing_is_held_out_where_there_are_validation_images(folder):
     save_split(folder, "val")
     with pytest.raises(
