@@ -353,6 +353,21 @@ def test_labels_take_the_spelling_of_the_model(caplog):
     assert spelled_as(labels_of(["x", "0"]), ["A", "B"]).values == ["x", "0"], "left to be refused, as they stand"
 
 
+@pytest.mark.parametrize("mark", ["|", ";", ","])
+def test_labels_that_look_like_several_are_warned_of(mark, caplog):
+    joined = f"rude{mark}odd"
+    found = find_problem(labels_of(["rude", "odd", joined, "fine"]))
+    assert found.type == SINGLE and len(found.names) == 4
+    assert caplog.messages == [
+        f"a.csv: labels with '{mark}' in them, '{joined}' for instance, are taken for classes of their own, 1 of 4. If they are several "
+        f"labels of one text, add --label_delimiter '{mark}'."
+    ]
+    caplog.clear()
+    find_problem(labels_of([f"Lyon{mark} France", f"Rome{mark} Italy", "Oslo"]))
+    find_problem(labels_of(["rude", "odd", joined, "fine"]), SINGLE)
+    assert caplog.messages == []
+
+
 # Rows that are kept to score on
 
 
