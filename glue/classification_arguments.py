@@ -17,8 +17,8 @@ from hf_sampa.finetuning import FineTuningArguments, FineTuningParser, parse_arg
 USAGE = r"""python -m hf_sampa launch glue/run_classification.py --train_file FILE --validation_file FILE --output_dir FOLDER [options]
    or: python glue/run_classification.py --train_file FILE --train_val_split 0.1 --output_dir FOLDER [options]"""
 DESCRIPTION = """Fine-tune an encoder on texts of your own with SAMPa (or --method sam, adamw), save it, score it, and predict. The
-first command starts a SAMPa pair of two processes, the second one process, with the same
-numbers in about twice the time. More commands are at the top of glue/run_classification.py."""
+first command starts a SAMPa pair of two processes, the second one process, with the same numbers in
+about twice the time (bit for bit with OMP_NUM_THREADS=1, which the first command sets). More commands are at the top of glue/run_classification.py."""
 
 
 @dataclass(kw_only=True)

@@ -208,6 +208,10 @@ def test_a_run_too_short_for_a_log_line_has_a_sharpness(tmp_path):
     assert f"steps up to 2: {trainer.unlogged_means()['sharpness']:.4g}" in card_of(trainer).text
 
 
+def test_on_a_cpu_the_card_names_the_threads_that_its_bits_depend_on(tmp_path):
+    assert f"\n- threads_per_process: {torch.get_num_threads()}\n" in card_of(trained(tmp_path)).text
+
+
 def started_as(monkeypatch, argv, module=None):
     spec = None if module is None else SimpleNamespace(name=module)
     monkeypatch.setattr(sys, "argv", argv)
