@@ -25,7 +25,9 @@ class EarlyStoppingCallback(transformers.EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.early_stopping_patience = args.early_stopping_patience
         self.early_stopping_threshold = args.early_stopping_threshold
-        control.should_training_stop = self.before_the_first_step = self._has_stopped
+        self.before_the_first_step = self._has_stopped
+        # Another one may have stopped it, too.
+        control.should_training_stop |= self._has_stopped
 
     def on_train_end(
         self, args: FineTuningArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -54,10 +54,9 @@ def is_left_to_another(message: str) -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # set by torchrun and accelerate launch
         return False
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    start, told = (
-        os.environ["TORCHELASTIC_RESTART_COUNT"],
-        hashlib.sha256(message.encode(errors="replace")).hexdigest(),
-    )
+    # A launcher may start processes again, which have told nothing yet.
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    told = hashlib.sha256(message.encode(errors="replace")).hexdigest()
     try:
         store = TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
         return store.add(f"hf_sampa/told/{start}/{told}", 1) > 1

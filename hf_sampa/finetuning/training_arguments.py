@@ -119,10 +119,11 @@ class FineTuningArguments(SAMPaTrainingArguments):
         devices = self.num_replicas * max(1, self.n_gpu)
         shares = devices * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % shares:
-            factors = {f"{devices} devices, a pair counting once": devices}
-            factors[f"--gradient_accumulation_steps {self.gradient_accumulation_steps}"] = (
-                self.gradient_accumulation_steps
-            )
+            steps = self.gradient_accumulation_steps
+            factors = {
+                f"{devices} devices, a pair counting once": devices,
+                f"--gradient_accumulation_steps {steps}": steps,
+            }
             named = ", times ".join(name for name, factor in factors.items() if factor > 1)
             expected = f"multiple of {shares} ({named})" if named else "number"
             raise ValueError(
