@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=test_rows,
         compute_metrics=compute_accuracy,
     )
-    return train_and_score(trainer)
+    return train_and_score(trainer, scores=["accuracy"])
 
 
 if __name__ == "__main__":

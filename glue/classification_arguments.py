@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from own_metric import metric_names
+from own_metric import LESS_IS_BETTER, metric_names
 from own_problem import MULTI, REGRESSION, SINGLE
 from tasks import PAPER_SETTINGS
 from text_arguments import TextArguments, TextModelArguments
@@ -16,8 +17,8 @@ from hf_sampa.finetuning import FineTuningArguments, FineTuningParser, parse_arg
 USAGE = r"""python -m hf_sampa launch glue/run_classification.py --train_file FILE --validation_file FILE --output_dir FOLDER [options]
    or: python glue/run_classification.py --train_file FILE --train_val_split 0.1 --output_dir FOLDER [options]"""
 DESCRIPTION = """Fine-tune an encoder on texts of your own with SAMPa (or --method sam, adamw), save it, score it, and predict. The
-first command starts a SAMPa pair of two processes, the second one process, with the same
-numbers in about twice the time. More commands are at the top of glue/run_classification.py."""
+first command starts a SAMPa pair of two processes, the second one process, with the same numbers in
+about twice the time (bit for bit with OMP_NUM_THREADS=1, which the first command sets). More commands are at the top of glue/run_classification.py."""
 
 
 @dataclass(kw_only=True)
@@ -129,10 +130,15 @@ def make_parser() -> FineTuningParser:
 def parse_args(
     argv: list[str] | None = None,
 ) -> tuple[TextModelArguments, ClassificationArguments, FineTuningArguments]:
-    """Read the command line.
+    """Read the command line. Of errors, as mse, the smallest is the best by default.
 
     Raises:
         FileExistsError: the run would write into an `output_dir` that is not empty.
         ValueError: an argument is not in its range, or contradicts another.
     """
-    return parse_arguments(make_parser(), argv)
+    return parse_arguments(make_parser(), argv, _defaults)
+
+
+def _defaults(given: Namespace) -> dict[str, bool]:
+    best = given.metric_for_best_model
+    return {"greater_is_better": False} if best and best.removeprefix("eval_") in LESS_IS_BETTER else {}

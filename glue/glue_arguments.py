@@ -15,7 +15,8 @@ USAGE = r"""python -m hf_sampa launch glue/run_glue.py --task_name TASK --output
    or: python glue/run_glue.py --task_name TASK --output_dir FOLDER [options]"""
 DESCRIPTION = """Fine-tune an encoder on a GLUE task with SAMPa (or --method sam, adamw), save it, and score it on the
 task's dev sets. The first command starts a SAMPa pair of two processes, the second
-one process, with the same numbers in about twice the time. More commands are at the top of glue/run_glue.py."""
+one process, with the same numbers in about twice the time (bit for bit with
+OMP_NUM_THREADS=1, which the first command sets). More commands are at the top of glue/run_glue.py."""
 
 
 @dataclass(kw_only=True)

@@ -55,6 +55,8 @@ OWN_METRICS: dict[str, dict[str, Metric]] = {
     },
 }
 _BY_DEFAULT = 2
+# Of which transformers would take the greatest for the best.
+LESS_IS_BETTER = ("mse", "mae")
 
 
 def find_metrics(
@@ -106,15 +108,33 @@ def make_compute_metrics(
         decided, labels = decide(prediction.predictions, problem_type), prediction.label_ids
         if problem_type == MULTI:
             labels = labels.astype(int)
-        scores: dict[str, float] = {}
-        for name, metric in metrics.items():
-            if isinstance(metric, evaluate.EvaluationModule):
-                scores |= metric.compute(predictions=decided, references=labels)
-            else:
-                scores[name] = float(metric(labels, decided))
-        return defined(scores)
+        return defined(_score(metrics, labels, decided))
 
     return compute_metrics
+
+
+def score_names(problem_type: str, metrics: dict[str, Metric | evaluate.Metric], labels: Sequence) -> list[str]:
+    """What the scores that `metrics` give are called.
+
+    Args:
+        problem_type: by transformers' name.
+        metrics: as `find_metrics` found them. Those of `evaluate` do not tell before they have scored something.
+        labels: of the examples to score, which such metrics are given as predictions, too.
+    """
+    of_evaluate = {name: each for name, each in metrics.items() if isinstance(each, evaluate.EvaluationModule)}
+    right = np.asarray(labels)
+    right = right.astype(int) if problem_type == MULTI else right
+    return [*(name for name in metrics if name not in of_evaluate), *_score(of_evaluate, right, right)]
+
+
+def _score(metrics: dict[str, Metric | evaluate.Metric], labels: np.ndarray, decided: np.ndarray) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for name, metric in metrics.items():
+        if isinstance(metric, evaluate.EvaluationModule):
+            scores |= metric.compute(predictions=decided, references=labels)
+        else:
+            scores[name] = float(metric(labels, decided))
+    return scores
 
 
 def metric_names(problem_types: Sequence[str] = (SINGLE, MULTI, REGRESSION)) -> str:

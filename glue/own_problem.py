@@ -27,6 +27,8 @@ _PREDICTED = {SINGLE: "one of", MULTI: "any number of", REGRESSION: "a score,"}
 
 # More different whole numbers than these may be scores; they are not taken for classes unless that is said.
 _MANY_CLASSES = 20
+# What may stand between several labels of one text.
+_MARKS = ("|", ";", ",")
 # How pandas and others write that there is nothing.
 _MISSING = ("", "nan", "none", "null", "na", "n/a", "<na>")
 
@@ -74,6 +76,8 @@ def find_problem(labels: Labels, given: str | None = None) -> Problem:
     counts = Counter(word for value in labels.values for word in (value if kind == MULTI else (value,)))
     names = labels.names or tuple(sorted(counts, key=_order))
     _check_classes(labels, names, counts, kind, given)
+    if kind == SINGLE and given is None:
+        _warn_of_joined(labels, names)
     return Problem(kind, names)
 
 
@@ -156,6 +160,24 @@ def _check_classes(labels: Labels, names: tuple[str, ...], counts: Counter, kind
         logger.warning("%s: %s is taken for a class. Are labels missing there?", name, quoted(missing))
     if unused := [each for each in names if not counts[each]]:
         logger.warning("%s: no row has the label %s, of which nothing can be learned.", name, quoted(unused))
+
+
+def _warn_of_joined(labels: Labels, names: tuple[str, ...]) -> None:
+    """Warn of labels that look like several: what stands between a mark recurs, alone or in other labels."""
+    for mark in _MARKS:
+        joined = [name for name in names if mark in name]
+        pieces = {piece.strip() for name in names for piece in name.split(mark)}
+        if joined and len(pieces) < len(names):
+            logger.warning(
+                "%s: labels with %r in them, %s for instance, are taken for classes of their own, %d of %d. If they are several labels of "
+                "one text, add --label_delimiter %r.",
+                labels.table.name,
+                mark,
+                quoted(joined[:3]),
+                len(joined),
+                len(names),
+                mark,
+            )
 
 
 def _groups(names: Sequence[str]) -> list[list[str]]:

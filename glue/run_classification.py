@@ -35,7 +35,7 @@ from outputs import first_output
 from own_columns import check_texts, find_columns, require
 from own_data import card_facts, load_tables, split_off, split_remark, with_labels
 from own_labels import Labels, read_labels, spelled_as
-from own_metric import find_metrics, make_compute_metrics
+from own_metric import find_metrics, make_compute_metrics, score_names
 from own_predictions import write_predictions
 from own_problem import REGRESSION, Problem, encode, find_problem, problem_of_model, warn_of_unscored
 from own_tables import Table
@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # 5. Train, save, score and predict
     return train_and_score(
         trainer,
+        scores=score_names(problem.type, metrics, data["validation"]["label"]) if "validation" in data else (),
         test_dataset=data.get("test"),
         write_predictions=partial(write, problem=problem, names=classes.names),
         tasks="text-classification",

@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         card["dataset"] = f"the local folder {folder} in the format of GLUE {task.name}"
     return train_and_score(
         trainer,
+        scores=task.metrics,
         test_dataset=select(data, task.submissions),
         write_predictions=partial(write_predictions, task=task, data=limited, ids=labels.ids),
         prediction_files=tuple(task.submissions.values()),

@@ -268,8 +268,8 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
         For the epoch ``training_step`` and ``get_batch_samples`` are replaced by the run's: see `Run.epoch`.
         """
-        if self.state.global_step >= self.state.max_steps:
-            # A finished run, resumed: upstream would take a step before it asks.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            # A finished run, resumed, or one that a callback ends before it begins: upstream would take a step before it asks.
             self.control.should_training_stop = True
             return
         self._run.epoch(super()._run_epoch, **kwargs)

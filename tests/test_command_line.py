@@ -83,6 +83,14 @@ def test_cards_name_the_options_of_a_file_instead_of_it(tmp_path, monkeypatch):
     assert f"python {expected}\n" in command
 
 
+@pytest.mark.parametrize("words", [["--learning_rat", "1e-3"], ["--learning_rat=1e-3"]])
+def test_an_option_that_is_not_spelled_out_is_refused(words, command, capsys):
+    with pytest.raises(SystemExit):
+        parse(*command, *words)
+    assert f"unrecognized arguments: {' '.join(words)} (is it --learning_rate?)\n" in capsys.readouterr().err
+    assert parse(*command, "--learning-rate", "1e-3")[-1].learning_rate == 1e-3
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -53,14 +53,27 @@ def test_the_processes_share_the_batch(method, world_size, per_device, tmp_path,
     assert args.per_device_train_batch_size == per_device
 
 
-@pytest.mark.parametrize("batch_size", [0, 10])
-def test_a_batch_that_cannot_be_shared_is_refused(batch_size, tmp_path):
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "accumulation", "message"),
+    [
+        (0, 1, 1, "number, got 0. Change it."),
+        (10, 1, 4, "multiple of 4 (--gradient_accumulation_steps 4), got 10. Change it, or what it is shared by."),
+        (1, 4, 1, "multiple of 2 (2 devices, a pair counting once), got 1. Change it, or what it is shared by."),
+        (
+            *(6, 4, 2),
+            "multiple of 4 (2 devices, a pair counting once, times --gradient_accumulation_steps 2), got 6. Change it, or what it is "
+            "shared by.",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused(
+    batch_size, world_size, accumulation, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(FineTuningArguments, "world_size", world_size)
+    monkeypatch.setattr(FineTuningArguments, "process_index", 0)
     with pytest.raises(ValueError) as caught:
-        training_arguments(tmp_path, batch_size=batch_size, gradient_accumulation_steps=4)
-    assert str(caught.value) == (
-        "--batch_size: expected a positive multiple of 4 (1 device(s) share an update batch, in 4 micro-batch(es) each), "
-        f"got {batch_size}. Change it, the number of processes or --gradient_accumulation_steps."
-    )
+        training_arguments(tmp_path, batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    assert str(caught.value) == f"--batch_size: expected a positive {message}"
 
 
 def test_a_device_batch_size_that_contradicts_is_refused(tmp_path):
@@ -150,6 +163,39 @@ def test_an_output_dir_that_holds_something_is_refused(tmp_path):
     assert parse(tmp_path, "--resume_from_checkpoint", "a/b").resume_from_checkpoint == "a/b"
 
 
+@pytest.mark.parametrize("below", ["", "/run", "/run/one"])
+@pytest.mark.parametrize("name", ["dev.csv", "link"])
+def test_an_output_dir_that_is_no_folder_is_refused_at_the_start(name, below, tmp_path):
+    (tmp_path / "dev.csv").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for words in ((), ("--do_train", "false"), ("--overwrite_output_dir",)):
+        with pytest.raises(NotADirectoryError) as caught:
+            parse(f"{tmp_path}/{name}{below}", *words)
+        assert str(caught.value) == (
+            f"--output_dir {tmp_path}/{name}{below}: expected a folder, or a name for one, got {tmp_path}/{name}, which is no folder. "
+            "Choose another one."
+        )
+
+
+def test_a_run_is_not_continued_and_replaced(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        parse(tmp_path, "--overwrite_output_dir", "--resume_from_checkpoint", "true")
+    assert str(caught.value) == (
+        "--resume_from_checkpoint true goes on with the run in --output_dir and --overwrite_output_dir replaces it: expected one of "
+        "the two, got both. Leave one out."
+    )
+
+
+@pytest.mark.parametrize("checkpoint", ["true", "out/checkpoint-2"])
+def test_a_run_that_does_not_train_goes_on_from_nothing(checkpoint, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        parse(tmp_path, "--do_train", "false", "--resume_from_checkpoint", checkpoint)
+    assert str(caught.value) == (
+        f"--resume_from_checkpoint {checkpoint}: expected a run that trains, got --do_train false. Leave it out: the weights to score "
+        "or predict with are those of --model_name_or_path, which may be a checkpoint."
+    )
+
+
 @pytest.mark.parametrize("script", [run_glue, run_vit])
 def test_the_help_opens_with_what_to_type_and_what_it_does(script, capsys):
     with pytest.raises(SystemExit):
@@ -190,6 +236,7 @@ class Recorder:
 
     def __init__(self, folder, **settings):
         off = {"method": "sam", "overwrite_output_dir": False, "early_stopping_patience": None}
+        off["metric_for_best_model"] = None
         off["main_process_first"] = lambda **named: nullcontext()
         self.args = SimpleNamespace(resume_from_checkpoint="a/b", output_dir=str(folder), **off, **settings)
         self.calls = []
@@ -235,9 +282,20 @@ CARD = ("create_model_card",)
 )
 def test_a_run_does_what_the_arguments_ask_for(do_train, do_eval, push_to_hub, calls, tmp_path):
     trainer = Recorder(tmp_path, do_train=do_train, do_eval=do_eval, push_to_hub=push_to_hub, do_predict=False)
-    assert train_and_score(trainer, dataset="GLUE rte") == (SCORED if do_eval else {})
+    assert train_and_score(trainer, scores=(), dataset="GLUE rte") == (SCORED if do_eval else {})
     assert trainer.calls == calls
     assert trainer.card_facts.dataset == "GLUE rte"
+
+
+def test_of_several_data_sets_the_score_of_one_is_the_best(tmp_path):
+    trainer = Recorder(tmp_path, do_train=True, do_eval=True, push_to_hub=False, do_predict=False)
+    trainer.args.metric_for_best_model = "eval_b_accuracy"
+    train_and_score(trainer, scores=["accuracy"])
+    trainer.args.metric_for_best_model = "loss"
+    with pytest.raises(
+        ValueError, match="finds, a_loss, a_accuracy, b_loss, b_accuracy, got loss. Give one of these."
+    ):
+        train_and_score(trainer, scores=["accuracy"])
 
 
 def test_predictions_are_written_for_each_data_set(tmp_path):
@@ -248,11 +306,11 @@ def test_predictions_are_written_for_each_data_set(tmp_path):
         written.append((output.metrics, folder, *name))
 
     one = {"test_accuracy": 0.5, "test_samples": 2}
-    assert train_and_score(trainer, test_dataset=[1, 2], write_predictions=write) == one
+    assert train_and_score(trainer, scores=(), test_dataset=[1, 2], write_predictions=write) == one
     assert trainer.calls == [("predict", [1, 2]), *kept("test", one)]
     assert written == [({"test_accuracy": 0.5}, tmp_path)]
     del trainer.calls[:], written[:]
     two = {f"test_{name}_{what}": value for name in "ab" for what, value in (("accuracy", 0.5), ("samples", 1))}
-    assert train_and_score(trainer, test_dataset={"a": [1], "b": [2]}, write_predictions=write) == two
+    assert train_and_score(trainer, scores=(), test_dataset={"a": [1], "b": [2]}, write_predictions=write) == two
     assert trainer.calls == [("predict", [1]), ("predict", [2]), *kept("test", two)]
     assert written == [({f"test_{name}_accuracy": 0.5}, tmp_path, name) for name in "ab"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -218,6 +220,31 @@ def test_another_configuration_can_be_given(tmp_path):
     assert (
         load_config(AutoModelForSequenceClassification, ModelArguments(str(tmp_path / "model"))).hidden_dropout_prob
         == 0.1
+    )
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_upstreams_table_of_a_new_head_is_shown_where_the_run_goes_on(taken, tmp_path, caplog, monkeypatch):
+    BertForSequenceClassification(config(num_labels=3)).save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "propagate", True)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    args = ModelArguments(str(tmp_path), ignore_mismatched_sizes=taken)
+    try:
+        with nullcontext() if taken else pytest.raises(ValueError, match="without a head, got one for 3"):
+            load_model(AutoModelForSequenceClassification, args, ("no", "yes"))
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert ("MISMATCH" in caplog.text) == taken
+
+
+def test_a_file_is_no_model(tmp_path):
+    (tmp_path / "dev.csv").write_text("text,label\n")
+    name = str(tmp_path / "dev.csv")
+    with pytest.raises(ValueError) as caught:
+        load_config(AutoModelForSequenceClassification, ModelArguments(name))
+    assert str(caught.value) == (
+        f"--model_name_or_path: expected a folder or a model of the Hub, got {name!r}, which is a file. Name the folder that holds the "
+        "model."
     )
 
 

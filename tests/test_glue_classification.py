@@ -228,6 +228,27 @@ def test_a_score(tiny_bert, tmp_path):
     assert sum((p - n / 8) ** 2 for n, p in enumerate(predicted)) / 48 == pytest.approx(results["eval_mse"], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["acc", "eval_f1"])
+def test_a_score_that_no_evaluation_has_is_refused_before_the_first_step(name, files, tiny_bert, tmp_path):
+    best = ["--early_stopping_patience", "2", "--save_strategy", "epoch", "--metric_for_best_model", name]
+    with pytest.raises(ValueError) as caught:
+        run_classification.main(run(tmp_path / "out", *of_files(files, tiny_bert), *best))
+    assert str(caught.value) == (
+        "--metric_for_best_model: expected what an evaluation of this run finds, loss, accuracy, f1_macro, got "
+        f"{name.removeprefix('eval_')}. Give one of these."
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_of_errors_the_smallest_is_the_best(tmp_path):
+    def better(name, *words):
+        best = ["--train_file", "a", "--metric_for_best_model", name, *words]
+        return parse_args(run(tmp_path / "out", *best))[-1].greater_is_better
+
+    assert [better(name) for name in ("mse", "eval_mae", "r2", "loss")] == [False, False, True, False]
+    assert better("mse", "--greater_is_better", "true")
+
+
 def test_a_data_set_by_its_name(tiny_bert, tmp_path):
     """As from the Hub: here from a folder, which `load_dataset` takes as well."""
     folder = tmp_path / "data"

@@ -3,14 +3,16 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from own_columns import check_texts, find_columns
+from own_data import split_off, with_labels
 from own_files import read_file
 from own_labels import Labels, read_labels, spelled_as
-from own_metric import decide, find_metrics, make_compute_metrics
+from own_metric import decide, find_metrics, make_compute_metrics, score_names
 from own_predictions import write_predictions
 from own_problem import MULTI, REGRESSION, SINGLE, Problem, encode, find_problem, warn_of_unscored
 from own_tables import Table, table_of
@@ -351,6 +353,59 @@ def test_labels_take_the_spelling_of_the_model(caplog):
     assert spelled_as(labels_of(["x", "0"]), ["A", "B"]).values == ["x", "0"], "left to be refused, as they stand"
 
 
+@pytest.mark.parametrize("mark", ["|", ";", ","])
+def test_labels_that_look_like_several_are_warned_of(mark, caplog):
+    joined = f"rude{mark}odd"
+    found = find_problem(labels_of(["rude", "odd", joined, "fine"]))
+    assert found.type == SINGLE and len(found.names) == 4
+    assert caplog.messages == [
+        f"a.csv: labels with '{mark}' in them, '{joined}' for instance, are taken for classes of their own, 1 of 4. If they are several "
+        f"labels of one text, add --label_delimiter '{mark}'."
+    ]
+    caplog.clear()
+    find_problem(labels_of([f"Lyon{mark} France", f"Rome{mark} Italy", "Oslo"]))
+    find_problem(labels_of(["rude", "odd", joined, "fine"]), SINGLE)
+    assert caplog.messages == []
+
+
+# Rows that are kept to score on
+
+
+def split_off_rows(share, **rows_of):
+    """`rows_of` classes, so many each."""
+    names = sorted(rows_of)
+    labels = [place for place, name in enumerate(names) for _ in range(rows_of[name])]
+    rows = with_labels(Dataset.from_dict({"text": ["x"] * len(labels)}), labels, SINGLE, names)
+    return split_off(DatasetDict(train=rows), share, SimpleNamespace(seed=0, data_seed=None, do_train=True))
+
+
+def test_a_class_of_a_single_row_is_named_where_rows_are_split_off():
+    with pytest.raises(ValueError) as caught:
+        split_off_rows(0.2, good=20, rare=1, bad=20)
+    assert str(caught.value) == (
+        "--train_val_split 0.2: expected at least two rows of every class, one for each side, got one of 'rare'. Add rows of it or "
+        "take it out, or name a --validation_file."
+    )
+
+
+@pytest.mark.parametrize(("share", "held_out", "other"), [(0.05, 1, "larger"), (0.95, 19, "smaller")])
+def test_a_share_of_fewer_rows_than_classes_is_refused(share, held_out, other):
+    with pytest.raises(ValueError) as caught:
+        split_off_rows(share, good=10, bad=10)
+    assert str(caught.value) == (
+        f"--train_val_split {share}: expected at least 2 of the 20 rows on both sides, one of every class, got {held_out} to score on. "
+        f"Give a {other} share or more rows, or name a --validation_file."
+    )
+
+
+@pytest.mark.parametrize(("share", "to"), [(0.1, "score"), (0.9, "train")])
+def test_a_class_that_is_on_one_side_only_is_named(share, to, caplog):
+    assert split_off_rows(share, good=60, rare=2).num_rows.keys() == {"train", "validation"}
+    assert caplog.messages == [
+        f"--train_val_split {share}: no row of 'rare' is among those to {to} on. Add rows of it, or name a --validation_file."
+    ]
+
+
 # Scores and predictions
 
 
@@ -388,6 +443,7 @@ class ShareRight(evaluate.Metric):
     predicted = EvalPrediction(np.eye(2), np.array([0, 0]))
     expected = {"f1_micro": f1_score([0, 0], [0, 1], average="micro"), "share_right": 0.5}
     assert make_compute_metrics(SINGLE, metrics)(predicted) == expected
+    assert score_names(SINGLE, metrics, [0, 0]) == list(expected)
 
 
 def test_a_metric_that_is_not_there_is_refused_with_those_that_are(monkeypatch):

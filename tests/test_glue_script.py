@@ -62,6 +62,17 @@ def assert_same_weights(folder, other):
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+def test_a_score_that_no_evaluation_has_is_refused_before_the_first_step(tiny_bert, tmp_path):
+    best = ("--load_best_model_at_end", "true", "--metric_for_best_model")
+    with pytest.raises(ValueError) as caught:
+        run_glue.main(sample_run(tiny_bert, tmp_path / "out", *best, "acuracy"))
+    assert str(caught.value) == (
+        "--metric_for_best_model: expected what an evaluation of this run finds, loss, accuracy, got acuracy. Give one of "
+        "these."
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
 # Arguments
 
 

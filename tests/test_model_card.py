@@ -208,6 +208,10 @@ def test_a_run_too_short_for_a_log_line_has_a_sharpness(tmp_path):
     assert f"steps up to 2: {trainer.unlogged_means()['sharpness']:.4g}" in card_of(trainer).text
 
 
+def test_on_a_cpu_the_card_names_the_threads_that_its_bits_depend_on(tmp_path):
+    assert f"\n- threads_per_process: {torch.get_num_threads()}\n" in card_of(trained(tmp_path)).text
+
+
 def started_as(monkeypatch, argv, module=None):
     spec = None if module is None else SimpleNamespace(name=module)
     monkeypatch.setattr(sys, "argv", argv)
@@ -246,6 +250,9 @@ def started_as(monkeypatch, argv, module=None):
             "python glue/run.py --train_file reviews.csv --text_column_names title '--delimiter=;' --metric_name f1",
         ),
         (1, ["--train_file", f"{TOKEN}.csv"], "python glue/run.py --train_file HIDDEN"),
+        (1, ["--train_file=my data/R&D it's.csv"], """python glue/run.py '--train_file=my data/R&D it'"'"'s.csv'"""),
+        (1, ["--train_file", f"it's{TOKEN}.csv"], "python glue/run.py --train_file HIDDEN"),
+        (1, ["--train_file", "'password'"], "python glue/run.py --train_file HIDDEN"),
         (1, ["--resume_from_checkpoint", "out/checkpoint-2", "--seed", "1"], "python glue/run.py --seed 1"),
         (1, ["--seed", "1", "--resume-from-checkpoint=true"], "python glue/run.py --seed 1"),
         (1, ["--resume_from_checkpoint", "--seed", "1"], "python glue/run.py --seed 1"),
@@ -255,6 +262,15 @@ def test_the_command_is_the_one_that_started_the_run_without_secrets(world_size,
     started_as(monkeypatch, ["glue/run.py", *words])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world_size))
     assert started.command(SAMPaTrainingArguments, world_size) == f"```bash\n{expected}\n```"
+
+
+@pytest.mark.parametrize(("folder", "hidden"), [("data", False), ("/home/me/data", True)])
+def test_the_card_says_that_what_is_hidden_is_to_be_filled_in(folder, hidden, tmp_path, monkeypatch):
+    started_as(monkeypatch, ["train.py", "--output_dir", folder])
+    text = card_of(trained(tmp_path)).text
+    said = "\n```\n\nFill in what is `HIDDEN` here: what may be a secret, or a folder that names a person, is not shown.\n\n###"
+    assert (said in text) == hidden and ("HIDDEN" in text) == hidden
+    assert "\n```\n\n###" in text or hidden
 
 
 def test_several_nodes_and_threads_are_in_the_command(monkeypatch):

@@ -83,6 +83,23 @@ def test_help_formats_and_every_own_field_has_a_help_text():
     assert "left open by the paper" in " ".join(text.lower().split())
 
 
+def test_a_score_that_no_evaluation_has_is_refused_before_the_first_step(cifar10, tmp_path):
+    given = [
+        "--data_dir",
+        str(cifar10),
+        *SHORT,
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--early_stopping_patience",
+        "2",
+    ]
+    with pytest.raises(
+        ValueError, match=r"an evaluation of this run finds, loss, accuracy, got f1\. Give one of these\."
+    ):
+        run_vit.main([*given, "--metric_for_best_model", "f1"])
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_the_papers_settings_are_the_defaults(tmp_path):
     model_args, data_args, args = parse_args(["--output_dir", str(tmp_path), "--use_cpu"])
     assert model_args.model_name_or_path == "google/vit-base-patch16-224-in21k"

@@ -86,17 +86,39 @@ def test_a_share_of_every_class_is_held_out_and_test_images_are_kept(folder, cap
 
 
 def test_too_few_images_to_hold_some_out(folder):
-    with pytest.raises(
-        ValueError, match=r"--train_val_split 0\.1: expected images of each of 2 classes on both sides, got 1 of"
-    ):
-        load_task(data_dir=folder, train_val_split=0.1)
+    for share, held_out, other in ((0.1, 1, "larger"), (0.9, 5, "smaller")):
+        with pytest.raises(ValueError) as caught:
+            load_task(data_dir=folder, train_val_split=share)
+        assert str(caught.value) == (
+            f"--train_val_split {share}: expected at least 2 of the 6 images on both sides, one of every class, got {held_out} to hold "
+            f"out. Give a {other} share or more images, or name a --validation_dir."
+        )
     save_split(folder, "train", cats=10, dogs=1)
     shutil.rmtree(folder / "train" / "dog")
     save_split(folder, "train", cats=10, dogs=1)
-    with pytest.raises(
-        ValueError, match=r"got 2 of 11 images to hold out, and a class of 1\. Change the share, or add"
-    ):
+    with pytest.raises(ValueError) as caught:
         load_task(data_dir=folder, train_val_split=0.2)
+    assert str(caught.value) == (
+        "--train_val_split 0.2: expected at least two images of every class, one for each side, got one of 'dog'. Add images of it or "
+        "take it out, or name a --validation_dir."
+    )
+
+
+@pytest.mark.parametrize("option", ["train_dir", "validation_dir", "test_dir"])
+def test_a_folder_of_splits_is_not_taken_for_one_of_classes(option, folder):
+    save_split(folder, "val")
+    with pytest.raises(ValueError) as caught:
+        load_task(**{option: folder, "train_val_split": 0.2})
+    assert str(caught.value) == (
+        f"--{option}: expected a folder with images, in one folder per class or with a metadata.csv, got {folder} with train, val. Name "
+        "it with --data_dir, or one of its folders here."
+    )
+    table = "".join(f"{split}/cat/{n}.png,{split}\n" for split in ("train", "val") for n in range(3))
+    shutil.rmtree(folder / "train" / "dog")
+    shutil.rmtree(folder / "val" / "dog")
+    (folder / "metadata.csv").write_text(f"file_name,label\n{table}")
+    if option == "train_dir":
+        assert load_task(train_dir=folder, evaluate=False).label_names == ["train", "val"], "which a table may say"
 
 
 def test_nothing_is_held_out_where_there_are_validation_images(folder):
@@ -509,6 +531,6 @@ def test_what_a_folder_holds_is_seen(folder):
 def test_images_that_are_held_out_do_not_depend_on_the_seed():
     data = LabelledImages(np.arange(20), np.arange(20) % 2)
     np.random.seed(1)
-    first = hold_out(data, 0.3)[1].labels
+    first = hold_out(data, 0.3, ["cat", "dog"])[1].labels
     np.random.seed(2)
-    assert np.array_equal(hold_out(data, 0.3)[1].labels, first) and first.sum() == 3
+    assert np.array_equal(hold_out(data, 0.3, ["cat", "dog"])[1].labels, first) and first.sum() == 3

@@ -43,7 +43,14 @@ def run(
         compute_metrics=compute_metrics,
         callbacks=list(callbacks),
     )
-    train_and_score(trainer, test_dataset=test, write_predictions=predict, dataset=dataset, dataset_split="validation")
+    train_and_score(
+        trainer,
+        scores=["accuracy"],
+        test_dataset=test,
+        write_predictions=predict,
+        dataset=dataset,
+        dataset_split="validation",
+    )
     return trainer
 
 
@@ -102,15 +109,15 @@ def test_an_overwritten_run_is_not_continued_by_the_one_that_overwrites_it(metho
     assert {each.name for each in tmp_path.iterdir()} == {"notes.txt", "_run.json", "_replaced-1"}
     assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("checkpoint-*"))
     with pytest.raises(ValueError) as caught:
-        run(tmp_path, method=method, overwrite_output_dir=True, seed=7, resume_from_checkpoint="true")
+        run(tmp_path, method=method, seed=7, resume_from_checkpoint="true")
     assert str(caught.value) == (
         f"--resume_from_checkpoint true: expected a checkpoint in {tmp_path}, got none: no run in it came as far. Start it anew, "
-        "without this option."
+        "with --overwrite_output_dir in the place of this option."
     )
     # Killed later, it goes on from its own.
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Killed(3), method=method, overwrite_output_dir=True, seed=7)
-    resumed = run(tmp_path, method=method, overwrite_output_dir=True, seed=7, resume_from_checkpoint="true")
+    resumed = run(tmp_path, method=method, seed=7, resume_from_checkpoint="true")
     expected = run(tmp_path / "other", method=method, seed=7)
     assert tiny.differing(expected.model.state_dict(), resumed.model.state_dict()) == []
     assert tiny.differing(old.model.state_dict(), resumed.model.state_dict()) != []
@@ -221,6 +228,9 @@ def test_results_of_two_test_sets_are_not_mixed(tmp_path, caplog):
     run(tmp_path, test=unlabelled(3), **PREDICTS)
     after = read(tmp_path, "all_results.json")
     assert after["test_samples"] == 3 and "test_accuracy" not in after
+    assert not [name for name in after if "preparation" in name], (
+        "how long it took to make the model ready is no result"
+    )
     assert {name: each for name, each in after.items() if not name.startswith("test_")} == {
         name: each for name, each in before.items() if not name.startswith("test_")
     }
@@ -295,7 +305,7 @@ def test_true_continues_no_other_run(settings, now, then, tmp_path):
         run(tmp_path, resume_from_checkpoint="true", **settings)
     assert str(caught.value) == (
         f"--resume_from_checkpoint true: expected in {tmp_path} a run with {now}, got one with {then}. Choose the --output_dir of "
-        "this run, or start anew with --overwrite_output_dir."
+        "this run, or start anew with --overwrite_output_dir in the place of this option."
     )
     # Nor does a checkpoint that is named.
     named = tmp_path / "checkpoint-2"
@@ -303,7 +313,8 @@ def test_true_continues_no_other_run(settings, now, then, tmp_path):
         run(tmp_path / "own", resume_from_checkpoint=str(named), **settings)
     assert str(caught.value) == (
         f"--resume_from_checkpoint {named}: expected in {tmp_path} a run with {now}, got one with {then}. Name a checkpoint of this "
-        f"run, or begin a new one with its weights: --model_name_or_path {named} without this option."
+        f"run, or begin a new one with its weights: --model_name_or_path {named} in the place of this option, and an "
+        "--output_dir of its own."
     )
 
 
@@ -354,6 +365,36 @@ def test_a_run_stops_early_and_a_resumed_one_at_the_same_step(method, tmp_path, 
     assert "weights: those of step 4, the best by accuracy" in (tmp_path / "two" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("method", ["adamw", "sampa"])
+def test_a_run_that_was_stopped_early_trains_no_further_step(method, tmp_path, caplog):
+    early = {"early_stopping_patience": 2, "metric_for_best_model": "accuracy", "method": method}
+    early |= {"num_train_epochs": 6, "max_steps": 12}
+    stopped = run(tmp_path, compute_metrics=Drops([0.5, 0.8, 0.7, 0.6, 0.8]), **early)
+    assert stopped.state.global_step == 8
+    caplog.clear()
+    again = run(tmp_path, compute_metrics=Drops([0.8]), resume_from_checkpoint="true", **early)
+    assert again.state.global_step == 8
+    assert tiny.differing(stopped.model.state_dict(), again.model.state_dict()) == []
+    assert (
+        "No further step is trained, since the run was stopped at step 8: eval_accuracy was not better for 2 evaluations than 0.8 at "
+        "step 4. A larger --early_stopping_patience goes on." in caplog.text
+    )
+    assert "epochs: 4\n" in (tmp_path / "README.md").read_text()
+    # It does, by its own settings, where upstream would take those of the checkpoint.
+    early["early_stopping_patience"] = 3
+    more = run(tmp_path, compute_metrics=Drops([0.7, 0.8]), resume_from_checkpoint="true", **early)
+    assert more.state.global_step == 10
+
+
+@pytest.mark.parametrize("method", ["adamw", "sampa"])
+def test_a_finished_run_trains_no_further_step(method, tmp_path):
+    """Where its last step is within an epoch."""
+    finished = run(tmp_path, method=method, max_steps=3)
+    again = run(tmp_path, method=method, max_steps=3, resume_from_checkpoint="true")
+    assert again.state.global_step == 3
+    assert tiny.differing(finished.model.state_dict(), again.model.state_dict()) == []
+
+
 # The picture
 
 
@@ -376,6 +417,19 @@ def test_the_curve_has_losses_and_metrics_by_step():
     losses, metrics = learning_curve.curves(HISTORY)
     assert losses == {"training": [(1, 0.9), (3, 0.7)], "evaluation": [(2, 0.8)], "evaluation matched": [(2, 0.7)]}
     assert metrics == {"accuracy": [(2, 0.5)], "matched f1": [(2, 0.2)]}
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_every_curve_has_a_colour_of_its_own_whatever_was_logged_first(first, tmp_path, monkeypatch):
+    drawn = {}
+
+    def note(figure, file):
+        drawn.update({line.get_label(): line.get_color() for panel in figure.axes for line in panel.get_lines()})
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", note)
+    learning_curve.draw([HISTORY[1], *HISTORY[:1], *HISTORY[2:]][:first] if first else HISTORY, tmp_path)
+    colours = {"training": "C0", "evaluation": "C1", "evaluation matched": "C2", "accuracy": "C1", "matched f1": "C2"}
+    assert drawn == {name: each for name, each in colours.items() if first != 1 or name != "training"}
 
 
 def test_without_matplotlib_there_is_a_sentence_instead(tmp_path, monkeypatch, caplog):
@@ -453,13 +507,21 @@ def test_a_script_that_was_started_from_elsewhere_is_named_without_its_folder(tm
 
 
 SCRIPT = """
+import atexit
 import sys
+import time
 from accelerate import PartialState
 from hf_sampa.finetuning import run_main
 
 def main():
     kind = sys.argv[1]
     PartialState(cpu=True)
+    if kind == "late" and PartialState().process_index == 0:
+        time.sleep(1)
+    if kind in ("late", "slow to end"):
+        if kind == "slow to end" and PartialState().process_index == 0:
+            atexit.register(time.sleep, 1)
+        raise ValueError("rows.csv, line 3: expected a label, got none.")
     if kind == "told":
         raise ValueError("rows.csv, line 3: expected a label, got none.")
     if kind == "missing":
@@ -509,6 +571,17 @@ def test_what_one_process_alone_finds_is_not_lost(tmp_path):
     main, other = run_script(tmp_path / "script.py", "one", folder=tmp_path, processes=2, prepare=shortened)
     assert (main.returncode, other.returncode) == (0, 1)
     assert other.stderr == "script.py: error: of this process alone\n"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["late", "slow to end"])
+def test_what_two_processes_find_is_one_message_however_slow_the_main_one_is(kind, tmp_path):
+    """No launcher ends the other one here."""
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
+    ran = run_script(tmp_path / "script.py", kind, folder=tmp_path, processes=2, prepare=shortened)
+    assert [each.returncode for each in ran] == [1, 1]
+    said = "script.py: error: rows.csv, line 3: expected a label, got none.\n"
+    assert [each.stderr for each in ran] == (["", said] if kind == "late" else [said, ""])
 
 
 @pytest.mark.distributed

@@ -64,17 +64,28 @@ def draw(data: LabelledImages, limit: int | None) -> LabelledImages:
     return data.take(np.sort(np.random.default_rng(_DRAW).permutation(len(data.images))[:limit]))
 
 
-def hold_out(data: LabelledImages, share: float) -> tuple[LabelledImages, LabelledImages]:
+def hold_out(data: LabelledImages, share: float, names: Sequence[str]) -> tuple[LabelledImages, LabelledImages]:
     """Training images and those held out for evaluation, of each class the same share.
+
+    Args:
+        data: All of them.
+        share: How many are held out.
+        names: Of the classes.
 
     Raises:
         ValueError: There are too few images to have every class on both sides.
     """
-    count, counts = round(share * len(data.images)), np.unique(data.labels, return_counts=True)[1]
-    if min(count, len(data.images) - count) < len(counts) or counts.min() < 2:
+    count, (labels, counts) = round(share * len(data.images)), np.unique(data.labels, return_counts=True)
+    if single := [names[label] for label in labels[counts == 1]]:
         raise ValueError(
-            f"--train_val_split {share:g}: expected images of each of {len(counts)} classes on both sides, got {count} of "
-            f"{len(data.images)} images to hold out, and a class of {counts.min()}. Change the share, or add images."
+            f"--train_val_split {share:g}: expected at least two images of every class, one for each side, got one of "
+            f"{', '.join(map(repr, single[:10]))}. Add images of it or take it out, or name a --validation_dir."
+        )
+    if min(count, len(data.images) - count) < len(counts):
+        raise ValueError(
+            f"--train_val_split {share:g}: expected at least {len(counts)} of the {len(data.images)} images on both sides, one of "
+            f"every class, got {count} to hold out. Give a {'larger' if count < len(counts) else 'smaller'} share or more images, or "
+            "name a --validation_dir."
         )
     rest, held_out = train_test_split(
         np.arange(len(data.images)), test_size=count, random_state=_DRAW, stratify=data.labels

@@ -10,7 +10,7 @@ from typing import Protocol
 from cifar_files import read_cifar_folder
 from hub_images import HubImages
 from image_data import LabelledImages, hold_out
-from image_folders import read_split_folder
+from image_folders import TABLE, read_split_folder
 from vit_arguments import VALIDATION, DataArguments
 
 
@@ -83,7 +83,7 @@ class HeldOut:
     @cached_property
     def _shared(self) -> tuple[tuple[LabelledImages, LabelledImages], list[str]]:
         data, names = self.source.read("train")
-        return hold_out(data, self.share), names
+        return hold_out(data, self.share, names), names
 
 
 class CifarFolder:
@@ -111,6 +111,7 @@ class ImageFolders:
             if folder is not None:
                 if not Path(folder).is_dir():
                     raise FileNotFoundError(f"--{split}_dir: expected a folder, but {folder} is none.")
+                _check_no_splits(f"--{split}_dir", Path(folder))
                 self.folders[split] = Path(folder)
             elif args.data_dir is not None and (found := _folder_of(split, Path(args.data_dir))):
                 self.folders[split] = found
@@ -138,6 +139,17 @@ class ImageFolders:
                 f"in its metadata.csv, got {len(names)}{f', of which {names[empty[0]]!r} is empty' if empty else ''}."
             )
         return data, names
+
+
+def _check_no_splits(option: str, folder: Path) -> None:
+    """Raise ValueError for a folder of splits in the place of one, whose names would be taken for those of classes."""
+    within = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    # With a table it is clear what the classes are.
+    if len(within) > 1 and {"train", "test", *VALIDATION}.issuperset(within) and not (folder / TABLE).is_file():
+        raise ValueError(
+            f"{option}: expected a folder with images, in one folder per class or with a {TABLE}, got {folder} with "
+            f"{', '.join(within)}. Name it with --data_dir, or one of its folders here."
+        )
 
 
 def _folder_of(split: str, folder: Path) -> Path | None:

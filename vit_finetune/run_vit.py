@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     return train_and_score(
         trainer,
+        scores=["accuracy"],
         test_dataset=test_dataset,
         write_predictions=write,
         tasks="image-classification",

@@ -22,7 +22,8 @@ USAGE = r"""python -m hf_sampa launch vit_finetune/run_vit.py --dataset cifar10 
 DESCRIPTION = """Fine-tune a ViT, or any other image classifier, on CIFAR-10, CIFAR-100, a data set on the Hub or images of your own
 (--train_dir pictures --train_val_split 0.1), with SAMPa (or --method sam, adamw), save it, and score it on images that it
 was not trained on. The first command starts a SAMPa pair of two processes, the second
-one process, with the same numbers in about twice the time. More commands are at the top of vit_finetune/run_vit.py."""
+one process, with the same numbers in about twice the time (bit for bit with
+OMP_NUM_THREADS=1, which the first command sets). More commands are at the top of vit_finetune/run_vit.py."""
 SOURCES = """The SAMPa paper (arXiv 2410.10683) gives for ViT-B/16, in section 5.3: AdamW, gradients clipped at a global
 norm of 1, 10 epochs, a peak learning rate of 1e-4. For the rest it refers to its CIFAR experiments in section 5.1, which
 are about convolutional networks under SGD. What is taken over from there is marked "section 5.1" above."""

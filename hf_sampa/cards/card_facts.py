@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainingArguments
 
 from ..monitoring import DiagnosticsCallback
@@ -164,6 +165,8 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
         "method": args.method,
         **_step(trainer),
         "processes": roles,
+        # Sums on the CPU come out in another order with another number of them.
+        **({"threads_per_process": torch.get_num_threads()} if args.device.type == "cpu" else {}),
         "total_train_batch_size": total_batch_size,
         "train_batch_size_per_process": trainer._train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -209,7 +212,7 @@ def _recipe(trainer: Trainer) -> dict[str, str]:
 def computation(trainer: Trainer) -> dict[str, str]:
     """The hyperparameters that decide what is computed; not on how many processes."""
     found = hyperparameters(trainer, trainer.get_total_train_batch_size(trainer.args))
-    apart = ("processes", "timing", "eval_batch_size_per_process")
+    apart = ("processes", "threads_per_process", "timing", "eval_batch_size_per_process")
     # The optimizer of a checkpoint keeps its own learning rate.
     given = {"learning rate given": str(trainer.args.learning_rate)}
     return {name: value for name, value in found.items() if name not in apart} | given

@@ -52,7 +52,8 @@ _SPELLED = {
 }
 _ABSOLUTE = re.compile(r"(?:[A-Za-z]:|~[^\\/]*)?[\\/](?:.*[\\/])?([^\\/]+)[\\/]*")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_PLAIN = re.compile(r"(?!-)[\w ./\\,*|()\[\]-]{1,200}")
+# An apostrophe within a word, as in it's.csv.
+_PLAIN = re.compile(r"(?!-)(?:[\w ./\\,*|()\[\]&-]|(?<=\w)'(?=\w)){1,200}")
 # A second number but for a time, a long number, letters of which no word is made.
 _UNSPOKEN = re.compile(
     r"\d+(?!T)[^\W\d]+\d|\d{16}|[A-Z]{8}|(?i:[bcdfghjklmnpqrstvwxz]{5}|[aeiouy]{4})|[A-Z]{2}\d*[a-z]\d|\d[A-Z]{2}"

@@ -17,6 +17,7 @@ from ..variants import find
 from . import card_facts, evaluations, started
 from .card_facts import CardFacts
 from .citations import arxiv_tags, cite, linked
+from .harmless import HIDDEN
 from .loading import loading_of
 from .origin import base_model_of, dataset_of, first, listed, origin, trained_on
 from .signature import is_ours, signed, text_of, unsigned
@@ -119,6 +120,7 @@ def write(
         ],
         curve=evaluations.curve(trainer.state.log_history, found),
         hyperparameters=card_facts.hyperparameters(trainer, trainer.get_total_train_batch_size(args)),
+        hidden=HIDDEN,
         command=started.command(type(args), args.world_size, bool(trainer.continued)),
         versions=started.versions(),
         citations=cite(args.method, _source(args), _model_type(trainer), data.base_model),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,14 @@ def without_file(parser: ArgumentParser, words: list[str]) -> list[str]:
         parser.error(f'{words[0]}: expected an object, {{"output_dir": ...}}, got a JSON {type(given).__name__}')
     options = {action.dest for action in parser._actions if action.option_strings} - {"help"}
     if unknown := [name for name in given if name not in options]:
-        close = get_close_matches(unknown[0], options, n=1)
-        perhaps = f" (is it {close[0]}?)" if close else ""
-        parser.error(f"{words[0]}: expected names of options, got {', '.join(unknown)}{perhaps}")
+        parser.error(f"{words[0]}: expected names of options, got {', '.join(unknown)}{perhaps(unknown[0], options)}")
     return [*(word for name, value in given.items() for word in _words(name, value)), *words[1:]]
+
+
+def perhaps(name: str, options: Iterable[str]) -> str:
+    """Which of the options may be meant by `name`, for the end of a message."""
+    close = get_close_matches(name, options, n=1)
+    return f" (is it {close[0]}?)" if close else ""
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

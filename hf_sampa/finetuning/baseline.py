@@ -32,6 +32,13 @@ class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
         """As in `SAMPaMixin`: none."""
         return {}
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream would take a step before it asks whether there is to be one: of a run that has ended, resumed, there is not."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Upstream's says of another model's weights every name that does not fit."""
         self._loading_from = resume_from_checkpoint

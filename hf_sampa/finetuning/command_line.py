@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from ..cards import declare_options
 from ..variants import find
-from .arguments_file import without_file
+from .arguments_file import perhaps, without_file
 from .parser import given_by
 
 
@@ -40,6 +40,7 @@ def parse_arguments(
 
     Raises:
         FileExistsError: the run would write into an `output_dir` that is not empty.
+        NotADirectoryError: `output_dir` is a file, or below one.
         ValueError: a setting is impossible.
         SystemExit: a word is not understood; says which.
     """
@@ -49,7 +50,8 @@ def parse_arguments(
     _take_defaults_of_variant(parser, given_by(parser, words).variant)
     _, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        option = unknown[0].partition("=")[0]
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{perhaps(option, parser._option_string_actions)}")
     try:
         parsed = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     except ValueError as error:

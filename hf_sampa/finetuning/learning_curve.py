@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.logging import get_logger
 logger = get_logger(__name__)
 
 FILE = "learning_curve.png"
+TRAINING = "training"
 # What an evaluation logs that is no score of the model.
 COSTS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "samples")
 
@@ -31,9 +33,12 @@ def draw(history: list[dict[str, Any]], folder: Path) -> None:
     figure = Figure(figsize=(7, 3.6 * (1 + bool(metrics))), dpi=120, layout="constrained")
     panels = figure.subplots(1 + bool(metrics), sharex=True, squeeze=False)[:, 0]
     for panel, lines, what in zip(panels, (losses, metrics), ("loss (mean per sample)", "metric"), strict=False):
+        of_evaluations = count(1)
         for name, points in lines.items():
+            # Whichever was logged first, and whether or not the other was.
+            color = "C0" if name == TRAINING else f"C{next(of_evaluations)}"
             steps, values = zip(*points, strict=True)
-            panel.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=4, label=name)
+            panel.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=4, label=name, color=color)
         panel.set_ylabel(what)
         panel.grid(alpha=0.3)
         panel.legend()
@@ -54,7 +59,7 @@ def curves(history: list[dict[str, Any]]) -> tuple[dict[str, list], dict[str, li
             if not isinstance(value, int | float) or (own == name and name != "loss") or own.endswith(COSTS):
                 continue
             if name == "loss":
-                points = losses.setdefault("training", [])
+                points = losses.setdefault(TRAINING, [])
             elif own == "loss" or own.endswith("_loss"):
                 points = losses.setdefault(f"evaluation {own.removesuffix('loss').rstrip('_')}".rstrip(), [])
             else:

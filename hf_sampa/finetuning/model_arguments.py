@@ -44,8 +44,13 @@ class ModelArguments:
         """See that what is named as a folder is there, for else the Hub is asked for it, which knows of no such name.
 
         Raises:
-            ValueError: it is not there.
+            ValueError: it is not there, or the model is a file.
         """
+        if Path(self.model_name_or_path).is_file():
+            raise ValueError(
+                f"--model_name_or_path: expected a folder or a model of the Hub, got {self.model_name_or_path!r}, which is a file. Name "
+                "the folder that holds the model."
+            )
         for option, name in vars(self).items():
             if option.endswith(("_name", "_name_or_path")) and name and _is_path(name) and not Path(name).exists():
                 raise ValueError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,23 +88,24 @@ def load_model(
     if random:
         logger.warning(f"{args.model_name_or_path} holds no weights: the model is trained from scratch.")
         return auto_class.from_config(config, dtype=torch.float32, trust_remote_code=args.trust_remote_code), labels
-    model, report = auto_class.from_pretrained(
-        args.model_name_or_path,
-        config=config,
-        dtype=torch.float32,
-        # What differs is reported, and looked at below.
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **args.hub_arguments(),
-    )
-    mismatched = {name for name, *_ in report["mismatched_keys"]}
-    new = mismatched | set(report["missing_keys"])
-    _check_lost(model, new, args.model_name_or_path)
-    if mismatched and not args.ignore_mismatched_sizes:
-        raise ValueError(
-            f"--model_name_or_path: expected a model for the {len(names)} classes of the data, {listed(names)}, or one without a "
-            f"head, got one for {len(own.id2label)}. Add --ignore_mismatched_sizes to train a new head in the place of its own."
+    with _report_if_taken():
+        model, report = auto_class.from_pretrained(
+            args.model_name_or_path,
+            config=config,
+            dtype=torch.float32,
+            # What differs is reported, and looked at below.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **args.hub_arguments(),
         )
+        mismatched = {name for name, *_ in report["mismatched_keys"]}
+        new = mismatched | set(report["missing_keys"])
+        _check_lost(model, new, args.model_name_or_path)
+        if mismatched and not args.ignore_mismatched_sizes:
+            raise ValueError(
+                f"--model_name_or_path: expected a model for the {len(names)} classes of the data, {listed(names)}, or one without a "
+                f"head, got one for {len(own.id2label)}. Add --ignore_mismatched_sizes to train a new head in the place of its own."
+            )
     head = _head(auto_class, model) - new
     if labels.new_head and head:
         _renew(auto_class, model, head)
@@ -117,6 +120,27 @@ def load_model(
             f"{listed(names)}."
         )
     return model, replace(labels, new_head=labels.new_head or not head)
+
+
+@contextmanager
+def _report_if_taken() -> Iterator[None]:
+    """Upstream's table of what it loaded reads as if the run went on: it is shown where the block does not refuse the model."""
+    log, held = logging.getLogger(PreTrainedModel.__module__), []
+
+    def hold(record: logging.LogRecord) -> bool:
+        held.append(record)
+        return False
+
+    log.addFilter(hold)
+    try:
+        yield
+    except ValueError:
+        held.clear()
+        raise
+    finally:
+        log.removeFilter(hold)
+        for record in held:
+            log.handle(record)
 
 
 def is_without_weights(name_or_path: str) -> bool:

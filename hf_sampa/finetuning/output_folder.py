@@ -45,7 +45,7 @@ def check_has_checkpoint(folder: Path) -> None:
     if not any(each for name in CHECKPOINTS for each in folder.glob(name)):
         raise ValueError(
             f"--resume_from_checkpoint true: expected a checkpoint in {folder}, got none: no run in it came as far. Start it anew, "
-            "without this option."
+            "with --overwrite_output_dir in the place of this option."
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..training_args import SAMPaArgumentsMixin
-from .script import let_main_process_speak
+from .script import is_left_to_another
 
 
 FILE = 'In place of options, or before them, there may be the name of a JSON file of them, {"output_dir": "out"}; options win over it.'
@@ -21,11 +21,11 @@ OF_THE_RUN = ("output_dir", "do_train", "do_eval", "do_predict", "resume_from_ch
 
 
 class FineTuningParser(HfArgumentParser):
-    """`HfArgumentParser` for a script's dataclasses, the last of them a `FineTuningArguments`, whose options it groups."""
+    """`HfArgumentParser` for a script's dataclasses, the last of them a `FineTuningArguments`, whose options it groups; an option is what is spelled out."""
 
     def __init__(self, dataclass_types: Any, epilog: str | None = None, **kwargs: Any):
         epilog = f"{epilog} {FILE}" if epilog else FILE
-        super().__init__(dataclass_types, epilog=epilog, formatter_class=OneDefault, **kwargs)
+        super().__init__(dataclass_types, epilog=epilog, formatter_class=OneDefault, allow_abbrev=False, **kwargs)
         known = {field.name for field in dataclasses.fields(TrainingArguments)} - set(OF_THE_RUN)
         sampas = {field.name for field in dataclasses.fields(SAMPaArgumentsMixin)}
         *others, training = self._action_groups
@@ -43,7 +43,8 @@ class FineTuningParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Upstream's is said by every process."""
-        let_main_process_speak()
+        if is_left_to_another(message):
+            self.exit(2)
         super().error(message)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+
+from torch.distributed import DistError, TCPStore
 
 from ..distributed import RANK_VARIABLES, close_groups
 
@@ -33,20 +37,31 @@ def run_main(main: Callable[[], object]) -> None:
         message = _told(error)
         if message is None:
             raise
-        let_main_process_speak()
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
+        if not is_left_to_another(message):
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
         sys.exit(1)
     close_groups()  # before the interpreter ends
 
 
-def let_main_process_speak() -> None:
-    """Before an error is told that all processes may have found: only the main one goes on at once.
+def is_left_to_another(message: str) -> bool:
+    """Whether another process has told, or is about to tell, an error that all of them may have found. The main one answers at once.
 
-    The others are ended by the launcher, as soon as the main one has failed; those which are still there afterwards found what
-    it did not find.
+    The others are ended by the launcher, as soon as the main one has failed; those which are still there after `SECONDS` may have
+    found what it did not find, or it may be slow. So whoever comes first tells it, as far as the launcher keeps a store.
     """
     if any(os.environ.get(name, "0") != "0" for name in RANK_VARIABLES):
         time.sleep(SECONDS)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # set by torchrun and accelerate launch
+        return False
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A launcher may start processes again, which have told nothing yet.
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    told = hashlib.sha256(message.encode(errors="replace")).hexdigest()
+    try:
+        store = TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=SECONDS))
+        return store.add(f"hf_sampa/told/{start}/{told}", 1) > 1
+    except DistError:  # the launcher is gone, and with it whoever would know
+        return False
 
 
 def _told(error: OSError | ValueError) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -33,8 +34,9 @@ class FineTuningArguments(SAMPaTrainingArguments):
             By how much an evaluation must be better, in the units of the metric.
 
     Raises:
-        ValueError: the processes and micro-batches cannot share `batch_size` evenly; nothing is to be done; or a setting is
-            about evaluations during training, and there are none.
+        ValueError: the processes and micro-batches cannot share `batch_size` evenly; nothing is to be done; a run is to be
+            continued and replaced, or continued and not trained; or a setting is about evaluations during training, and there are
+            none.
     """
 
     _argument_group_name: ClassVar[str] = "training, as in transformers.TrainingArguments"
@@ -108,6 +110,7 @@ class FineTuningArguments(SAMPaTrainingArguments):
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint in ("true", "True"):
             self.resume_from_checkpoint = True  # Trainer takes a bool or a path; the command line has only strings
+        self._check_continued()
         self._decide_what_is_done()
         given = self.per_device_train_batch_size
         # The base class wants a number, and knows the processes only when it is done.
@@ -116,16 +119,34 @@ class FineTuningArguments(SAMPaTrainingArguments):
         devices = self.num_replicas * max(1, self.n_gpu)
         shares = devices * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % shares:
+            steps = self.gradient_accumulation_steps
+            factors = {
+                f"{devices} devices, a pair counting once": devices,
+                f"--gradient_accumulation_steps {steps}": steps,
+            }
+            named = ", times ".join(name for name, factor in factors.items() if factor > 1)
+            expected = f"multiple of {shares} ({named})" if named else "number"
             raise ValueError(
-                f"--batch_size: expected a positive multiple of {shares} ({devices} device(s) share an update batch, in "
-                f"{self.gradient_accumulation_steps} micro-batch(es) each), got {self.batch_size}. Change it, the "
-                "number of processes or --gradient_accumulation_steps."
+                f"--batch_size: expected a positive {expected}, got {self.batch_size}. Change it{', or what it is shared by' * bool(named)}."
             )
         self.per_device_train_batch_size = self.batch_size // shares
         if given not in (None, self.per_device_train_batch_size):
             raise ValueError(
                 f"--batch_size {self.batch_size} makes --per_device_train_batch_size {self.per_device_train_batch_size} "
                 f"here, got {given}. Leave it out, and set --batch_size and --gradient_accumulation_steps."
+            )
+
+    def _check_continued(self) -> None:
+        given = self.resume_from_checkpoint
+        if given is True and self.overwrite_output_dir:
+            raise ValueError(
+                "--resume_from_checkpoint true goes on with the run in --output_dir and --overwrite_output_dir replaces it: expected one "
+                "of the two, got both. Leave one out."
+            )
+        if given and not self.do_train:
+            raise ValueError(
+                f"--resume_from_checkpoint {'true' if given is True else given}: expected a run that trains, got --do_train false. Leave "
+                "it out: the weights to score or predict with are those of --model_name_or_path, which may be a checkpoint."
             )
 
     def _decide_what_is_done(self) -> None:
@@ -167,8 +188,17 @@ class FineTuningArguments(SAMPaTrainingArguments):
             self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
 
     def check_output_dir(self) -> None:
-        """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant."""
+        """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant.
+
+        NotADirectoryError where a file is in its place, or in that of a folder above it.
+        """
         folder = Path(self.output_dir)
+        # A link to nothing is in the way, too.
+        found = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+        if not found.is_dir():
+            raise NotADirectoryError(
+                f"--output_dir {folder}: expected a folder, or a name for one, got {found}, which is no folder. Choose another one."
+            )
         meant = self.overwrite_output_dir or self.resume_from_checkpoint or not self.do_train
         # A run that was stopped before it wrote anything leaves the note of what it is, and no more.
         if not meant and folder.is_dir() and any(each.name != RUN for each in folder.iterdir()):

@@ -7,18 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.logging import get_logger
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput, has_length
 
 from ..cards import CardFacts
 from ..trainer import SAMPaMixin
 from . import learning_curve, output_folder
 from .baseline import BaselineTrainer
+from .early_stopping import EarlyStoppingCallback
 from .training_arguments import FineTuningArguments
 
-
-logger = get_logger(__name__)
 
 # By which a split is asked for.
 OPTIONS = {"train": "do_train", "eval": "do_eval", "test": "do_predict"}
@@ -27,6 +25,7 @@ OPTIONS = {"train": "do_train", "eval": "do_eval", "test": "do_predict"}
 def train_and_score(
     trainer: SAMPaMixin | BaselineTrainer,
     *,
+    scores: Collection[str],
     test_dataset: Any = None,
     write_predictions: Callable[..., None] | None = None,
     prediction_files: Collection[str] = ("predictions.csv",),
@@ -37,6 +36,7 @@ def train_and_score(
     Args:
         trainer: SAMPa's, or for ``--method adamw`` the baseline's. It needs training data for `do_train` only, and evaluation
             data for `do_eval`.
+        scores: names that its `compute_metrics` gives, of which `metric_for_best_model` is one, or the loss.
         test_dataset: for `do_predict`: one data set, or several by name.
         write_predictions: for `do_predict`: called on the main process with the `PredictionOutput` and the output folder, for
             each of several data sets with its name after them.
@@ -50,16 +50,18 @@ def train_and_score(
         The metrics on the evaluation data, and on test data that have labels (``test_...``, ``test_<name>_...``).
 
     Raises:
-        ValueError: `resume_from_checkpoint` would go on from another run than this, or in its folder, or there is none.
+        ValueError: no evaluation has the score that `metric_for_best_model` names; or `resume_from_checkpoint` would go on from
+            another run than this, or in its folder, or there is none.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     trainer.card_facts = CardFacts(**card)  # for the cards of checkpoints, too
     metrics: dict[str, float] = {}
+    _check_best(trainer, scores)
     _open(trainer, folder, prediction_files)
     if args.do_train:
         _train(trainer, folder)
     if args.do_eval:
-        metrics = trainer.evaluate() | _samples("eval", trainer.eval_dataset)
+        metrics = _found(trainer.evaluate()) | _samples("eval", trainer.eval_dataset)
         _keep(trainer, "eval", metrics)
     if args.do_predict:
         metrics = metrics | _predict(trainer, test_dataset, write_predictions)
@@ -69,6 +71,22 @@ def train_and_score(
     elif args.do_train:
         trainer.create_model_card()
     return metrics
+
+
+def _check_best(trainer: SAMPaMixin | BaselineTrainer, scores: Collection[str]) -> None:
+    """Raise ValueError where no evaluation has what `metric_for_best_model` names: upstream looks for it after the first one."""
+    args = trainer.args
+    if not (args.do_train and args.do_eval) or args.metric_for_best_model is None:
+        return
+    data = trainer.eval_dataset
+    of_each = ("loss", *scores)
+    known = [f"{name}_{score}" for name in data for score in of_each] if isinstance(data, dict) else list(of_each)
+    given = args.metric_for_best_model.removeprefix("eval_")
+    if given not in known:
+        raise ValueError(
+            f"--metric_for_best_model: expected what an evaluation of this run finds, {', '.join(known)}, got {given}. Give one of "
+            "these."
+        )
 
 
 def _open(trainer: SAMPaMixin | BaselineTrainer, folder: Path, prediction_files: Collection[str]) -> None:
@@ -83,7 +101,7 @@ def _open(trainer: SAMPaMixin | BaselineTrainer, folder: Path, prediction_files:
             _check_continued(args, folder, _run(trainer))
     if not main:
         return
-    if args.do_train and args.overwrite_output_dir and args.resume_from_checkpoint is not True:
+    if args.do_train and args.overwrite_output_dir:
         output_folder.begin_anew(folder, _run(trainer), args.resume_from_checkpoint)
     elif args.do_train:
         output_folder.begin(folder, _run(trainer))
@@ -103,10 +121,10 @@ def _check_continued(args: FineTuningArguments, folder: Path, run: dict[str, Any
     given = args.resume_from_checkpoint
     if given is True:
         output_folder.check_has_checkpoint(folder)
-        way_out = "Choose the --output_dir of this run, or start anew with --overwrite_output_dir."
+        way_out = "Choose the --output_dir of this run, or start anew with --overwrite_output_dir in the place of this option."
         output_folder.check_own(folder, run, "true", way_out)
     elif given:
-        way_out = f"Name a checkpoint of this run, or begin a new one with its weights: --model_name_or_path {given} without this option."
+        way_out = f"Name a checkpoint of this run, or begin a new one with its weights: --model_name_or_path {given} in the place of this option, and an --output_dir of its own."
         output_folder.check_own(Path(given).absolute().parent, run, given, way_out)
         if not args.overwrite_output_dir:
             way_out = "Choose another --output_dir, or add --overwrite_output_dir."
@@ -118,8 +136,6 @@ def _train(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if args.early_stopping_patience is not None:
-        _say_if_stopped(trainer)
     with _noted(trainer):
         trainer.save_model()
     trainer.save_state()
@@ -128,23 +144,16 @@ def _train(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
         learning_curve.draw(trainer.state.log_history, folder)
 
 
-def _say_if_stopped(trainer: Trainer) -> None:
-    """Why there are no more steps, if it is for early stopping."""
-    # A resumed run has another callback than the one that was added.
-    early = next(each for each in trainer.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback))
-    if early.early_stopping_patience_counter >= early.early_stopping_patience:
-        state, metric = trainer.state, trainer.args.metric_for_best_model.removeprefix("eval_")
-        logger.warning(
-            f"Stopped at step {state.global_step}: eval_{metric} was not better for {early.early_stopping_patience_counter} evaluations "
-            f"than {state.best_metric:.4g} at step {state.best_global_step}."
-        )
-
-
 def _noted(trainer: Trainer, kind: str = output_folder.WROTE) -> AbstractContextManager[None]:
     """Around what writes into the output folder: a run that overwrites this one moves it aside."""
     return (
         output_folder.noted(Path(trainer.args.output_dir), kind) if trainer.is_world_process_zero() else nullcontext()
     )
+
+
+def _found(metrics: dict[str, float]) -> dict[str, float]:
+    """Without how long it took to make the model ready, which upstream adds where nothing was trained before."""
+    return {name: each for name, each in metrics.items() if not name.endswith("_model_preparation_time")}
 
 
 def _samples(split: str, data: Any) -> dict[str, int]:
@@ -164,7 +173,7 @@ def _predict(trainer: Trainer, test_dataset: Any, write: Callable[..., None] | N
     metrics: dict[str, float] = {}
     for name, dataset in several.items():
         output: PredictionOutput = trainer.predict(dataset, metric_key_prefix=f"test_{name}" if name else "test")
-        metrics |= output.metrics | _samples(f"test_{name}" if name else "test", dataset)
+        metrics |= _found(output.metrics) | _samples(f"test_{name}" if name else "test", dataset)
         if write is not None and trainer.is_world_process_zero():
             with _noted(trainer, output_folder.PREDICTED):
                 write(output, Path(trainer.args.output_dir), *([name] if name else []))
