@@ -82,10 +82,15 @@ class Group:
     def ask(self, line: str) -> list[dict[str, Any]]:
         """Let all processes do what `line` says at the same time; their answers, by rank."""
         self.tell(line)
-        answers = [process.stdout.readline() for process in self.processes]
+        answers = [self._answer_of(process) for process in self.processes]
         if not all(answers):
             raise SystemExit(f"A process of {self.name} expected to train ended early. {self._read_logs()}")
         return [json.loads(answer) for answer in answers]
+
+    @staticmethod
+    def _answer_of(process: subprocess.Popen) -> bytes:
+        """The next line that is an object; empty where the process has ended. gloo of torch 2.9 tells of its connections there, too."""
+        return next((line for line in process.stdout if line.startswith(b"{")), b"")
 
     def tell(self, line: str) -> None:
         """Say `line` to all processes."""

@@ -188,6 +188,13 @@ def let_trainer_divide(trainer: Trainer) -> None:
     trainer.accelerator.gradient_accumulation_steps = 1
 
 
+def count_every_label(trainer: Trainer) -> None:
+    """Before transformers 5.15, from 5.10 on, labels of encoder-decoder models are counted as if the first had no part in the loss."""
+    config = getattr(trainer.model, "config", None)
+    if before("transformers", "5.15") and getattr(config, "is_encoder_decoder", False):
+        trainer._loss_shifts_labels = False
+
+
 def keeps_best_step() -> bool:
     """Before transformers 5.4 ``save_strategy="best"`` keeps no note of which checkpoint is the best, and loads none at the end."""
     return not before("transformers", "5.4")

@@ -30,7 +30,7 @@ from .checks import (
     check_savable,
     check_trainer,
 )
-from .compat import check_hooks, let_trainer_divide, numpy_by_both_names, say_what_is_untested
+from .compat import check_hooks, count_every_label, let_trainer_divide, numpy_by_both_names, say_what_is_untested
 from .distributed import check_same_start, end_with_launcher, peers_expected
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
 from .evaluation import ExactEvalLoss
@@ -98,6 +98,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
             raise self._foreign_arguments(args)
         check_recipe(recipe, args.variant)
         check_trainer(self)
+        count_every_label(self)
         say_what_is_untested()
         self._recipe, self.continued = recipe, []
         if args.diagnostics_steps:

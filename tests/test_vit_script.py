@@ -18,7 +18,7 @@ from image_data import ImageDataset
 from image_predictions import write_predictions
 from image_transforms import ImageTransform
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
@@ -457,7 +457,9 @@ def test_a_head_that_nobody_trained_is_not_asked(pictures, tmp_path, saved_vit):
     message = "--do_train false: expected a model that is trained for dark, grey, light, got %s, whose head is new: its scores"
     with pytest.raises(ValueError, match=message % "a model --from_scratch"):
         run_vit.main([*given, "--data_dir", str(pictures), "--from_scratch"])
-    ViTForImageClassification.from_pretrained(saved_vit).vit.save_pretrained(saved_vit)
+    file = saved_vit / "model.safetensors"
+    headless = {name: each for name, each in load_file(file).items() if not name.startswith("classifier")}
+    save_file(headless, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message % re.escape(str(saved_vit))):
         run_vit.main([*given, "--data_dir", str(pictures), "--model_name_or_path", str(saved_vit)])
 
