@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from .distributed import groups_of_modules
+from .distributed import groups_of_modules, here
 from .training_args import launched_world_size, named_world_size
 
 
@@ -156,7 +156,8 @@ def check_model(model: torch.nn.Module) -> None:
                 f"Expected forward to leave trained weights alone, but {name!r}, a {type(module).__name__} with max_norm, "
                 "normalises its weight in place, while it is displaced. Build it without, and normalise in a callback (on_step_end)."
             )
-    for one, other in overlapping({**dict(model.named_parameters()), **dict(model.named_buffers())}):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for one, other in overlapping({name: here(tensor) for name, tensor in tensors.items()}):
         if one in trainable or other in trainable:
             raise ValueError(
                 f"Expected every trainable parameter to have memory of its own, but {one!r} and {other!r} share theirs: "

@@ -7,7 +7,7 @@ takes these out of the predictions, but not out of the loss, which is one number
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from accelerate.logging import get_logger
 from transformers.trainer_pt_utils import find_batch_size
 
-from .distributed import Alone, alone
+from .distributed import Alone, alone, units
 from .state import Collected
 
 
@@ -31,26 +31,29 @@ class ExactEvalLoss:
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
         """Upstream's loss of the last batch is also one of samples that fill it up: it is taken once more, without them."""
-        share = _share_of_last_batch(self.accelerator)
-        step = super().prediction_step
-        if share is None:
+        last, step = _last_batch(self.accelerator), super().prediction_step
+        if last is None:
             _warn_of_other_weights(self, inputs)
-        real = None if share is None else _first(inputs, *share)
+        left, size = last or (0, 0)
+        count = min(max(left - self.accelerator.process_index * size, 0), size)
+        real = None if last is None else _first(inputs, count, size)
         loss, *rest = step(model, inputs, prediction_loss_only, *args, **kwargs)
-        if share is not None and loss is not None and loss.dim() == 0:
+        if last is not None and loss is not None and loss.dim() == 0:
             exact = real is not None
-            if exact and real is not inputs:
+            # A forward pass of a sharded model is one of all processes that hold it.
+            together = bool(units(model)) and left % size > 0
+            if together or (exact and real is not inputs):
                 try:
-                    with _uncounted(self):
-                        loss, *_ = step(model, real, True, *args, **kwargs)
+                    with _uncounted(self, together):
+                        loss, *_ = step(model, real if exact else inputs, True, *args, **kwargs)
                 except Alone:
                     exact = False
-            loss = _mean(self.accelerator, loss, share[0], exact)
+            loss = _mean(self.accelerator, loss, count, exact)
         return loss, *rest
 
 
-def _share_of_last_batch(accelerator: Accelerator) -> tuple[int, int] | None:
-    """In the last batch of all processes, how many samples there are for this one, and how many it is given; else None."""
+def _last_batch(accelerator: Accelerator) -> tuple[int, int] | None:
+    """In the last batch of all processes, how many samples there are for them, and how many each is given; else None."""
     state, world = accelerator.gradient_state, accelerator.num_processes
     if world == 1 or not state.end_of_dataloader:
         return None
@@ -63,8 +66,7 @@ def _share_of_last_batch(accelerator: Accelerator) -> tuple[int, int] | None:
     if left <= 0:
         return None
     # What a dispatcher has left it deals out evenly; others give each process a batch, as long as there are any.
-    size = -(-left // world) if isinstance(loader, DataLoaderDispatcher) else loader.total_batch_size // world
-    return min(max(left - accelerator.process_index * size, 0), size), size
+    return left, -(-left // world) if isinstance(loader, DataLoaderDispatcher) else loader.total_batch_size // world
 
 
 def _warn_of_other_weights(trainer: Any, inputs: Any) -> None:
@@ -103,9 +105,12 @@ def _first_of(value: Any, count: int, size: int) -> Any:
 
 
 @contextmanager
-def _uncounted(trainer: Any) -> Iterator[None]:
-    """Around a loss that this process alone takes: nothing waits for others, and the trainer's own figures stay."""
-    with alone(), Collected(trainer, ("transformers.", "hf_sampa."), exchange=None).aside():
+def _uncounted(trainer: Any, together: bool) -> Iterator[None]:
+    """Around a loss that this process alone takes, unless all do: nothing waits for others, and the trainer's own figures stay."""
+    with (
+        nullcontext() if together else alone(),
+        Collected(trainer, ("transformers.", "hf_sampa."), exchange=None).aside(),
+    ):
         yield
 
 

@@ -71,8 +71,9 @@ class MicroBatches:
     def backward(self, model, micro_batch: MicroBatch, role: Role) -> torch.Tensor:
         """Forward and backward of one micro-batch, on generators that belong to it; its share of the batch's loss."""
         engine, trainer = self.steps.engine, self.trainer
-        if not micro_batch.counts:
-            return torch.zeros((), device=trainer.args.device)  # the mean over no label is not a number
+        # The mean over no label is not a number. A pass of a sharded model is one of all processes that hold it.
+        if not micro_batch.counts and not engine.weights.sharded:
+            return torch.zeros((), device=trainer.args.device)
         micro_batch.logits = None
         with self._pass(micro_batch, role), self.aside(counted=role is engine.reported):
             with self._own_randomness(micro_batch):
@@ -80,7 +81,7 @@ class MicroBatches:
         self._check_gradient()
         if engine.rehearsing:  # teachers that the first pass made
             engine.forward_state.modules |= other_modules(trainer, trainer.model)
-        if not self._needs_logits:
+        if not self._needs_logits or not micro_batch.counts:
             return loss
         if micro_batch.logits is None:
             raise ValueError(
@@ -113,7 +114,7 @@ class MicroBatches:
         try:
             # Every loss is the mean over one micro-batch here.
             with (
-                divided_by(trainer, 1 / micro_batch.share),
+                divided_by(trainer, 1 / (micro_batch.share or 1.0)),
                 stood_in(trainer.model, "generate", _refuse_generation) if generates else nullcontext(),
             ):
                 yield
@@ -124,6 +125,9 @@ class MicroBatches:
     def compute_loss(self, own: Callable, model, inputs, *args, **kwargs) -> Any:
         """What `own`, the class's ``compute_loss``, says in a pass, and what the recipe makes of it."""
         micro_batch, role = self.in_pass
+        if not micro_batch.counts:
+            with self._undivided():
+                return _without_a_part(own(model, inputs, *args, **kwargs))
         with self._undivided():
             if not self._needs_logits:
                 return own(model, inputs, *args, **kwargs)
@@ -197,7 +201,8 @@ class MicroBatches:
     def _check_gradient(self) -> None:
         """Refuse, in the first pass of a run, a training_step that leaves no gradient."""
         engine = self.steps.engine
-        if engine.first_pass and all(param.grad is None for param in engine.params):
+        # Of sharded weights there is a gradient after the last micro-batch.
+        if engine.first_pass and not engine.weights.sharded and all(param.grad is None for param in engine.params):
             raise ValueError(
                 f"training_step: expected a forward and a backward pass that leaves a gradient, but after that of "
                 f"{type(self.trainer).__name__} no trained parameter has one. Call self.accelerator.backward(loss) in it, or "
@@ -211,6 +216,13 @@ class MicroBatches:
                 "training_step: expected a forward and a backward pass only, but the optimizer's step was called within it, "
                 "while the weights are displaced. Leave steps and zeroing gradients to the loop."
             )
+
+
+def _without_a_part(found: Any) -> Any:
+    """A loss over no label, with its outputs perhaps: it is 0, and so is its gradient."""
+    if isinstance(found, tuple):
+        return _without_a_part(found[0]), *found[1:]
+    return torch.nan_to_num(found) * 0.0
 
 
 def _refuse_generation(*args, **kwargs):

@@ -119,7 +119,7 @@ class Run:
         """Build what steps need."""
         self.means, self.clock = RunningMeans(), StepClock()
         self.steps = Steps(self, max_steps)
-        self.exchange.broadcast([*self.engine.params, *self.engine.forward_state.tensors().values()])
+        self.engine.begin_alike()
         self.engine.check_state()
         self.stream = self.batch = self.broken = None
         self.left_epoch, self.stage = False, "between"

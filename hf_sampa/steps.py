@@ -88,10 +88,12 @@ class Steps:
             "seed": args.seed,
         }
         if args.method == "sam":
-            return SAM(trainer.model, optimizer, exchange, **common)
-        return SAMPa(
-            trainer.model, optimizer, exchange, lmbda=args.lmbda, clip_scale=partial(_clip_scale, args), **common
-        )
+            engine = SAM(trainer.model, optimizer, exchange, **common)
+        else:
+            clip_scale = partial(_clip_scale, args)
+            engine = SAMPa(trainer.model, optimizer, exchange, lmbda=args.lmbda, clip_scale=clip_scale, **common)
+        engine.weights.reduces_each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        return engine
 
     def close(self) -> None:
         """Take everything off model and optimizer, and let go of the engine and its buffers."""
@@ -108,6 +110,7 @@ class Steps:
         if not trainer.accelerator.sync_gradients:
             return torch.zeros((), device=trainer.args.device)
         run.clock.start()
+        engine.weights.settle()
         check_trainable(trainer.model, trainer.optimizer.optimizer, engine.params)
         self._follow_settings()
         # Before the weights are displaced: schedule-free optimizers move them when they change modes.

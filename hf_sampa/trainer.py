@@ -13,12 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .cards import WithCard, texts_in, without_secrets
-from .checkpoints import check_trained, contiguous, load_missing, load_weights, loading
+from .checkpoints import (
+    as_any_other,
+    check_trained,
+    contiguous,
+    load_missing,
+    load_weights,
+    loading,
+    optimizer_in_parts,
+    whole_weights,
+)
 from .checks import (
     check_dataset,
     check_entries,
@@ -31,9 +41,10 @@ from .checks import (
     check_trainer,
 )
 from .compat import check_hooks, count_every_label, let_trainer_divide, numpy_by_both_names, say_what_is_untested
-from .distributed import check_same_start, end_with_launcher, peers_expected
+from .distributed import check_same_start, end_with_launcher, peers_expected, units
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
 from .evaluation import ExactEvalLoss
+from .fsdp import check_fsdp, check_sizes, check_version, name_layers, shard_within_role, whole_for_data
 from .monitoring import DiagnosticsCallback
 from .run import Run
 from .start import started_with
@@ -127,14 +138,20 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Upstream's would average the two roles' gradients, and scale fp16's losses on each process by a scale of its own."""
-        super().create_accelerator_and_postprocess()
+        check_version(self.args)
+        check_sizes(self.args)
+        # A parallelism_config is that of a role's processes.
+        with self.args.world_of_role() if self.args.parallelism_config else nullcontext():
+            super().create_accelerator_and_postprocess()
+        check_fsdp(self)
+        shard_within_role(self, self.args.mesh, self.args.ddp_timeout_delta)
         let_trainer_divide(self)
         accelerator = self.accelerator
         if accelerator.scaler is not None:
             accelerator.scaler = SharedGradScaler(accelerator.scaler, accelerator.device.type)
         # "evaluation mode" prepares autocast and compilation and leaves out DDP, which would average the two roles.
         accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
-        accelerator.prepare_data_loader = partial(_prepare_and_remember, accelerator.prepare_data_loader)
+        accelerator.prepare_data_loader = partial(_prepare_and_remember, accelerator, accelerator.prepare_data_loader)
 
     def _move_model_to_device(self, model, device):
         """Upstream's gives entries that share memory memory of their own, where the device has another name."""
@@ -181,7 +198,8 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         self._loading_from = resume_from_checkpoint
         load = partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
         changed = self._run is not None and self._run.resume.weights_changed
-        load_weights(self.model, resume_from_checkpoint, load, changed)
+        with as_any_other(self):
+            load_weights(self.model, resume_from_checkpoint, load, changed)
 
     def _issue_warnings_after_load(self, load_result):
         """Upstream only warns of tensors that it did not load: here they are loaded."""
@@ -228,6 +246,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         run, args = self._run, self.args
         check_model(self.model)
         check_savable(self)
+        name_layers(self)
         run.make_room()
         self._card.begin()
         self.continued = []
@@ -259,7 +278,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Upstream's names no file where one holds something else than it expects."""
-        with loading(checkpoint, "optimizer.pt or scheduler.pt"):
+        with loading(checkpoint, "optimizer.pt or scheduler.pt"), optimizer_in_parts(self, checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- An epoch ----
@@ -391,7 +410,8 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         """As in Trainer. Raises RuntimeError within a step, when the model holds displaced weights."""
         if self._run is not None:
             self._run.saving.check_displaced()
-        super().save_model(output_dir, _internal_call)
+        with as_any_other(self):
+            super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.save_only_model:
             # Upstream then calls no `_save_rng_state`, which writes otherwise.
             self._run.saving.write(output_dir)
@@ -399,7 +419,9 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
     def _save(self, output_dir=None, state_dict=None):
         """peft writes into a README.md that is there; training_args.bin would have the Hub's token; what is not contiguous is refused."""
         save = super()._save
-        if state_dict is None and not hasattr(self.model, "save_pretrained"):
+        if units(self.model):
+            state_dict = whole_weights(self.model)
+        elif state_dict is None and not hasattr(self.model, "save_pretrained"):
             state_dict = contiguous(self.model.state_dict())
 
         def write():
@@ -411,7 +433,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
     def _save_optimizer_and_scheduler(self, output_dir):
         """Rank 0 writes what, with a shared optimizer, is in several processes."""
         write = partial(super()._save_optimizer_and_scheduler, output_dir)
-        with self.sampa.placement.whole_optimizer():
+        with self.sampa.placement.whole_optimizer(), as_any_other(self):
             self._attempt("the optimizer", write)
 
     def _save_rng_state(self, output_dir):
@@ -443,7 +465,8 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
     def _load_best_model(self):
         """As in `_load_from_checkpoint`; and buffers and weights beside the model's belong to the best step, too."""
         self._loading_from = self.state.best_model_checkpoint
-        self._run.resume.load_best(super()._load_best_model)
+        with as_any_other(self):
+            self._run.resume.load_best(super()._load_best_model)
 
     def init_hf_repo(self, *args, **kwargs):
         """All arguments will be pushed, those of a class of somebody's, too."""
@@ -481,9 +504,12 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
             yield
 
 
-def _prepare_and_remember(prepare: Callable, data_loader: DataLoader, *args, **kwargs) -> DataLoader:
+def _prepare_and_remember(
+    accelerator: Accelerator, prepare: Callable, data_loader: DataLoader, *args, **kwargs
+) -> DataLoader:
     """What `prepare` makes of a loader, with the loader itself, which `replica_loader` shards by replica instead of by rank."""
-    prepared = prepare(data_loader, *args, **kwargs)
+    with whole_for_data(accelerator):
+        prepared = prepare(data_loader, *args, **kwargs)
     prepared.unprepared = getattr(data_loader, "unprepared", data_loader)
     return prepared
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -12,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from .compat import keeps_best_step, without_cpu_index
-from .distributed import SIZE_VARIABLES, Mesh, peers_expected, whole_size_and_rank
+from .distributed import SIZE_VARIABLES, Mesh, peers_expected, role_world, whole_size_and_rank
 from .state import stood_in
 from .variants import Recipe, Variant, find, parse_arguments
 
@@ -135,7 +137,7 @@ class SAMPaArgumentsMixin:
     )
 
     def __post_init__(self):
-        self._refuse_sharding()
+        self._refuse_deepspeed()
         self.variant_args = parse_arguments(self.variant_args)
         self._from_variant = [name for name in ("variant_args", "rho", "lmbda") if getattr(self, name) in (None, {})]
         self._take_defaults()
@@ -166,6 +168,15 @@ class SAMPaArgumentsMixin:
         """Processes that share one update batch; half of them for SAMPa, all of them otherwise."""
         return self.mesh.num_replicas
 
+    @contextmanager
+    def world_of_role(self) -> Iterator[None]:
+        """Within the block the world is that of this process's role: to shard a model, or to load one that shards itself, before the trainer is made. A collective.
+
+        As in ``with args.world_of_role(): model = AutoModel.from_pretrained(name, distributed_config=DistributedConfig(fsdp_size=4))``.
+        """
+        with role_world(self.mesh, self.ddp_timeout_delta).lent_to_shard():
+            yield
+
     def recipe(self) -> Recipe:
         """What a step is made of. Raises ValueError for unknown or impossible arguments of the variant."""
         return find(self.variant).recipe(self.variant_args)
@@ -184,13 +195,12 @@ class SAMPaArgumentsMixin:
                 setattr(self, name, defaults[name])
         self._defaults = defaults
 
-    def _refuse_sharding(self) -> None:
-        for name, setting in {"DeepSpeed": self.deepspeed, "FSDP": self.fsdp}.items():
-            if setting or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("true", "1"):
-                raise ValueError(
-                    f"SAMPa needs whole weights and gradients in every process, but this run uses {name}, which shards "
-                    "them. Launch it without: python -m hf_sampa launch script.py."
-                )
+    def _refuse_deepspeed(self) -> None:
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+            raise ValueError(
+                "SAMPa displaces weights between two passes, but this run uses DeepSpeed, whose engine holds them in a way of its own. "
+                "Launch it without: python -m hf_sampa launch script.py. Models that are too large for that go with FSDP2, as fsdp=True."
+            )
 
     def check_settings(self) -> None:
         """Raise ValueError where a setting is out of range; a hyperparameter search sets them after construction."""

@@ -12,9 +12,9 @@ import torch
 
 from hf_sampa import SAMPaTrainer
 from hf_sampa.state import stood_in
-from tests import tiny
+from tests import sharded, tiny
 from tests.distributed.test_variants import CASES, settings
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 
 
 pytestmark = pytest.mark.gpu
@@ -165,4 +165,55 @@ def test_two_devices_are_one(tmp_path, changes):
         pytest.skip("one CUDA device only")
     (one,) = run_ranks(trained, 1, tmp_path / "one", changes, folder=tmp_path / "first")
     for found in run_ranks(trained, 2, tmp_path / "two", changes, folder=tmp_path / "second"):
+        assert tiny.differing(found, one) == []
+
+
+def one_shard(folder, changes) -> dict:
+    """On one device that FSDP2 has for itself: all hooks, streams and copies of shards, nobody to share with."""
+    alone()
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in {**launched, "MASTER_PORT": free_port()}.items()})
+    found = {}
+    for method in METHODS:
+        chosen = {**ON_GPU, **changes, "method": method, "optim": "adamw_torch_fused", "max_steps": 6}
+        chosen |= {"save_strategy": "steps", "save_steps": 3}
+        for resume in (None, f"{folder}/{method}/checkpoint-3"):
+            trainer = sharded.trainer(f"{folder}/{method}", partial(tiny.bert, 0.1), tiny.sentences(19), chosen)
+            outcome = sharded.outcome(trainer, resume)
+            assert trainer.sampa.weights.sharded == ("fsdp" in changes)
+            weights = {name: each.cpu() for name, each in outcome["weights"].items()}
+            found[method, bool(resume)] = {"weights": weights, "logs": outcome["logs"]}
+    return found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_shard_is_unsharded_and_resumed_is_never_stopped(tmp_path, precision):
+    """In fp32 bit for bit; in bf16 FSDP2 rounds where autocast does not."""
+    changes = PRECISIONS[precision]
+    shards = {**changes, **sharded.FSDP}
+    (whole,) = run_ranks(one_shard, 1, tmp_path / "whole", changes, folder=tmp_path / "first")
+    (found,) = run_ranks(one_shard, 1, tmp_path / "shards", shards, folder=tmp_path / "second")
+    for method in METHODS:
+        assert tiny.differing(found[method, True], found[method, False]) == []
+        if precision == "fp32":
+            assert tiny.differing(found[method, False], whole[method, False]) == []
+        else:
+            assert 0 < sharded.deviation(found[method, False]["weights"], whole[method, False]["weights"]) < 2e-2
+
+
+def by_gloo(folder, changes) -> dict:
+    alone()
+    if "RANK" in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
+    run = partial(tiny.run, folder, partial(tiny.bert, 0.1), tiny.sentences(18), **ON_GPU, **changes, max_steps=6)
+    found = run(ddp_backend="gloo") if "RANK" in os.environ else run()
+    return {"weights": weights(found), "logs": found["logs"]}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("changes", [{}, {"shard_optimizer": True}, {"bf16": True}], ids=str)
+def test_a_pair_on_one_device_by_gloo_is_one_process(tmp_path, changes):
+    """P2, where NCCL has no two processes on one device."""
+    (one,) = run_ranks(by_gloo, 1, tmp_path / "one", changes, folder=tmp_path / "first")
+    for found in run_ranks(by_gloo, 2, tmp_path / "two", changes, folder=tmp_path / "second"):
         assert tiny.differing(found, one) == []

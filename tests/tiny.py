@@ -52,6 +52,12 @@ def bert_of_three_layers():
     return BertForSequenceClassification(BertConfig(**{**BERT, "num_hidden_layers": 3}))
 
 
+def bert_of(shape: dict[str, int]):
+    """Random BERT of another shape."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**{**BERT, **shape}))
+
+
 def token_bert(dropout: float = 0.0):
     """Random BERT with a token-level head."""
     return bert(dropout, head=BertForTokenClassification, num_labels=3)

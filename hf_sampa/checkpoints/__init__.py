@@ -6,6 +6,18 @@
 from .resume import Resume, load_missing, load_weights, loading
 from .saved_weights import contiguous
 from .saving import Saving, check_trained
+from .shards import as_any_other, optimizer_in_parts, whole_weights
 
 
-__all__ = ["Resume", "Saving", "check_trained", "contiguous", "load_missing", "load_weights", "loading"]
+__all__ = [
+    "Resume",
+    "Saving",
+    "as_any_other",
+    "check_trained",
+    "contiguous",
+    "load_missing",
+    "load_weights",
+    "loading",
+    "optimizer_in_parts",
+    "whole_weights",
+]

@@ -10,6 +10,7 @@ from accelerate.logging import get_logger
 
 from ..cards import bound, computation, masked, plain
 from ..data import Place
+from ..distributed import whole
 from ..engine import SAMPa
 from . import checkpoint, saved_weights
 
@@ -33,18 +34,24 @@ def to_save(run: Run, folder: Path) -> dict[str, Any] | None:
     grads, ascent = {}, None
     if prints is not None and isinstance(engine, SAMPa):  # otherwise there is no batch that g_t is of
         grads, ascent = engine.state_dict()
+    recipe, weights = engine.recipe_state(), saved_weights.record(trainer.model, engine.names[: engine.of_model])
+    others = {
+        name: whole(param.detach())
+        for name, param in list(zip(engine.names, engine.params, strict=True))[engine.of_model :]
+    }
     collected = run.exchange.share_objects(run.steps.collected.state_dict(saved=True))[: run.mesh.num_replicas]
     if not trainer.args.should_save:
         return None
     position = {"epoch": place.epoch, "start": place.start, "fingerprints": prints}
-    content = _computed_with(run) | _progress(run) | {"position": position, "ascent": ascent or None}
-    named = list(zip(engine.names, engine.params, strict=True))
+    content = (
+        _computed_with(run) | _progress(run) | {"position": position, "ascent": ascent or None, "weights": weights}
+    )
     tensors = {
         "": grads,
         checkpoint.FORWARD_STATE: engine.forward_state.state_dict(),
-        checkpoint.OTHERS: {name: param.detach() for name, param in named[engine.of_model :]},
+        checkpoint.OTHERS: others,
     }
-    states = {checkpoint.RECIPE: engine.recipe_state()}
+    states = {checkpoint.RECIPE: recipe}
     states[checkpoint.COLLECTED] = {"of_replicas": collected} if any(collected) else {}
     if trainer.args.save_only_model:
         content |= {"kept": "weights", "ascent": None}
@@ -104,7 +111,6 @@ def _progress(run: Run) -> dict[str, Any]:
         "skipped": {"steps": engine.skipped_steps, "in_a_row": engine.skipped_in_a_row},
         "unlogged": unlogged,
         "moving": sorted(engine.forward_state.moving),
-        "weights": saved_weights.record(trainer.model, engine.names[: engine.of_model]),
     }
 
 

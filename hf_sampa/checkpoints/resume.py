@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerState
 
 from ..cards import Evaluation, changes
 from ..data import Place
+from ..distributed import here, part_of
 from ..engine import SAMPa
 from ..state import make_room
 from . import checkpoint, content
@@ -204,7 +205,7 @@ class Resume:
             )
         with torch.no_grad():
             for name, param in own.items():
-                param.copy_(saved[name])
+                here(param).copy_(part_of(saved[name], param))
 
     # ---- Is it this run's? ----
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from ..distributed import class_of, plain_name, whole
 from ..state import fingerprint_of_bits
 from .manifest import Weights
 
@@ -43,18 +44,19 @@ def _saved_buffers(model: nn.Module) -> list[str]:
     saved = model.state_dict().keys()
     return [
         name
-        for name, buffer in model.named_buffers()
+        for name, buffer in ((plain_name(name), buffer) for name, buffer in model.named_buffers())
         if name in saved and buffer.layout is torch.strided and not is_traceable_wrapper_subclass(buffer)
     ]
 
 
 def _fingerprint(model: nn.Module, names: list[str]) -> int | None:
     """None where the model lacks one of them."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    tensors = {plain_name(name): tensor for name, tensor in named}
     if not tensors.keys() >= set(names):
         return None
     # Two models with the same numbers may have them in another order in memory.
-    return int(fingerprint_of_bits([tensors[name].detach().contiguous() for name in names]))
+    return int(fingerprint_of_bits(whole(tensors[name].detach()).contiguous() for name in names))
 
 
 def contiguous(state: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def other_model(model: nn.Module, folder: str) -> str | None:
     if not isinstance(model, PreTrainedModel) or not file.is_file():
         return None
     saved = PreTrainedConfig.from_json_file(file)
-    then, now = saved.architectures or [saved.model_type], [type(model).__name__]
+    then, now = saved.architectures or [saved.model_type], [class_of(model).__name__]
     if then == now:
         then, now = ([f"{now[0]} of {config.num_labels} classes"] for config in (saved, model.config))
     if then == now:
@@ -89,7 +91,7 @@ def load_every_tensor(model: nn.Module, folder: str) -> None:
     """
     problems: dict[str, Any] = {"reason": "the model is no PreTrainedModel, and its keys differ from the file's"}
     if isinstance(model, PreTrainedModel):
-        loaded, info = _accounting(type(model)).from_pretrained(
+        loaded, info = _accounting(class_of(model)).from_pretrained(
             folder, config=model.config, dtype=torch.float32, output_loading_info=True
         )
         info["missing_keys"] = (info["missing_keys"] | loaded.passed_over) - left_out(model)

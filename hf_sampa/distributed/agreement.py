@@ -14,15 +14,16 @@ REPEATED, SAME = 1e-6, 1e-3
 
 
 def check_ranks_agree(
-    exchange: Exchange, weights: list[int], settings: list[int], own_settings: dict[str, Any]
+    exchange: Exchange, weights: list[int], settings: list[int], own_settings: dict[str, Any], shards: int = 1
 ) -> None:
     """Raise RuntimeError, on all ranks, where weights or settings differ between them.
 
     Args:
         exchange: connects the processes.
-        weights: fingerprint of each rank's weights.
+        weights: fingerprint of each rank's weights, or of its shard of them.
         settings: fingerprint of each rank's settings.
         own_settings: of this rank, by name.
+        shards: into how many the weights are cut; ranks whose numbers differ by a multiple of it hold the same one.
     """
     if len(set(settings)) > 1:
         differing = differences(exchange.share_objects(own_settings))
@@ -30,11 +31,11 @@ def check_ranks_agree(
             f"Expected all processes to compute this step with the same settings, but they differ: {'; '.join(differing)}. A "
             "callback that changes a setting has to do so on every process, by the same amount."
         )
-    if len(set(weights)) > 1:
-        others = [rank for rank, found in enumerate(weights) if found != weights[0]]
+    others = [rank for rank, found in enumerate(weights) if found != weights[rank % shards]]
+    if others:
         raise RuntimeError(
             f"Expected all processes to hold the same weights, but rank(s) {', '.join(map(str, others))} hold others than rank "
-            "0. Something changed them on some processes only, or differently: a callback, a forward pass that writes to trained "
+            f"{'0' if shards == 1 else others[0] % shards}. Something changed them on some processes only, or differently: a callback, a forward pass that writes to trained "
             "weights (as one that initialises them from the first batch; do that before training), gradients that training_step "
             "begins to change after some steps (set overlap_exchange=False), an optimizer that draws "
             "random numbers or keeps state where SAMPa does not see it, or hardware. The weights of this step are not to be trusted; "

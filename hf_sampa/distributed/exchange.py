@@ -34,6 +34,7 @@ BUCKET_BYTES = 4 * 2**20
 MOST_UNSENT = 4
 
 _open: list[Exchange] = []  # those that hold process groups
+_lent: dict[Mesh, dist.ProcessGroup] = {}  # of a process's role, by its mesh; a model that FSDP2 has sharded keeps it
 
 
 def close_groups() -> None:
@@ -46,6 +47,7 @@ def close_groups() -> None:
         return  # closing would wait for these, with a process that may be gone
     for exchange in list(_open):
         exchange.close()
+    _lent.clear()
     if dist.is_available() and dist.is_initialized():
         let_threads_go()
         dist.destroy_process_group()
@@ -62,21 +64,22 @@ def _close_forgotten_groups() -> None:
         close_groups()
 
 
-def partition(params: Sequence[Tensor], bucket_bytes: int, cut_at: int | None = None) -> list[list[int]]:
-    """Indices of `params` from last to first, cut where `bucket_bytes` are full or dtype or device change, and below `cut_at`."""
+def partition(
+    params: Sequence[Tensor], bucket_bytes: int, kinds: Sequence[Any] | None = None, sizes: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Indices of `params` from last to first, cut where `bucket_bytes` are full, or dtype, device or kind change.
+
+    sizes: in bytes, where those of `params` are not what counts.
+    """
     groups: list[list[int]] = []
-    filled = 0
+    filled, before = 0, None
     for i in reversed(range(len(params))):
-        fits = groups and i + 1 != cut_at and filled + params[i].nbytes <= bucket_bytes
-        alike = groups and (params[groups[-1][0]].dtype, params[groups[-1][0]].device) == (
-            params[i].dtype,
-            params[i].device,
-        )
-        if not (fits and alike):
+        kind, size = (params[i].dtype, params[i].device, kinds and kinds[i]), sizes[i] if sizes else params[i].nbytes
+        if not groups or kind != before or filled + size > bucket_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(i)
-        filled += params[i].nbytes
+        filled, before = filled + size, kind
     return groups
 
 
@@ -117,6 +120,22 @@ def _lost(error: Exception) -> PeerLost:
     )
 
 
+def _group_of_role(mesh: Mesh, timeout: timedelta) -> dist.ProcessGroup:
+    """A new one of this process's role. Every process has to take part in the creation of every group."""
+    return {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}[mesh.roles[0]]
+
+
+def role_world(mesh: Mesh, timeout: timedelta) -> RoleWorld:
+    """What this process's role is to see of the world. A collective, the first time.
+
+    Its group is none that anything else travels through, so that what a loss gathers and what is exchanged meanwhile do not meet.
+    """
+    if mesh.paired and _lent.get(mesh) not in distributed_c10d._world.pg_map:
+        with peers_expected():
+            _lent[mesh] = _group_of_role(mesh, timeout)
+    return RoleWorld(mesh, _lent.get(mesh))
+
+
 class Exchange:
     """Moves tensors between the processes of a mesh; does nothing in a world of one.
 
@@ -131,7 +150,7 @@ class Exchange:
     def __init__(self, mesh: Mesh, timeout: timedelta = timedelta(minutes=30)):
         self.mesh = mesh
         self.bytes_sent = 0
-        self._world_group = self._role_group = lent = None
+        self._world_group = self._role_group = None
         self._means: list[tuple[dist.Work, Tensor, Callable[[], None]]] = []
         self._transfers: deque[tuple[list[dist.Work], Callable[[], None] | None]] = deque()
         with peers_expected():
@@ -140,14 +159,9 @@ class Exchange:
                 distributed_c10d._set_pg_timeout(timeout)
                 self._world_group = self._role_group = dist.new_group(timeout=timeout)
             if mesh.paired and mesh.num_replicas > 1:
-                # Every process has to take part in the creation of every group.
-                self._role_group, lent = (
-                    {role: dist.new_group(mesh.ranks_of(role), timeout=timeout) for role in Role}[mesh.roles[0]]
-                    for _ in range(2)
-                )
-        # A group of its own, so that what a loss gathers and what is exchanged meanwhile do not meet.
-        self.role_world = RoleWorld(mesh, lent)
-        self._groups = list({id(each): each for each in (self._world_group, self._role_group, lent) if each}.values())
+                self._role_group = _group_of_role(mesh, timeout)
+        self.role_world = role_world(mesh, timeout)
+        self._groups = list({id(each): each for each in (self._world_group, self._role_group) if each}.values())
         if self._groups:
             _open.append(self)
 
@@ -164,7 +178,7 @@ class Exchange:
             group = self._groups.pop()
             if group in distributed_c10d._world.pg_map:  # nobody else has closed it
                 dist.destroy_process_group(group)
-        self._world_group = self._role_group = self.role_world.group = None
+        self._world_group = self._role_group = None
         _open.remove(self)
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
@@ -179,6 +193,20 @@ class Exchange:
                 dist.broadcast(numbers, src=source, group=self._world_group)
             for tensor, part in zip(several, flat.split([tensor.numel() for tensor in several]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
+
+    def broadcast_shards(self, tensors: Sequence[Tensor], count: int) -> None:
+        """Give all ranks the tensors of the first rank that holds the same one of `count` shards, in place."""
+        rank, size = self.mesh.rank, self.mesh.world_size
+        first = rank % count
+        others = range(first + count, size, count) if rank == first else [first]
+        for tensor in tensors:
+            near = self._near(tensor)
+            with self._peers_alive():
+                for other in others:
+                    move = dist.send if rank == first else dist.recv
+                    move(near, other, group=self._world_group)
+            if near is not tensor:
+                tensor.copy_(near)
 
     def sum_within_role(self, value: float) -> float | Tensor:
         """Sum of one number over the replicas of this process's role; of several a tensor ``()``, not waited for."""
@@ -195,6 +223,7 @@ class Exchange:
         theirs: Tensor | None = None,
         *,
         send: bool = True,
+        mean: bool = False,
         ready: Callable[[], None] = lambda: None,
         sent: Callable[[], None] | None = None,
     ) -> None:
@@ -204,6 +233,7 @@ class Exchange:
             mine: ``(n,)``, this role's gradient of the bucket; holds the role's mean afterwards.
             theirs: ``(n,)``, receives the other role's mean; None where it is not wanted. Left alone without pairs.
             send: whether the other role wants `mine`.
+            mean: whether it holds the role's mean already.
             ready: called once `mine` holds the mean, before it travels.
             sent: see `transfer`.
         """
@@ -212,7 +242,7 @@ class Exchange:
             ready()
             self.transfer(mine if send else None, theirs, sent=sent)
 
-        if self.mesh.num_replicas == 1:
+        if mean or self.mesh.num_replicas == 1:
             go_on()
             return
         with self._peers_alive():
@@ -232,15 +262,30 @@ class Exchange:
         if not self.mesh.paired:
             return
         peer, group = self.mesh.peer, self._world_group
-        ops = [] if mine is None else [dist.P2POp(dist.isend, mine, peer, group)]
-        ops += [] if theirs is None else [dist.P2POp(dist.irecv, theirs, peer, group)]
+        mine, theirs = (None if each is None or not each.numel() else each for each in (mine, theirs))
+        given, place = self._near(mine), self._near(theirs, empty=True)
+        ops = [] if mine is None else [dist.P2POp(dist.isend, given, peer, group)]
+        ops += [] if theirs is None else [dist.P2POp(dist.irecv, place, peer, group)]
         if not ops:
             return
+
+        def through() -> None:
+            if place is not theirs:
+                theirs.copy_(place)
+            if sent:
+                sent()
+
         with self._peers_alive():
-            self._transfers.append((dist.batch_isend_irecv(ops), sent))
+            self._transfers.append((dist.batch_isend_irecv(ops), through))
         if sent and len(self._transfers) > MOST_UNSENT:
             self._wait(*self._transfers.popleft())
         self.bytes_sent += 0 if mine is None else mine.nbytes
+
+    def _near(self, tensor: Tensor | None, empty: bool = False) -> Tensor | None:
+        """`tensor`, or where gloo is to move it from one process to another, which reads the memory of the host only, a copy there."""
+        if tensor is None or tensor.device.type == "cpu" or dist.get_backend(self._world_group) != "gloo":
+            return tensor
+        return torch.empty_like(tensor, device="cpu") if empty else tensor.cpu()
 
     def finish(self) -> None:
         """Wait until everything that was started has its mean and has been transferred."""
@@ -268,6 +313,13 @@ class Exchange:
         with self._peers_alive():
             dist.all_gather(rows, row, group=self._world_group)
         return torch.stack(rows)
+
+    def gather_among(self, group: dist.ProcessGroup, own: Tensor) -> Tensor:
+        """What each process of `group` gave, ``(processes, ...)``, of one shape on all; for the few numbers of a step."""
+        found = [torch.empty_like(own) for _ in range(group.size())]
+        with self._peers_alive():
+            dist.all_gather(found, own.contiguous(), group=group)
+        return torch.stack(found)
 
     def meet(self) -> None:
         """Wait until all ranks are here."""

@@ -55,7 +55,7 @@ class _View:
     def seen_by(self, group: dist.ProcessGroup | None, size: int, rank: int, place_on_node: int) -> _View:
         """The same for `size` of its processes, of which this is number `rank`."""
         told = {"num_processes": size, "process_index": rank, "local_process_index": place_on_node}
-        if size == 1:
+        if group is None:
             told["distributed_type"] = DistributedType.NO
         shared = [{name: told.get(name, value) for name, value in state.items()} for state in self.shared]
         numbers = {**dict.fromkeys(SIZE_VARIABLES, size), **dict.fromkeys(RANK_VARIABLES, rank)}
@@ -68,6 +68,12 @@ class _View:
         os.environ.update(self.variables)
 
 
+def _tell_accelerator() -> None:
+    """An accelerator that came to be in a role's world took that for the whole."""
+    known = AcceleratorState._shared_state
+    known.update({name: PartialState._shared_state[name] for name in SHARED[1:] if name in known})
+
+
 def _shared_states() -> tuple[dict[str, Any], dict[str, Any]]:
     return PartialState._shared_state, AcceleratorState._shared_state
 
@@ -77,7 +83,7 @@ class RoleWorld:
 
     Args:
         mesh: who takes part.
-        group: of the replicas of this process's role; None where there is one.
+        group: of the replicas of this process's role.
     """
 
     def __init__(self, mesh: Mesh, group: dist.ProcessGroup | None = None):
@@ -91,11 +97,22 @@ class RoleWorld:
         if not self.mesh.paired or _lent:
             yield
             return
-        with _lend(self._of_role(_View.current()), alone=self.group is None):
+        alone = self.mesh.num_replicas == 1
+        with _lend(self._of_role(_View.current(), None if alone else self.group), alone):
             yield
 
-    def _of_role(self, whole: _View) -> _View:
-        return whole.seen_by(self.group, self.mesh.num_replicas, self.mesh.replica, self._place_on_node())
+    @contextmanager
+    def lent_to_shard(self) -> Iterator[None]:
+        """As `lent`, with a group even where the process is alone in its role: what shards a model makes a mesh of it."""
+        if not self.mesh.paired or _lent:
+            yield
+            return
+        with _lend(self._of_role(_View.current(), self.group), alone=False):
+            yield
+        _tell_accelerator()
+
+    def _of_role(self, whole: _View, group: dist.ProcessGroup | None) -> _View:
+        return whole.seen_by(group, self.mesh.num_replicas, self.mesh.replica, self._place_on_node())
 
     def _place_on_node(self) -> int:
         """Among the replicas of this role that run on this machine."""

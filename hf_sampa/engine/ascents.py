@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Role
-from ..functional import global_norm, ratio
+from ..functional import ratio
 from ..variants import Recipe
 from .buckets import Buckets
 from .gradients import Backward, Sums
@@ -106,7 +106,7 @@ class ShardAscents(Ascents):
         """Mean of the g~_j = grad f(x_t + eps_j; S_j)."""
 
         def run(shard: Batch, h: Buckets) -> Found:
-            return self._perturbed(h, global_norm(h.views), shard, backward, batch)
+            return self._perturbed(h, self.engine.now(batch).norm(h.views), shard, backward, batch)
 
         shards = zip(self.shards(batch), self._h, strict=True)
         runs = [(partial(run, shard, h), weight, self._part) for (shard, weight), h in shards]
@@ -161,10 +161,12 @@ class ShardAscents(Ascents):
             torch._foreach_add_(into.flats, torch._foreach_mul(part.flats, weight))
         for bucket, flat in enumerate(into.flats):
             ready = engine.norm_of(bucket, into, sums)
+            if theirs is not None:
+                engine.weights.leave(bucket, theirs)
             if travels:
                 engine.placement.travel(bucket, into, theirs if engine.receives else None, ready)
             else:
-                engine.exchange.start(flat, send=False, ready=ready)
+                engine.exchange.start(flat, send=False, mean=engine.weights.sharded, ready=ready)
         engine.exchange.finish()
         weights, (norm, of_model) = [weight for _, weight, _ in runs], engine.norms(sums)
         loss = _weighted([each.loss for each in found], weights)
@@ -186,15 +188,16 @@ class ShardAscents(Ascents):
         exchange.finish()
 
     def state_dict(self) -> dict[str, Tensor]:
-        named = [zip(self.engine.names, h.views, strict=True) for h in self._h]
+        named = [zip(self.engine.names, self.engine.weights.whole(h.views), strict=True) for h in self._h]
         return {f"{name}@{j}": view for j, each in enumerate(named) for name, view in each}
 
     def load_state_dict(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         own = {name: grad for name, grad in grads.items() if "@" not in name}
         self._h = [self.engine.buckets() for _ in range(len(grads) // len(self.engine.params) - 1)]
         for j, h in enumerate(self._h):
-            for name, view in zip(self.engine.names, h.views, strict=True):
-                view.copy_(grads[f"{name}@{j}"])
+            of_shard = self.engine.weights.parts([grads[f"{name}@{j}"] for name in self.engine.names])
+            for view, each in zip(h.views, of_shard, strict=True):
+                view.copy_(each)
         return own
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..distributed import BUCKET_BYTES, partition
+from ..distributed import BUCKET_BYTES, here, is_spread, partition, spread_as
 from ..state import fingerprint_of_bits
 
 
@@ -26,7 +27,9 @@ class Buckets:
         params: what the storage is for.
         bucket_bytes: where to cut; a larger parameter has a bucket to itself. By default `BUCKET_BYTES`, or less for few
             weights.
-        cut_at: index of a parameter that is in no bucket with those before it.
+        kinds: a value for each parameter; a bucket holds parameters of one kind.
+        sizes: in bytes, by which buckets are cut; of `params` by default. Of shards, which differ a little, those of the largest,
+            so that buckets hold the same parameters on all processes.
 
     Attributes:
         flats: 1-d tensors of real numbers, each holding whole parameters of one dtype and device, in the order in which
@@ -34,13 +37,22 @@ class Buckets:
         views: per parameter, the part of `flats` that is its own, in its shape and memory layout.
         bucket_of: per parameter, the index into `flats`.
         members: per bucket, the indices of the parameters it holds, in the order of their places.
+        sizes: per bucket, the sum of `sizes`.
     """
 
-    def __init__(self, params: Sequence[Tensor], bucket_bytes: int | None = None, cut_at: int | None = None):
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        bucket_bytes: int | None = None,
+        kinds: Sequence[Any] | None = None,
+        sizes: Sequence[int] | None = None,
+    ):
+        sizes = [param.nbytes for param in params] if sizes is None else sizes
         if bucket_bytes is None:
-            bucket_bytes = min(BUCKET_BYTES, sum(param.nbytes for param in params) // FEWEST_BUCKETS)
+            bucket_bytes = min(BUCKET_BYTES, sum(sizes) // FEWEST_BUCKETS)
         self.bucket_of: list[int] = [0] * len(params)
-        self.members: list[list[int]] = partition(params, bucket_bytes, cut_at)
+        self.members: list[list[int]] = partition(params, bucket_bytes, kinds, sizes)
+        self.sizes = [sum(sizes[i] for i in members) for members in self.members]
         self.flats: list[Tensor] = []
         # Not contiguous where the parameter is not, so that a kernel does not see another layout in displaced weights.
         self._layouts = [(param.shape, torch.empty_like(param, device="meta").stride()) for param in params]
@@ -159,6 +171,7 @@ class GradientRecorder:
 
     def __init__(self, params: Sequence[nn.Parameter], overlap: bool = True):
         self.params, self.overlap = params, overlap
+        self._spread = any(map(is_spread, params))
         self.used = [False] * len(params)
         # Whether a gradient has come in more than one piece, or was changed after it had come: seen while
         self.pieces = self.listening = False
@@ -229,13 +242,12 @@ class GradientRecorder:
             self._take_arrived(into)
         if into.bucket_of[i] < self._sent:
             raise _late_piece(param)
-        grad = param.grad
-        if grad is not into.views[i]:
-            # From here on autograd adds further micro-batches in place.
-            into.take(i, grad)
-            param.grad = into.views[i]
+        if param.grad is not into.views[i] and not _is_in(param.grad, into.views[i]):
+            # From here on autograd, or FSDP2, adds further micro-batches in place.
+            into.take(i, here(param.grad))
+            param.grad = spread_as(param, into.views[i])
         if self.listening:
-            self._heard[i] = fingerprint_of_bits([param.grad])
+            self._heard[i] = fingerprint_of_bits([into.views[i]])
         self._count(i)
         if self.overlap:
             self._report()
@@ -254,10 +266,10 @@ class GradientRecorder:
                 into.ensure(bucket)
                 ensured = bucket
             view = into.views[i]
-            if grad is not view:
-                grads.append(grad)
+            if grad is not view and not (self._spread and _is_in(grad, view)):
+                grads.append(here(grad) if self._spread else grad)
                 views.append(view)
-                param.grad = view
+                param.grad = spread_as(param, view) if self._spread else view
             self._count(i)
         self._arrived.clear()
         if grads:
@@ -285,7 +297,7 @@ class GradientRecorder:
             if grad is None:
                 if self.used[i] and self._into.views[i].numel():  # not sent and let go
                     self._drop(i)
-            elif grad is not self._into.views[i]:
+            elif grad is not self._into.views[i] and not _is_in(grad, self._into.views[i]):
                 self._record(i, param)
         if self.listening:
             now = {i: fingerprint_of_bits([self._into.views[i]]) for i in self._heard}
@@ -316,6 +328,11 @@ class GradientRecorder:
                 into.views[i].zero_()
         self._waiting = [0] * len(self._waiting)
         self._report()
+
+
+def _is_in(grad: Tensor, view: Tensor) -> bool:
+    """Whether what is here of a gradient that FSDP2 has sharded is in its place already."""
+    return is_spread(grad) and here(grad).data_ptr() == view.data_ptr()
 
 
 def _late_piece(param: Tensor) -> RuntimeError:

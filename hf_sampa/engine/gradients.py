@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..distributed import Exchange, Role, check_ranks_agree
-from ..functional import displacement_dot_, norms, ratio
+from ..functional import norms, ratio
 from ..state import ForwardState, fingerprint, fingerprint_of_bits
 from .buckets import Buckets, GradientRecorder, is_dense
 from .passes import Batch, Found, Pass
 from .placement import Placement
 from .trained import Trained
+from .weights import weights_of
 
 
 logger = logging.getLogger(__name__)
@@ -90,13 +91,17 @@ class Gradients:
         partial_backward: bool = True,
     ):
         self.names, self.params, self.of_model = trained.names, trained.params, trained.of_model
+        modules = {"": model, **(others or {})}
+        self.weights = weights_of(self.params, self.names, list(modules.values()), exchange)
         for param in self.params:
             # Displaced weights have no gaps, and where they have them a kernel may add up in another order. A model that is moved to
             # another device loses its gaps, too.
-            if not is_dense(param):
+            if not self.weights.sharded and not is_dense(param):
                 param.data = torch.empty_like(param).copy_(param.detach())
-        self.forward_state = ForwardState({"": model, **(others or {})}, self.params, exchange)
-        self.exchange, self.unscale, self.partial_backward = exchange, unscale, partial_backward
+        self.forward_state = ForwardState(modules, self.params, exchange)
+        # FSDP2 asked every parameter whether it wants a gradient when it took it.
+        self.partial_backward = partial_backward and not self.weights.sharded
+        self.exchange, self.unscale = exchange, unscale
         self.perturbed_grads = self.buckets()  # g~_t, then G_t
         self.ascent_grads = self.buckets()  # g_t, then displaced weights, then the other role's gradient
         self._recorder = GradientRecorder(self.params, overlap)
@@ -107,11 +112,12 @@ class Gradients:
 
     def buckets(self) -> Buckets:
         """Room for one number per trained weight; the model's and others in buckets of their own, with norms of their own."""
-        return Buckets(self.params, cut_at=self.of_model)
+        kinds = [i < self.of_model for i in range(len(self.params))]
+        return Buckets(self.weights.here(), kinds=kinds, sizes=self.weights.sizes())
 
     def connect(self, exchange: Exchange) -> None:
         """Reach the other processes by `exchange` from here on."""
-        self.exchange = self.forward_state.exchange = self.placement.exchange = exchange
+        self.weights.exchange = self.exchange = self.forward_state.exchange = self.placement.exchange = exchange
 
     def close(self) -> None:
         """Take the hooks off model and optimizer."""
@@ -125,12 +131,13 @@ class Gradients:
         Running statistics, and whatever else forward changes, come from one pass per batch, that of the LOOKAHEAD role:
         with `keep_statistics`, what the block leaves behind in them is undone.
         """
+        self.weights.settle()
         with self.forward_state.kept() if keep_statistics else nullcontext():
-            x = self.placement.move(weights)
+            x = self.weights.move(weights)
             try:
                 yield x
             finally:
-                self.placement.move_back(x)
+                self.weights.move_back(weights, x)
 
     def gradient_at(
         self,
@@ -182,7 +189,8 @@ class Gradients:
         losses = []
         with record_function("SAMPa.gradient"), self._frozen(only), self.forward_state.noted():
             for i, micro_batch in enumerate(micro_batches):
-                with self._recorder.record(into, on_full if i + 1 == len(micro_batches) else None):
+                last = i + 1 == len(micro_batches)
+                with self._recorder.record(into, on_full if last else None), self.weights.adding_up(not last):
                     losses.append(backward(micro_batch, role))
         for start in sums.held_back:
             start()
@@ -190,7 +198,8 @@ class Gradients:
         if listening and any(self._recorder.used):
             self._heard()
         loss, (norm, of_model) = torch.stack(losses).sum().double(), self.norms(sums)
-        dot = ratio(self.placement.total(sums.dots or [torch.zeros_like(loss)]), self._displacement)
+        dots = torch.stack(sums.dots).double().sum() if sums.dots else torch.zeros_like(loss)
+        dot = ratio(self.weights.of_sums(dots[None])[0], self._displacement)
         used = self._recorder.used
         wanted = used if only is None else [a and b for a, b in zip(used, only, strict=True)]
         return Found(batch.fingerprint, loss, norm, dot, wanted, of_model)
@@ -229,19 +238,21 @@ class Gradients:
                 into.views[i].zero_()
         if self.unscale:
             grad.mul_(self.unscale())
-        if weights is not None:
-            # Backward has read these weights for the last time. Should it read them after all, autograd will say so.
-            torch.autograd.graph.increment_version(into.among(self.params, bucket))
-            if role is Role.PERTURBED:
-                moved, own = into.among(weights.views, bucket), into.among(x, bucket)
-                sums.dots.append(displacement_dot_(moved, own, grad, weights.flats[bucket]))
+        if weights is not None and role is Role.PERTURBED:
+            sums.dots.append(self.weights.displacement_dot(bucket, weights, x, grad))
+
+        def start() -> None:
+            if weights is not None:
+                # Backward has read these weights for the last time.
+                self.weights.leave(bucket, weights)
+            if local:
+                ready()
+            else:
+                self.placement.travel(bucket, into, weights if self.receives else None, ready)
 
         ready = self.norm_of(bucket, into, sums)
-        start = (
-            ready if local else partial(self.placement.travel, bucket, into, weights if self.receives else None, ready)
-        )
         if weights is not None and self._trial:
-            weights.flats[bucket].fill_(float("nan"))
+            self.weights.spoil(bucket, weights)
             sums.held_back.append(start)
         else:
             start()
@@ -266,8 +277,10 @@ class Gradients:
 
     def norms(self, sums: Sums) -> tuple[Tensor, Tensor]:
         """Euclidean norms ``()`` over all weights and over the model's."""
-        norm = self.placement.norm(sums.norms + sums.other_norms)
-        return norm, self.placement.norm(sums.norms) if sums.other_norms else norm
+        several = [sums.norms + sums.other_norms] + ([sums.norms] if sums.other_norms else [])
+        here = torch.stack([norms([torch.stack(found)])[0] for found in several])
+        of_all = self.weights.of_norms(here)
+        return of_all[0], of_all[-1]
 
     def _share(self, passes: dict[Role, Found]) -> dict[Role, Pass]:
         """Tell all ranks what this one found in each role it plays; one small all-gather and one host-device sync.
@@ -300,10 +313,10 @@ class Gradients:
         with record_function("SAMPa.check"):
             own = [self.digest_of_rest(), self.forward_state.signature(), fingerprint(self.settings())]
             digests = torch.tensor(own).to(row.device, non_blocking=True)
-            row = torch.cat([row, digests, fingerprint_of_bits(self.params).view(1)])
+            row = torch.cat([row, digests, fingerprint_of_bits(self.weights.here()).view(1)])
         rows = self.exchange.gather(row).cpu()
         rest, signatures, settings, weights = rows[:, -4:].T.tolist()
-        check_ranks_agree(self.exchange, weights, settings, self.settings())
+        check_ranks_agree(self.exchange, weights, settings, self.settings(), self.weights.count)
         pairs = self.exchange.mesh.num_replicas
         self.rest_differs = self.exchange.mesh.paired and rest[:pairs] != rest[pairs:]
         return rows[:, :-4], signatures

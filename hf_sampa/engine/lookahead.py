@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.sgd import sgd
 
 from ..compat import adam_step
+from ..distributed import here, is_spread, spread_as
 from .buckets import in_memory_order, is_dense
 from .undone_step import Grads, Places, step_and_undo, try_out
 
@@ -46,7 +47,8 @@ def look_ahead(
 
     Args:
         base_optimizer: U, with its state m_t.
-        params: x_t, all of the optimizer's parameters or some; what it does not hold stays where it is.
+        params: x_t, all of the optimizer's parameters or some; what it does not hold stays where it is. Of those that FSDP2 has
+            sharded the rest are the shards that are here.
         ascent_grads: g_t, same shapes; None for a parameter without a gradient.
         out: receives y_{t+1}, same shapes; may be `ascent_grads`.
         scale: what clipping multiplies g_t by, in (0, 1].
@@ -66,14 +68,16 @@ def look_ahead(
         if grad is not None and id(param) in held:
             moves[id(param)] = _Move(param, grad, place, _kept_of(base_optimizer, param), apart[i] if apart else 0)
         else:
-            place.copy_(param)
+            place.copy_(here(param))
+    if any(map(is_spread, params)):
+        moves = {key: _here(move) for key, move in moves.items()}
     if not moves:
         return False
     in_pieces = _is_known(base_optimizer) and all(map(_is_plain, base_optimizer.param_groups))
     if in_pieces and all(map(_is_flat, moves.values())):
         _step_in_pieces(base_optimizer, moves, scale)
         return False
-    grads: Grads = {move.param: move.grad for move in moves.values()}
+    grads: Grads = {param: spread_as(param, moves[id(param)].grad) for param in params if id(param) in moves}
     places: Places = {param: place for param, place in zip(params, out, strict=True) if id(param) in held}
     if not on_trial:
         step_and_undo(base_optimizer, grads, places, scale)
@@ -107,6 +111,10 @@ class _Move(NamedTuple):
 
 def _kept_of(optimizer: Optimizer, param: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in optimizer.state.get(param, {}).items() if value is not None}
+
+
+def _here(move: _Move) -> _Move:
+    return move._replace(param=here(move.param), kept={name: here(value) for name, value in move.kept.items()})
 
 
 def _is_flat(move: _Move) -> bool:

@@ -26,7 +26,12 @@ class SampleView:
             evaluation mode.
         weigh: sets the shares of an update batch's micro-batches.
         loss_at: the loss ``()`` of one sample of the dataset, given its place and the `Moment`, in evaluation mode.
+
+    Attributes:
+        in_step: whether all processes run as many micro-batches, as a sharded model needs, those without a sample, too.
     """
+
+    in_step = False
 
     def __init__(
         self,
@@ -65,7 +70,9 @@ class SampleView:
         before = int(self._of_all(torch.tensor([sum(sizes)]))[: self.exchange.mesh.replica].sum())
         own = chosen[before : before + sum(sizes)].split(sizes)
         parts = [each.narrowed(which) for each, which in zip(batch, own, strict=True)]
-        batch = replace(batch, micro_batches=[each for each in parts if each.size] or parts[:1])
+        if not self.in_step:
+            parts = [each for each in parts if each.size] or parts[:1]
+        batch = replace(batch, micro_batches=parts)
         self.weigh(batch)
         return batch
 

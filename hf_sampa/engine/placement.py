@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed import Role
+from ..distributed import Role, here, whole
 from ..functional import norms
 from .buckets import Buckets, in_memory_order
 
@@ -42,7 +43,7 @@ class Placement:
     shared = False  # whether one base optimizer is spread over several processes
 
     def __init__(self, engine: SharpnessAware):
-        self.params, self.of_model = engine.params, engine.of_model
+        self.params, self.weights, self.of_model = engine.params, engine.weights, engine.of_model
         self.exchange, self.optimizer = engine.exchange, engine.base_optimizer
         self.ascent_grads, self.perturbed_grads = engine.ascent_grads, engine.perturbed_grads
         self.members = self.ascent_grads.members
@@ -59,18 +60,6 @@ class Placement:
         """Let go of what it hung onto the optimizer."""
 
     # ---- Displaced weights ----
-
-    def move(self, weights: Buckets) -> list[Tensor]:
-        """Put displaced weights into the model; returns x_t, of which no copy is made."""
-        x = [param.data for param in self.params]
-        for param, moved in zip(self.params, weights.views, strict=True):
-            param.data = moved
-        return x
-
-    def move_back(self, x: list[Tensor]) -> None:
-        """Put x_t, as `move` gave it, into the model again."""
-        for param, own in zip(self.params, x, strict=True):
-            param.data = own
 
     def spread(self, write_lookahead: Callable[[Buckets], None], ascent_is_read: bool) -> None:
         """Before the two passes of a pair: what a process needs whole, and holds in part, comes to it.
@@ -95,7 +84,8 @@ class Placement:
             theirs: where the other role's goes; None where none is on its way.
             ready: called once `mine` is the mean, before it is sent.
         """
-        self.exchange.start(mine.flats[bucket], None if theirs is None else theirs.flats[bucket], ready=ready)
+        place = None if theirs is None else theirs.flats[bucket]
+        self.exchange.start(mine.flats[bucket], place, mean=self.weights.sharded, ready=ready)
 
     def receive(self, into: Buckets) -> None:
         """The other role's gradient, where this process runs no pass."""
@@ -111,17 +101,9 @@ class Placement:
 
     # ---- Norms ----
 
-    def norm(self, of_buckets: Sequence[Tensor]) -> Tensor:
-        """Euclidean norm ``()`` of a gradient, given the norms ``()`` of its buckets."""
-        return norms([torch.stack(list(of_buckets))])[0]
-
-    def total(self, parts: Sequence[Tensor]) -> Tensor:
-        """Sum ``()`` over a gradient, given the parts ``()`` of its buckets."""
-        return torch.stack(list(parts)).double().sum()
-
     def of_all(self, numbers: Sequence[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
         """Numbers of all parameters, ``(parameters, *shape)`` in double precision, given those of the parameters that this process updates."""
-        return torch.stack(list(numbers)).double()
+        return self.weights.of_sums(torch.stack(list(numbers)).double())
 
     def in_any_process(self, own: Tensor) -> Tensor:
         """Numbers ``(n,)`` of at least 0, given those that this process has, and 0 for the others."""
@@ -140,8 +122,8 @@ class Placement:
         def of_parts(found: Callable[[list[Tensor]], Tensor]) -> Tensor:
             own = torch.zeros(self.of_model, dtype=torch.float64, device=self.params[0].device)
             if mine:
-                own[mine] = found([self.params[i].grad for i in mine])
-            return self.in_any_process(own)[of_model]
+                own[mine] = found([here(self.params[i].grad) for i in mine])
+            return self.weights.of_norms(self.in_any_process(own))[of_model]
 
         parts = of_parts(lambda grads: torch.stack(torch._foreach_norm(grads)).double())
         # In the parameters' precisions, by which torch groups them.
@@ -153,6 +135,8 @@ class Placement:
         """Clip the own part of G_t by the norm of the whole, which is returned; see `grad_norm`."""
         norm = self.grad_norm(reached, wide)
         own = [self.params[i] for i in self.updated if i < self.of_model]
+        if self.weights.sharded:
+            own = [SimpleNamespace(grad=here(param.grad)) for param in own if param.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(own, max_norm, norm)
         return norm
 
@@ -163,8 +147,29 @@ class Placement:
 
     @contextmanager
     def whole_optimizer(self) -> Iterator[None]:
-        """Within the block rank 0's base optimizer holds the state of all parameters. A collective."""
-        yield
+        """Within the block rank 0's base optimizer holds the whole state of all parameters. A collective."""
+        state = self.optimizer.state
+        own = {param: state[param] for param in self.params if param in state}
+        state.update(self._whole_state())
+        try:
+            yield
+        finally:
+            state.update(own)
+            self.drop_foreign_state()
+
+    def _whole_state(self) -> dict[Tensor, dict]:
+        """On rank 0, by parameter, state of which it has none, or a part."""
+        if not self.weights.sharded:
+            return {}
+        found = {param: self._whole_of(i) for i, param in enumerate(self.params)}
+        return {param: each for param, each in found.items() if each} if self.exchange.mesh.rank == 0 else {}
+
+    def _whole_of(self, i: int) -> dict | None:
+        """State of one parameter, on the CPU; of a sharded one a collective of those that hold parts."""
+        state = self.optimizer.state.get(self.params[i])
+        return state and {
+            key: whole(value).cpu() if isinstance(value, Tensor) else value for key, value in state.items()
+        }
 
     def drop_foreign_state(self) -> None:
         """Forget the optimizer state of what other processes update."""
@@ -188,10 +193,13 @@ class Shared(Placement):
     def __init__(self, engine: SharpnessAware):
         super().__init__(engine)
         mesh = self.exchange.mesh
+        if self.weights.sharded and not mesh.paired:
+            raise ValueError(
+                "shard_optimizer: expected method='sampa' beside FSDP, got 'sam', under which FSDP spreads the optimizer over all "
+                "processes already. Leave shard_optimizer out."
+            )
         self._mine = int(mesh.roles[0]) if mesh.paired else mesh.rank
-        self._owners = owners(
-            [flat.numel() for flat in self.ascent_grads.flats], 2 if mesh.paired else mesh.world_size
-        )
+        self._owners = owners(self.ascent_grads.sizes, 2 if mesh.paired else mesh.world_size)
         owned = [bucket for bucket, owner in enumerate(self._owners) if owner == self._mine]
         self._halves = mesh.paired and engine.recipe.by_entries
         self._place(owned, owned if self._halves else range(len(self.members)))
@@ -207,10 +215,10 @@ class Shared(Placement):
         for hook in self._hooks:
             hook.remove()
 
-    def _rank_of(self, owner: int) -> int:
-        """The first rank that updates what `owner` does."""
+    def _rank_of(self, owner: int, shard: int = 0) -> int:
+        """The first rank that updates what `owner` does, of those that hold a shard."""
         mesh = self.exchange.mesh
-        return mesh.ranks_of(Role(owner))[0] if mesh.paired else owner
+        return mesh.ranks_of(Role(owner))[shard] if mesh.paired else owner
 
     # ---- Displaced weights ----
 
@@ -246,9 +254,10 @@ class Shared(Placement):
             super().travel(bucket, mine, theirs, ready)
         elif bucket in self.owned:
             place = None if theirs is None else theirs.flats[bucket]
-            self.exchange.start(mine.flats[bucket], place, send=False, ready=ready)
+            self.exchange.start(mine.flats[bucket], place, send=False, mean=self.weights.sharded, ready=ready)
         else:
-            self.exchange.start(mine.flats[bucket], ready=ready, sent=partial(self._release, mine, bucket))
+            sent = partial(self._release, mine, bucket)
+            self.exchange.start(mine.flats[bucket], mean=self.weights.sharded, ready=ready, sent=sent)
 
     def _release(self, grads: Buckets, bucket: int) -> None:
         for i in self.members[bucket]:
@@ -261,11 +270,13 @@ class Shared(Placement):
         if numbers:  # of few parameters some processes update none
             own[self.updated] = torch.stack(list(numbers)).double()
         rows = self.exchange.gather(own.flatten()).view(-1, *own.shape)
-        ranks = torch.tensor([self._rank_of(self._owners[bucket]) for bucket in self.ascent_grads.bucket_of])
-        return rows[ranks, torch.arange(len(self.params))]
+        shard = self.exchange.mesh.rank % self.weights.count
+        ranks = torch.tensor([self._rank_of(self._owners[bucket], shard) for bucket in self.ascent_grads.bucket_of])
+        return self.weights.of_sums(rows[ranks, torch.arange(len(self.params))])
 
     def in_any_process(self, own: Tensor) -> Tensor:
-        return self.exchange.gather(own).amax(dim=0)
+        shards, rank = self.weights.count, self.exchange.mesh.rank
+        return self.exchange.gather(own)[rank % shards :: shards].amax(dim=0)
 
     def clip_grad_norm_(self, reached: set[int], max_norm: float, wide: bool) -> Tensor:
         norm = super().clip_grad_norm_(reached, max_norm, wide)
@@ -295,7 +306,7 @@ class Shared(Placement):
         """Exchange the parts of x_{t+1}, a bucket at a time."""
         if not self.exchange.mesh.paired:
             for bucket, owner in enumerate(self._owners):
-                self.exchange.broadcast(self.ascent_grads.among(self.params, bucket), source=owner)
+                self.exchange.broadcast(self.ascent_grads.among(self.weights.here(), bucket), source=owner)
             return
         # The other half of what is not needed any more: of the displaced weights, or of G_t.
         free = self.ascent_grads if self._halves else self.perturbed_grads
@@ -307,11 +318,13 @@ class Shared(Placement):
             )
             self.exchange.finish()
             if foreign is not None:
-                torch._foreach_copy_(free.among(self.params, foreign), free.among(free.views, foreign))
+                torch._foreach_copy_(free.among(self.weights.here(), foreign), free.among(free.views, foreign))
 
     def _packed(self, bucket: int) -> Tensor:
         """The weights of a bucket, ``(n,)``; those of a large parameter where they are, without a copy."""
-        params, views = (self.ascent_grads.among(each, bucket) for each in (self.params, self.ascent_grads.views))
+        params, views = (
+            self.ascent_grads.among(each, bucket) for each in (self.weights.here(), self.ascent_grads.views)
+        )
         if len(params) == 1 and params[0].stride() == views[0].stride():
             return in_memory_order(params[0].detach())
         packed = torch.empty_like(self.ascent_grads.flats[bucket])
@@ -324,20 +337,17 @@ class Shared(Placement):
         if self._halves:
             self._swap(grads, grads)
 
-    @contextmanager
-    def whole_optimizer(self) -> Iterator[None]:
-        state, mesh = self.optimizer.state, self.exchange.mesh
+    def _whole_state(self) -> dict[Tensor, dict]:
+        found, mesh = super()._whole_state(), self.exchange.mesh
         for bucket, members in enumerate(self.members):
             source = self._rank_of(self._owners[bucket])  # further pairs hold the same
-            asked = mesh.rank == source
-            found = self.exchange.collect([_on_cpu(state.get(self.params[i])) for i in members] if asked else None)
+            holds = bucket in self.owned if self.weights.sharded else mesh.rank == source
+            own = [self._whole_of(i) for i in members] if holds else None
+            of_all = self.exchange.collect(own if mesh.rank == source else None)
             if mesh.rank == 0 and source:
-                values = zip(members, found[source], strict=True)
-                state.update({self.params[i]: value for i, value in values if value})
-        try:
-            yield
-        finally:
-            self.drop_foreign_state()
+                values = zip(members, of_all[source], strict=True)
+                found |= {self.params[i]: value for i, value in values if value}
+        return found
 
     def drop_foreign_state(self) -> None:
         for bucket in self.foreign:
@@ -365,7 +375,3 @@ def check_separable(optimizer: Optimizer) -> None:
 
 
 SEPARABLE = ("Adafactor", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")
-
-
-def _on_cpu(state: dict | None) -> dict | None:
-    return state and {key: value.cpu() if isinstance(value, Tensor) else value for key, value in state.items()}

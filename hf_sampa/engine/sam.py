@@ -158,20 +158,22 @@ class SAM(SharpnessAware):
             return
         if self._teacher is None:
             self._teacher = self.buckets()
-            torch._foreach_copy_(self._teacher.views, self.params)
-        torch._foreach_lerp_(self._teacher.views, self.params, 1 - decay)
+            torch._foreach_copy_(self._teacher.views, self.weights.here())
+        torch._foreach_lerp_(self._teacher.views, self.weights.here(), 1 - decay)
         with self.displaced(self._teacher, keep_statistics=True):
             self.samples.look(batch, evaluating=True)
         for micro_batch in batch:
             micro_batch.teacher = micro_batch.logits
 
     def recipe_state(self) -> dict[str, Any]:
-        teacher = {"teacher": [each.clone() for each in self._teacher.views]} if self._teacher else {}
+        teacher = (
+            {"teacher": [each.clone() for each in self.weights.whole(self._teacher.views)]} if self._teacher else {}
+        )
         return {**super().recipe_state(), **teacher}
 
     def load_recipe_state(self, state: dict[str, Any]) -> None:
-        super().load_recipe_state(state)
+        super().load_recipe_state({part: own for part, own in state.items() if part != "teacher"})
         if "teacher" in state:
             self._teacher = self.buckets()
-            for view, own in zip(self._teacher.views, state["teacher"], strict=True):
+            for view, own in zip(self._teacher.views, self.weights.parts(state["teacher"]), strict=True):
                 view.copy_(own)

@@ -181,7 +181,7 @@ class SAMPa(SharpnessAware):
         with self.forward_state.kept():
             self.gradient(Role.LOOKAHEAD, batch, backward, at_x, local=True)
         for flat in at_x.flats:
-            self.exchange.start(flat, send=False)
+            self.exchange.start(flat, send=False, mean=self.weights.sharded)
         self.exchange.finish()
         for param in self.params:
             param.grad = None
@@ -246,7 +246,7 @@ class SAMPa(SharpnessAware):
         if self.ascent is None:
             return {}, {}
         self.placement.make_whole(self.ascent_grads)
-        grads = dict(zip(self.names, self.ascent_grads.views, strict=True))
+        grads = dict(zip(self.names, self.weights.whole(self.ascent_grads.views), strict=True))
         return {**grads, **self.ascents.state_dict()}, {
             name: getattr(self.ascent, name) for name in Pass.__dataclass_fields__
         }
@@ -267,7 +267,8 @@ class SAMPa(SharpnessAware):
                 f"the first being {name!r}: expected shape {expected.get(name)}, got {found.get(name)}. Resume with "
                 "the model, and the frozen layers, that the checkpoint was written with."
             )
-        for name, view in zip(self.names, self.ascent_grads.views, strict=True):
-            view.copy_(grads[name])
+        own = self.weights.parts([grads[name] for name in self.names])
+        for view, each in zip(self.ascent_grads.views, own, strict=True):
+            view.copy_(each)
         tuples = {name: tuple(value) for name, value in ascent.items() if isinstance(value, list | tuple)}
         self.ascent = Pass(**{**ascent, **tuples})

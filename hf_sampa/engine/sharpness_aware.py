@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..distributed import Exchange, Role, check_rest_alike
-from ..functional import global_norm, inner, norms, perturb, ratio, real
+from ..distributed import Exchange, Role, check_rest_alike, here, is_spread, shards_of
+from ..functional import inner, norms, perturb, ratio, real
 from ..variants import Moment, Norms, Recipe
 from .buckets import Buckets
 from .gradients import TRIAL_STEPS, Backward, Gradients
@@ -75,13 +75,26 @@ class SharpnessAware(Gradients):
         self.base_optimizer, self.rho = base_optimizer, rho
         self.recipe, self.max_steps, self.num_samples, self.seed = recipe or Recipe(), max_steps, num_samples, seed
         self.samples = samples
+        if samples:
+            samples.in_step = self.weights.sharded
         self.recipe.bind(model, self.names, self.params)
+        if self.weights.count > 1:
+            self.recipe.check_shards()
         self.roles = exchange.mesh.roles
         self.placement = placement(self)
         self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
         self.skipped_steps = self.skipped_in_a_row = 0
         self.wide = False  # whether G_t may be so large that single precision does not hold its norm
         self._kept: tuple[int, Sequence[bool] | None] = (-1, None)
+
+    def begin_alike(self) -> None:
+        """Give all processes the weights, trained or not, and buffers of rank 0; of sharded ones those of the first with the same shard. A collective."""
+        self.weights.settle()
+        tensors = [*self.params, *self.forward_state.tensors().values()]
+        self.exchange.broadcast([each for each in tensors if not is_spread(each)])
+        spread = [each for each in tensors if is_spread(each)]
+        if shards := shards_of(spread, self.exchange.mesh):
+            self.exchange.broadcast_shards([here(each) for each in spread], shards.count)
 
     def check_state(self) -> None:
         """Raise ValueError, on all ranks, where optimizer state is missing that another process has. A collective.
@@ -124,6 +137,7 @@ class SharpnessAware(Gradients):
         copied, it ends after the first pass and returns nothing. To be called while no g_t is carried, whose place it takes.
         Raises ValueError where a pass changes the weights that it is at.
         """
+        self.weights.settle()
         self.reported, self.rehearsing = None, True
         run = partial(self.gradient, Role.LOOKAHEAD, batch, backward, self.perturbed_grads, local=True)
         with self.forward_state.kept(rehearsed=True) as not_undone:
@@ -140,26 +154,19 @@ class SharpnessAware(Gradients):
 
     def _rehearse_elsewhere(self, run: Callable[[], Found]) -> None:
         """Far away, and where few models overflow: at half of x_t."""
-        torch._foreach_copy_(self.ascent_grads.views, [param.detach() for param in self.params])
+        torch._foreach_copy_(self.ascent_grads.views, [param.detach() for param in self.weights.here()])
         torch._foreach_mul_(self.ascent_grads.flats, 0.5)
         try:
             with self.displaced(self.ascent_grads) as x, self.forward_state.kept(rehearsed=True):
-                versions = [param._version for param in self.params]
+                versions = [param._version for param in self.weights.here()]
                 run()
-                now = [param.data for param in self.params]  # maybe in other memory
-                written = [param._version for param in self.params] != versions
+                now = self.weights.here()
+                changed = [name for name, *pair in zip(self.names, now, x, strict=True) if _is_not_half(*pair)]
+                written = [param._version for param in now] != versions
         except (RuntimeError, ValueError, ArithmeticError, AssertionError, LookupError, TypeError, StopIteration):
             with self.forward_state.kept(rehearsed=True):
                 run()  # these weights are none that the model can be at
             return
-        # What was changed and put back within the pass may be so to rounding.
-        largest = partial(torch.linalg.vector_norm, ord=float("inf"))
-        places = zip(self.names, now, x, strict=True)
-        changed = [
-            name
-            for name, half, own in places
-            if half.numel() and largest(half.sub(own, alpha=0.5)) > 1e-6 + 1e-4 * largest(half)
-        ]
         if changed:
             raise ValueError(
                 f"Expected a pass to leave trained weights alone, but forward, compute_loss or training_step changed {changed[0]!r}. "
@@ -179,7 +186,9 @@ class SharpnessAware(Gradients):
         group = self.base_optimizer.param_groups[0]
         peak = group.get("initial_lr", group["lr"])
         fraction = float(group["lr"] / peak) if peak else 0.0
-        return Moment(batch.update, batch.epoch, self.max_steps, self.num_samples, fraction, self.seed)
+        return Moment(
+            batch.update, batch.epoch, self.max_steps, self.num_samples, fraction, self.seed, self.weights.norms
+        )
 
     def _keeps(self, now: Moment) -> Sequence[bool] | None:
         """What the mask keeps in this step, whatever it observes meanwhile."""
@@ -208,19 +217,19 @@ class SharpnessAware(Gradients):
         recipe, keeps = self.recipe, self._keeps(now)
         for bucket in range(len(out.flats)):
             out.ensure(bucket)  # a pass that failed leaves large ones released
-        x, g, moved = real(self.params), real(grads.views), real(out.views)
+        x, g, moved = real(self.weights.here()), real(grads.views), real(out.views)
         if not recipe.plain and out is not grads and norm is not None:
             torch._foreach_copy_(moved, g)
             g = moved
         left_out = [] if keeps is None else [each for each, kept in zip(g, keeps, strict=True) if not kept]
         if left_out:
             torch._foreach_zero_(left_out)
-            norm = global_norm(g)
+            norm = now.norm(g)
         divisor = recipe.direction(g, x, norm, now)
         thinned = recipe.mask.thin(g, now)
         rho = self.rho * recipe.direction.radius(now) * recipe.mask.scale
         exact = recipe.direction.unit and not thinned
-        self._displacement = rho if exact else ratio(rho * global_norm(g), divisor)
+        self._displacement = rho if exact else ratio(rho * now.norm(g), divisor)
         perturb(x, g, rho, divisor, out=moved)
 
     @torch.no_grad()
@@ -244,12 +253,12 @@ class SharpnessAware(Gradients):
         return self.placement.of_all(own).sum().item()
 
     def recipe_state(self) -> dict[str, Any]:
-        """What the parts of the recipe remember."""
-        return self.recipe.state_dict()
+        """What the parts of the recipe remember; of sharded weights a collective."""
+        return _for_lists(self.recipe.state_dict(), self.weights.whole)
 
     def load_recipe_state(self, state: dict[str, Any]) -> None:
         """Go on where `recipe_state` was taken."""
-        self.recipe.load_state_dict(state, self.params)
+        self.recipe.load_state_dict(_for_lists(state, self.weights.parts), self.params)
 
     # ---- The end of a step ----
 
@@ -274,9 +283,9 @@ class SharpnessAware(Gradients):
         self.reached = {i for i, is_used in enumerate(used) if is_used and not skipped}
         for param in self.params:
             param.grad = None
-        for i in self.reached.intersection(self.placement.updated):
-            # A tensor of its own, by which `Buckets.unshare` knows who keeps it.
-            self.params[i].grad = self.perturbed_grads.views[i].detach()
+        own = self.reached.intersection(self.placement.updated)
+        # Tensors of their own, by which `Buckets.unshare` knows who keeps them.
+        self.weights.set_grads({i: self.perturbed_grads.views[i].detach() for i in own})
         same_samples = not (self.recipe.samples.looks_again or self.recipe.samples.next_batch)
         return StepReport(
             loss=reported.loss,
@@ -303,7 +312,7 @@ class SharpnessAware(Gradients):
     @property
     def clips_itself(self) -> bool:
         """Whether what torch finds in ``.grad`` may not be the norm of G_t, but that of a part, or infinity."""
-        return self.placement.shared or self.wide
+        return self.placement.shared or self.weights.sharded or self.wide
 
     def late_reader(self) -> str:
         """What else may be behind a bad gradient in the first steps; empty afterwards."""
@@ -313,3 +322,21 @@ class SharpnessAware(Gradients):
             if self._trial
             else ""
         )
+
+
+@torch.no_grad()
+def _is_not_half(half: Tensor, own: Tensor) -> bool:
+    """Whether `half` is something else than half of `own`; what was changed and put back may be so to rounding."""
+    largest = partial(torch.linalg.vector_norm, ord=float("inf"))
+    return half.numel() > 0 and bool(largest(half.sub(own, alpha=0.5)) > 1e-6 + 1e-4 * largest(half))
+
+
+def _for_lists(
+    state: dict[str, dict[str, Any]], change: Callable[[list[Tensor]], list[Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """State of parts, its lists of tensors like weights changed."""
+
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
+
+    return {part: {name: changed(value) for name, value in own.items()} for part, own in state.items()}

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from ..distributed import plain_name
+
 
 class Trained:
     """The base optimizer's parameters that want a gradient: the model's first, in its order, then others.
@@ -31,7 +33,7 @@ class Trained:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, others: Mapping[str, nn.Module] | None = None):
         held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        of_model = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        of_model = {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
         _refuse_left_out([name for name, param in of_model.items() if id(param) not in held], len(of_model))
         known = {id(param) for param in of_model.values()}
         foreign: dict[str, Parameter] = {}

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..distributed import here
 from ..state import Remembered
 
 
@@ -41,10 +42,10 @@ def step_and_undo(optimizer: Optimizer, grads: Grads, places: Places, scale: flo
     remembered = Remembered(optimizer, *GLOBAL_HOOKS, *_global_generators(held), leave=lambda value: id(value) in left)
     try:
         for param in held:
-            param.grad = grads[param].mul(scale) if param in grads else None
+            param.grad = grads[param] * scale if param in grads else None
         _mute(remembered.found(Optimizer))
         optimizer.step(None)  # as accelerate calls it: not every optimizer makes the closure optional
-        torch._foreach_copy_(list(places.values()), list(places))
+        torch._foreach_copy_(list(places.values()), [here(param) for param in places])
     finally:
         remembered.put_back()
         for param in held:
@@ -88,7 +89,7 @@ def try_out(optimizer: Optimizer, grads: Grads, places: Places, scale: float) ->
             "is neither in the optimizer nor in what it holds (in a closure, a module's globals or compiled code), or is "
             f"random in a way of its own. {INSTEAD}"
         )
-    return any(not torch.equal(param, moved) for param, moved in first.items())
+    return any(not torch.equal(here(param), moved) for param, moved in first.items())
 
 
 class _Alone(TorchDispatchMode):

@@ -82,6 +82,11 @@ class DiagnosticsCallback(TrainerCallback):
         if dataset is None or (has_length(dataset) and not len(dataset)):
             what = "only the look-ahead is" if args.method == "sampa" else "nothing is"
             logger.warning(f"Diagnostics: {what} measured, since the trainer has no eval_dataset.")
+        elif self._sharded:
+            what = "only the look-ahead is" if args.method == "sampa" else "nothing is"
+            logger.warning(
+                f"Diagnostics: {what} measured of a model that FSDP has sharded, which has no second derivatives."
+            )
         elif isinstance(dataset, dict) and len(dataset) > 1:
             logger.warning(
                 f"Diagnostics: of the evaluation datasets the first, {next(iter(dataset))!r}, is measured on."
@@ -108,7 +113,9 @@ class DiagnosticsCallback(TrainerCallback):
             self.trainer.log(found)
 
     def measure(self) -> dict[str, float]:
-        """What there is to say of the weights as they are, on held-out batches; nothing without evaluation data."""
+        """What there is to say of the weights as they are, on held-out batches; nothing without evaluation data, or of shards."""
+        if self._sharded:
+            return {}
         with self._aside():
             if not self._batches():
                 return {}
@@ -120,6 +127,10 @@ class DiagnosticsCallback(TrainerCallback):
                 eigenvalue = largest_eigenvalue(product, start, self.iterations, self.tolerance)
             del product, start
             return {**self._sharpness(params), "hessian_eigenvalue": eigenvalue}
+
+    @property
+    def _sharded(self) -> bool:
+        return self.trainer.sampa is not None and self.trainer.sampa.weights.sharded
 
     def _sharpness(self, params: list[Tensor]) -> dict[str, float]:
         losses = self._losses()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,16 @@ def fingerprint(batch: Any) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-def fingerprint_of_bits(tensors: Sequence[Tensor]) -> Tensor:
+def fingerprint_of_bits(tensors: Iterable[Tensor]) -> Tensor:
     """A number ``()``, int64, on the device of `tensors`, that covers every bit of them and their order; no host-device sync.
 
     Costs one pass over memory: the bits are added up as integers, eight bytes at a time, and the sums weighed by place.
     """
-    if not tensors:
+    found = [_sum_of_bits(tensor.detach()) for tensor in tensors]
+    if not found:
         return torch.zeros((), dtype=torch.int64)
-    device = tensors[0].device
-    sums = torch.stack([_sum_of_bits(tensor.detach()).to(device, non_blocking=True) for tensor in tensors])
+    device = found[0].device
+    sums = torch.stack([each.to(device, non_blocking=True) for each in found])
     return (sums * torch.arange(1, 2 * len(sums), 2, device=device)).sum()
 
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..functional import global_norm
 from .parts import Direction, Moment
 
 
 class Unnormalized(Direction):
     """eps_t = rho g_t (USAM, Andriushchenko and Flammarion 2022)."""
 
-    unit = False
+    on_shards, unit = True, False
 
     def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> float | Tensor:
         return 1.0
@@ -45,7 +44,7 @@ class Adaptive(Direction):
         eta: at least 0; keeps weights of zero from staying where they are.
     """
 
-    unit = False
+    on_shards, unit = True, False
 
     def __init__(self, eta: float):
         self.eta = eta
@@ -58,7 +57,7 @@ class Adaptive(Direction):
         pairs = [(each, w) for each, w, scaled in zip(g, x, self.scaled, strict=True) if scaled]
         for each, w in pairs:
             each.mul_(w.abs().add_(self.eta))
-        norm = global_norm(g)
+        norm = now.norm(g)
         for each, w in pairs:
             each.mul_(w.abs().add_(self.eta))
         return norm
@@ -71,6 +70,7 @@ class Smoothed(Direction):
         theta: in (0, 1]; 1 is SAM.
     """
 
+    on_shards = True
     state = ("v",)
 
     def __init__(self, theta: float):
@@ -83,7 +83,7 @@ class Smoothed(Direction):
         else:
             torch._foreach_lerp_(self.v, g, self.theta)
         torch._foreach_copy_(g, self.v)
-        return global_norm(g)
+        return now.norm(g)
 
 
 class Friendly(Direction):
@@ -96,6 +96,7 @@ class Friendly(Direction):
         lam: of the mean, in [0, 1).
     """
 
+    on_shards = True
     state = ("m",)
 
     def __init__(self, sigma: float, lam: float):
@@ -105,12 +106,12 @@ class Friendly(Direction):
     def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> Tensor:
         if self.m is None:
             self.m = [each.clone() for each in g]
-            return global_norm(g)
+            return now.norm(g)
         for each, m in zip(g, self.m, strict=True):
             mean = torch.lerp(m, each, 1 - self.lam)
             each.sub_(m, alpha=self.sigma)
             m.copy_(mean)
-        return global_norm(g)
+        return now.norm(g)
 
 
 class Random(Direction):
@@ -122,12 +123,13 @@ class Random(Direction):
         generator = now.generator("random direction", g[0].device)
         for each in g:
             each.normal_(generator=generator)
-        return global_norm(g)
+        return now.norm(g)
 
 
 class Previous(Direction):
     """eps_t = rho g~_{t-1} / ||g~_{t-1}||, eps_0 = 0 (OptSAM; a control in Xie et al. 2024, section 2.2)."""
 
+    on_shards = True
     needs_gradient = False
     state = ("last",)
 
@@ -139,7 +141,7 @@ class Previous(Direction):
             torch._foreach_zero_(g)
         else:
             torch._foreach_copy_(g, self.last)
-        return global_norm(g)
+        return now.norm(g)
 
     def observe(self, g_tilde: Sequence[Tensor]) -> None:
         if self.last is None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..functional import norms
 from .parts import Mask, Moment
 
 
@@ -82,7 +81,7 @@ class ImportantTensors(Mask):
         a: rate at which probabilities follow the norms, at least 0.
     """
 
-    descent = True
+    descent = on_shards = True
     state = ("p",)
 
     def __init__(self, s: float, a: float):
@@ -99,7 +98,7 @@ class ImportantTensors(Mask):
         if self.s == 1:
             return
         active = torch.tensor(self.keeps(now))
-        u = norms(g).cpu()
+        u = now.norms(g).cpu()
         raised = torch.where(active, (u / self.p) ** 2, 0.0)
         loss = torch.where(active, raised.max() - raised, 0.0)
         self.p = capped(torch.where(active, self.p * torch.exp(-self.a * loss / self.p), self.p), self.s * len(self.p))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..functional import global_norm, ratio
+from ..functional import ratio
 from .parts import Mixing, Moment, Norms
 
 
@@ -18,7 +18,7 @@ class Penalty(Mixing):
         alpha: in [0, 1]; 1 is SAM, 0 the base optimizer.
     """
 
-    needs_ascent = by_entries = True
+    needs_ascent = by_entries = on_shards = True
 
     def __init__(self, alpha: float):
         self.alpha = alpha
@@ -31,7 +31,7 @@ class Penalty(Mixing):
 class Rescaled(Mixing):
     """G_t = ||g_t|| / ||g~_t|| g~_t (Stable SAM, Tan et al. 2024)."""
 
-    by_entries = True
+    by_entries = on_shards = True
 
     def __call__(self, g_tilde: list[Tensor], g: Sequence[Tensor], norms: Norms, now: Moment) -> None:
         torch._foreach_mul_(g_tilde, ratio(norms.ascent, norms.perturbed))
@@ -44,7 +44,7 @@ class SurrogateGap(Mixing):
         alpha: at least 0; 0 is SAM.
     """
 
-    needs_ascent = reads_dot = by_entries = True
+    needs_ascent = reads_dot = by_entries = on_shards = True
 
     def __init__(self, alpha: float):
         self.alpha = alpha
@@ -87,7 +87,7 @@ class Orthogonal(Stored):
         alpha: at least 0.
     """
 
-    reads_dot = True
+    reads_dot = on_shards = True
 
     def __init__(self, alpha: float):
         super().__init__()
@@ -99,5 +99,5 @@ class Orthogonal(Stored):
 
     def reuse(self, g: list[Tensor], now: Moment) -> None:
         if self.vector is not None:
-            scale = self.alpha * ratio(global_norm(g), global_norm(self.vector)).item()
+            scale = self.alpha * ratio(now.norm(g), now.norm(self.vector)).item()
             torch._foreach_add_(g, self.vector, alpha=scale)

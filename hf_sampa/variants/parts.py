@@ -18,13 +18,14 @@ no other source. Names that a part lists in `state` are what a checkpoint keeps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import functional
 from ..state import derive_seed
 
 
@@ -39,6 +40,8 @@ class Moment:
         num_samples: in the dataset; 0 where that is not known.
         lr_fraction: the learning rate in force, as a part of its first group's peak; 0 to 1.
         seed: of the run.
+        norms: Euclidean norms ``(n,)`` of tensors like weights, one by one; of weights that FSDP2 has sharded, of which a part is
+            given the shards that are here, those of the whole.
     """
 
     step: int = 0
@@ -47,6 +50,13 @@ class Moment:
     num_samples: int = 0
     lr_fraction: float = 1.0
     seed: int = 0
+    norms: Callable[[Sequence[Tensor]], Tensor] = field(
+        default_factory=lambda: functional.norms, compare=False, repr=False
+    )
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Euclidean norm ``()`` over all entries of `tensors`, like weights, wherever they are."""
+        return functional.norms([self.norms(tensors)])[0]
 
     def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
         """Generator of this step's draws for `purpose`: the same on all processes, and after a resume."""
@@ -58,9 +68,15 @@ class Part:
 
     A complex parameter, and a gradient of it, are given as real and imaginary parts, ``(..., 2)``.
     State is ``None``, plain values, tensors or lists of tensors; a list of tensors has one per trainable parameter.
+
+    Attributes:
+        state: names of what is kept in a checkpoint.
+        on_shards: whether what it makes of a tensor like weights it makes entry by entry, with lengths from `Moment.norms`: then
+            it can be given shards, as FSDP2 has them. A class that overrides a method that is given such tensors says so itself.
     """
 
     state: ClassVar[tuple[str, ...]] = ()
+    on_shards: ClassVar[bool] = True
 
     def bind(self, model: nn.Module, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """Get to know the trainable parameters of a run: the model's, in its order and by its names, then those of a loss, if any."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..functional import global_norm, ratio
+from ..functional import ratio
 from .mixing import Stored
 from .parts import Mixing, Moment, Norms, When
 
@@ -20,6 +20,7 @@ class ReusedPSF(Stored):
         max_age: steps that use one PSF, at least 0.
     """
 
+    on_shards = True
     state = (*Stored.state, "age")
 
     def __init__(self, beta: float, max_age: int):
@@ -61,6 +62,7 @@ class Quota(When):
         warmup: part of the run at whose beginning every step ascends, in [0, 1].
     """
 
+    on_shards = True
     state = ("quota", "left", "norms", "ratios", "variances", "measured")
 
     def __init__(self, window: int, start: float, most: float, a1: float, a2: float, tensors: int, warmup: float):
@@ -87,9 +89,9 @@ class Quota(When):
 
     def observe(self, g: Sequence[Tensor], g_tilde: Sequence[Tensor], now: Moment) -> None:
         last, last_tilde = list(g)[-self.tensors :], list(g_tilde)[-self.tensors :]
-        norm = global_norm(torch._foreach_sub(last_tilde, last)).item()
+        norm = now.norm(torch._foreach_sub(last_tilde, last)).item()
         self.norms = [*self.norms, norm][-self.window :]
-        self.ratios = [*self.ratios, ratio(norm, global_norm(last).item())][-self.window :]
+        self.ratios = [*self.ratios, ratio(norm, now.norm(last).item())][-self.window :]
         blocks = torch.tensor(sorted(self.norms), dtype=torch.float64).tensor_split(5)
         variance = sum(block.var(correction=0).item() for block in blocks if block.numel()) / 5
         self.variances = [*self.variances, variance][-self.window :]

@@ -31,6 +31,15 @@ ASKED = {
 }
 
 
+# Methods that are given tensors like weights.
+READ_WEIGHTS = {
+    "direction": ("__call__", "observe"),
+    "mask": ("thin", "observe", "learn"),
+    "when": ("observe",),
+    "mixing": ("__call__", "reuse"),
+}
+
+
 @dataclass
 class Recipe:
     """The parts of a step; the default is SAM, or SAMPa where the timing is parallel.
@@ -139,6 +148,19 @@ class Recipe:
                 "gradients of all parameters in every step."
             )
 
+    def check_shards(self) -> None:
+        """Raise ValueError where a part cannot be given shards of the weights, but all of them."""
+        parts = ((getattr(self, name), methods) for name, methods in READ_WEIGHTS.items())
+        whole = [type(part).__name__ for part, methods in parts if not _on_shards(part, methods)]
+        if self.samples.sharded:
+            whole.append(type(self.samples).__name__)
+        if whole:
+            raise ValueError(
+                f"fsdp: expected a variant, or a recipe, that can be given shards of the weights, but {' and '.join(whole)} looks at "
+                "all entries at once, or wants gradients that are not averaged over processes. Take another variant, or train without "
+                "FSDP. A part of one's own that treats every entry alone, and takes lengths from Moment.norms, says on_shards = True."
+            )
+
     @property
     def by_entries(self) -> bool:
         """Whether a process that holds a part of g_t and g~_t can make its part of G_t, and no part wants to see all of it."""
@@ -161,6 +183,14 @@ class Recipe:
         for name, part in self.parts().items():
             if part.state:
                 part.load_state_dict(state[name], params)
+
+
+def _on_shards(part: Part, methods: Sequence[str]) -> bool:
+    """Whether each class that overrides one of `methods` says that it can be given shards."""
+    kinds = (kind for kind in type(part).__mro__ if kind not in (*KINDS.values(), Part, object))
+    return part.on_shards and all(
+        vars(kind).get("on_shards", False) for kind in kinds if any(name in vars(kind) for name in methods)
+    )
 
 
 def _is_plain(value: Any) -> bool:

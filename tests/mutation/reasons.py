@@ -26,7 +26,7 @@ REASONS = {
     "len(params) == 1 and params[0].stride() == views[0].stride() -> False": (
         "a large weight is then copied before it is sent: the same bits, more memory"
     ),
-    "engine/sharpness_aware.py: if half.numel() and largest(half.sub(own, alpha=0.5)) > 1e-6 + 1e-4 * largest(half): "
+    "engine/sharpness_aware.py: return half.numel() > 0 and bool(largest(half.sub(own, alpha=0.5)) > 1e-6 + 1e-4 * largest(half)): "
     "1e-06 -> 2e-06": "a tolerance for rounding, of which only the order of magnitude is meant",
     "engine/sharpness_aware.py: if self.exchange.mesh.world_size > 1:: "
     "self.exchange.mesh.world_size > 1 -> (self.exchange.mesh.world_size >= 1)": (

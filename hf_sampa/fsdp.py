@@ -1,0 +1,111 @@
+"""FSDP2 as Trainer's own settings ask for it: each role shards a model of its own, over its own processes.
+
+accelerate shards over all processes of the world that it sees. While it does, that is the world of the role.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from .distributed import Mesh, RoleWorld, role_world
+from .state import stood_in
+
+
+def asked_for(args: Any) -> bool:
+    """Whether the training arguments, or accelerate's launcher, ask for FSDP."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+
+
+def check_version(args: Any) -> None:
+    """Raise ValueError for FSDP1. To be asked before accelerate is, which may refuse it for reasons of its own."""
+    asked = (args.fsdp_plugin_args or {}).get("fsdp_version") if args.fsdp else os.environ.get("FSDP_VERSION", "1")
+    if asked_for(args) and str(asked or 1) != "2":
+        raise ValueError(
+            "fsdp_config: expected version 2, got version 1, whose flat parameters hide the weights that SAMPa displaces. Set "
+            "fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration."
+        )
+
+
+def check_sizes(args: Any) -> None:
+    """Raise ValueError where a mesh is asked for that is not as large as a role."""
+    sizes = args.parallelism_config
+    if sizes is not None and sizes.total_size != args.num_replicas:
+        raise ValueError(
+            f"parallelism_config: expected sizes for the {args.num_replicas} process(es) of one role, got "
+            f"{sizes.total_size}. With method='sampa' each half of the {args.world_size} processes has a mesh of its own."
+        )
+
+
+def name_layers(trainer: Trainer) -> None:
+    """Name the layers that are gathered one by one, where nobody has: without those that hold the input embeddings.
+
+    accelerate takes them from the model, and shards the embeddings by themselves besides, where 1.15 fails for BERT and ViT.
+    """
+    model, plugin = trainer.model, getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap is not None or not isinstance(model, PreTrainedModel):
+        return
+    embeddings = model.get_input_embeddings()
+    kinds = {type(each).__name__: each for each in model.modules()}
+    names = [name for name in model._no_split_modules or () if name in kinds]
+    held = [name for name in names if any(each is embeddings for each in kinds[name].modules())]
+    if held:
+        plugin.transformer_cls_names_to_wrap = [name for name in names if name not in held]
+
+
+def check_fsdp(trainer: Trainer) -> None:
+    """Raise ValueError where FSDP is asked for, and not to be had in this way."""
+    if not asked_for(trainer.args):
+        return
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        raise ValueError(
+            "fsdp: expected processes with a device of their own, of a kind that accelerate shards models over, as GPUs, but got "
+            f"{trainer.args.world_size} process(es) on {trainer.args.device.type}: the model would be trained unsharded, without a word. "
+            "Leave fsdp out, or train on GPUs."
+        )
+    if "SHARDED" in str(plugin.state_dict_type):
+        raise ValueError(
+            "fsdp_config: expected state_dict_type FULL_STATE_DICT, got SHARDED_STATE_DICT. Leave it out: a checkpoint is brought "
+            "together tensor by tensor on the CPU of rank 0, and no device holds all of it."
+        )
+    if getattr(plugin.cpu_offload, "pin_memory", None) is not None:
+        raise ValueError(
+            "fsdp_config: expected weights that stay on their device, got cpu_offload: the two processes of a pair exchange "
+            "gradients there. Leave it out; shard_optimizer=True saves memory."
+        )
+
+
+def shard_within_role(trainer: Trainer, mesh: Mesh, timeout: timedelta) -> None:
+    """Let accelerate shard the model of `trainer` over the processes of this one's role."""
+    if mesh.paired and asked_for(trainer.args):
+        accelerator = trainer.accelerator
+        accelerator.prepare = _Within(role_world(mesh, timeout), accelerator.prepare)
+
+
+@contextmanager
+def whole_for_data(accelerator: Accelerator) -> Iterator[None]:
+    """Within the block accelerate shares data out among all processes, and not by the mesh of one role's model."""
+    state = accelerator.state
+    with stood_in(state, "device_mesh", None) if getattr(state, "device_mesh", None) is not None else nullcontext():
+        yield
+
+
+class _Within:
+    """`prepare`, for a model with its optimizer in the world of the role."""
+
+    def __init__(self, world: RoleWorld, prepare: Callable[..., Any]):
+        self.world, self.prepare = world, prepare
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(each, nn.Module) for each in args):
+            return self.prepare(*args, **kwargs)
+        with self.world.lent_to_shard():
+            return self.prepare(*args, **kwargs)
