@@ -1,5 +1,6 @@
 """The files beside the code: launch configurations, pinned versions, make targets."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,13 +9,27 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils import prepare_multi_gpu_env
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from hf_sampa import launch
+from hf_sampa.distributed import units
+from tests import sharded, tiny
 from tests.project import PYPROJECT, ROOT
+from tests.ranks import run_ranks
 
 
-CONFIGS = {"cpu_2_processes": 2, "cpu_4_processes": 4, "gpu_2": 2, "gpu_4": 4, "one_process": 1}
+CONFIGS = {
+    "cpu_2_processes": 2,
+    "cpu_4_processes": 4,
+    "fsdp2_4": 4,
+    "fsdp2_8": 8,
+    "gpu_2": 2,
+    "gpu_4": 4,
+    "gpu_8": 8,
+    "one_process": 1,
+}
 PROJECT = PYPROJECT["project"]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
 
@@ -54,6 +69,40 @@ def test_launch_starts_as_many_processes_as_the_config_says(name, tmp_path):
     subprocess.run(launch, check=True, timeout=120)
     world = CONFIGS[name]
     assert sorted(path.name for path in tmp_path.glob("* of *")) == [f"{rank} of {world}" for rank in range(world)]
+
+
+def environment_of(monkeypatch, *options: str) -> dict[str, str]:
+    """What `launch` tells processes of FSDP."""
+    asked = []
+    monkeypatch.setattr(launch.accelerate_launch, "multi_gpu_launcher", asked.append)
+    launch.launch([*options, "script.py"])
+    told = prepare_multi_gpu_env(*asked).items() - os.environ.items()
+    return {key: value for key, value in told if "FSDP" in key}
+
+
+def train_on_shards(folder, environment) -> tuple[int, list[str]]:
+    os.environ.update(environment)
+    args = tiny.arguments(folder, max_steps=2)
+    trainer = sharded.OnCPU(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+    trainer.train()
+    wrapped = [type(module).__name__ for module in units(trainer.model)]
+    return trainer.sampa.weights.count, wrapped
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["fsdp2_4", pytest.param("fsdp2_8", marks=pytest.mark.whole)])
+def test_a_configuration_of_shards_makes_two_roles_of_them(name, tmp_path, monkeypatch):
+    # accelerate 1.15 cannot shard a BERT's embeddings as a layer, and as embeddings once more.
+    layers = ("--fsdp_transformer_layer_cls_to_wrap", "BertLayer")
+    environment = environment_of(monkeypatch, "--config", name, *layers)
+    for count, wrapped in run_ranks(train_on_shards, CONFIGS[name], tmp_path, environment, folder=tmp_path / "ranks"):
+        assert count == CONFIGS[name] // 2
+        assert {"FSDPBertForSequenceClassification", "FSDPBertLayer"} <= set(wrapped)
+
+
+@pytest.mark.parametrize("name", ["gpu_2", "gpu_4"])
+def test_a_configuration_without_shards_says_nothing_of_them(name, monkeypatch):
+    assert environment_of(monkeypatch, "--config", name) == {}
 
 
 def direct_requirements() -> list[Requirement]:

@@ -31,6 +31,7 @@ from transformers import BertConfig, BertModel
 import hf_sampa.__main__ as command_line
 import hf_sampa.variants.__main__ as catalogue
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, launch
+from hf_sampa.plan import command as plan
 from hf_sampa.variants import VARIANTS
 from tests import notebooks, tiny
 from tests.pictures import make_pictures
@@ -194,6 +195,8 @@ def check_python(words: list[str]) -> None:
     elif words[:3] == ["-m", "hf_sampa", "launch"]:
         launched = launch.parser().parse_args(words[3:])
         check_script(launched.training_script, launched.training_script_args)
+    elif words[:3] == ["-m", "hf_sampa", "plan"]:
+        plan.parser().parse_args(words[3:])
     elif words[:2] == ["-m", "hf_sampa"]:
         command_line.main(words[2:])
     else:

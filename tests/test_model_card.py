@@ -493,6 +493,25 @@ def test_a_precision_that_only_the_launcher_knows_is_in_the_card_and_in_the_comm
     assert "\nACCELERATE_MIXED_PRECISION=bf16 python train.py\n" in card_of(trainer).text
 
 
+def test_shards_that_only_the_launcher_knows_are_in_the_command(monkeypatch):
+    started_as(monkeypatch, ["train.py"])
+    for name, value in (
+        ("FSDP_VERSION", "2"),
+        ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP"),
+        ("FSDP_TRANSFORMER_CLS_TO_WRAP", "BertLayer,BertEmbeddings"),
+        ("FSDP_RESHARD_AFTER_FORWARD", "true"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "false"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert "\ntorchrun --standalone --nproc_per_node 4 train.py\n" in started.command(SAMPaTrainingArguments, 4)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    variables = (
+        "ACCELERATE_USE_FSDP=true FSDP_VERSION=2 FSDP_AUTO_WRAP_POLICY=TRANSFORMER_BASED_WRAP "
+        "FSDP_TRANSFORMER_CLS_TO_WRAP=BertLayer,BertEmbeddings"
+    )
+    assert f"\n{variables} torchrun --standalone" in started.command(SAMPaTrainingArguments, 4)
+
+
 def test_a_run_that_was_continued_with_other_settings_says_so(tmp_path, monkeypatch):
     checkpoint = str(tmp_path / "checkpoint-1")
     started_as(monkeypatch, ["train.py", "--resume_from_checkpoint", "out/checkpoint-1"])

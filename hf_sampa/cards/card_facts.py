@@ -18,7 +18,7 @@ MAIN = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "m
 # Where things are, who is told and what is shown: not part of what was computed.
 NOT_OF_THE_COMPUTATION = (
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica", "resume_from_checkpoint"),
-    *("do_train", "do_eval", "do_predict", "eval_on_start", "deepspeed", "fsdp", "fsdp_config", "accelerator_config"),
+    *("do_train", "do_eval", "do_predict", "eval_on_start", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config"),
     *("overwrite_output_dir", "num_train_epochs", "max_steps", "data_dir", "average_tokens_across_devices", "trackio_space_id", "lmbda", "diagnostics_steps", "ignore_changed_files"),
     *("optim", "optim_args", "bf16", "fp16", "batch_size"),
     *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
@@ -149,14 +149,7 @@ def _weights_step(line: dict[str, Any]) -> int:
 
 def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
     """Settings of the run: the main ones, what is SAMPa's, and whatever else is not as transformers has it, as far as it is harmless."""
-    args, mesh = trainer.args, trainer.args.mesh
-    roles = (
-        f"{mesh.world_size}: {mesh.num_replicas} at perturbed and {mesh.num_replicas} at look-ahead weights"
-        if mesh.paired
-        else "1, in both roles in turn"
-        if args.method == "sampa"
-        else f"{mesh.world_size}, data parallel"
-    )
+    args = trainer.args
     found = {name: getattr(args, name) for name in MAIN if getattr(args, name) is not None}
     found |= optimization(trainer)
     if found["lr_scheduler_type"] != args.lr_scheduler_type:
@@ -164,7 +157,7 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
     found |= {
         "method": args.method,
         **_step(trainer),
-        "processes": roles,
+        "processes": _processes(trainer),
         # Sums on the CPU come out in another order with another number of them.
         **({"threads_per_process": torch.get_num_threads()} if args.device.type == "cpu" else {}),
         "total_train_batch_size": total_batch_size,
@@ -186,6 +179,19 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
         if value != default and (value or default):  # nothing is nothing, whether False, None or an empty list
             found[name] = shown(name, value, declared[name])
     return {name: " ".join(str(getattr(value, "value", value)).split()) for name, value in found.items()}
+
+
+def _processes(trainer: Trainer) -> str:
+    """How many there are, and what each of them has."""
+    mesh, weights = trainer.args.mesh, trainer.sampa and trainer.sampa.weights
+    if weights and weights.sharded and mesh.world_size > 1:
+        roles, replicas = "two roles" if mesh.paired else "one role", mesh.num_replicas // weights.count
+        shards = f"{weights.count} shard{'s' if weights.count > 1 else ''}"
+        of = f"{replicas} replicas x {shards}" if replicas > 1 else shards
+        return f"{mesh.world_size}, {roles} of {of} (FSDP2)"
+    if mesh.paired:
+        return f"{mesh.world_size}: {mesh.num_replicas} at perturbed and {mesh.num_replicas} at look-ahead weights"
+    return "1, in both roles in turn" if trainer.args.method == "sampa" else f"{mesh.world_size}, data parallel"
 
 
 def _step(trainer: Trainer) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.models.auto import modeling_auto
 
+from ..distributed import class_of
+
 
 PROCESSORS = {
     PreTrainedTokenizerBase: "AutoTokenizer",
@@ -21,7 +23,7 @@ def loading_of(trainer: Trainer) -> dict[str, str] | None:
     """What loads the model, and what prepares its inputs, without this package; None where nothing does."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if hasattr(model, "get_base_model"):  # peft's; a model with adapters of transformers' own is an AutoModel
-        found = {"library": "peft", "model_class": f"Auto{type(model).__name__}"}
+        found = {"library": "peft", "model_class": f"Auto{class_of(model).__name__}"}
     elif auto := _auto_class(model):
         found = {"library": "transformers", "model_class": auto}
     else:
@@ -38,7 +40,7 @@ def _auto_class(model: Any) -> str | None:
     for name in (*FIRST, *names, *LAST):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", {})
         kind = type(getattr(model, "config", None))
-        if kind in mapping and type(model) in (
+        if kind in mapping and class_of(model) in (
             mapping[kind] if isinstance(mapping[kind], tuple) else (mapping[kind],)
         ):
             return name

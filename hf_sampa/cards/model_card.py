@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 from transformers.modelcard import TASK_MAPPING
 
+from ..distributed import class_of
 from ..files import in_place_of
 from ..variants import find
 from . import card_facts, evaluations, started
@@ -162,7 +163,7 @@ def _model_type(trainer: Trainer) -> str | None:
 
 def _task_of(model: Any) -> str | None:
     """The Hub's name of what a model does, as upstream finds it."""
-    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    name = class_of(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
     return next((task for task, classes in TASK_MAPPING.items() if name in classes.values()), None)
 
 

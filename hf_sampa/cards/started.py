@@ -7,17 +7,30 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.constants import FSDP_AUTO_WRAP_POLICY
+
 from .harmless import HIDDEN, is_plain, shown, takes_several, types_of
 
 
 PACKAGES = ("hf_sampa", "transformers", "torch", "accelerate", "datasets", "tokenizers", "peft")
-# By which launchers say what a command line does not.
-VARIABLES = ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
+# By which launchers say what a command line does not, and what it is where they do not say it.
+VARIABLES = {"OMP_NUM_THREADS": "", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+OF_FSDP = {
+    "ACCELERATE_USE_FSDP": "false",
+    "FSDP_VERSION": "1",
+    "FSDP_AUTO_WRAP_POLICY": "no_wrap",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "",
+    "FSDP_MIN_NUM_PARAMS": "0",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 # Of an option that is not declared, and of whose name nothing but words is shown.
 OPTION = re.compile(r"-[A-Za-z]|--[A-Za-z]{1,24}\d{0,2}(?:[-_.][A-Za-z]{1,24}\d{0,2})*")
 NUMBER = re.compile(r"-[\d.]+(?:[eE][+-]?\d+)?")
@@ -58,18 +71,23 @@ def command(arguments: type, world_size: int, resumed: bool = False) -> str:
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
         nodes = ["--nnodes", str(world_size // on_this_node)] if world_size > on_this_node else ["--standalone"]
         start = ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
-    given = {name: os.environ.get(name, "no") for name in VARIABLES}
-    variables = "".join(
-        f"{name}={value if is_plain(value) else HIDDEN} "
-        for name, value in given.items()
-        if value.lower() not in ("no", "")
-    )
+    variables = "".join(f"{name}={shlex.quote(value)} " for name, value in _variables())
     # Of the arguments themselves: what is declared beside them may be an earlier script's.
     anew = not resumed and "overwrite_output_dir" in types_of(arguments)
     words = _words(_given or sys.argv[1:], types_of(*_beside, arguments), resumed, anew)
     name = script[0].removeprefix(f"{HIDDEN}/")
     said = "" if name == script[0] else f"Put the folder of `{name}` before its name:\n\n"
     return f"{said}```bash\n{variables}{shlex.join([*start, name, *script[1:], *words])}\n```"
+
+
+def _variables() -> Iterator[tuple[str, str]]:
+    """What a launcher has set in the environment, other than by default; hidden where it is no plain word."""
+    # The first of the two is set for training arguments that ask for FSDP, too; those are in the command itself.
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and "FSDP_VERSION" in os.environ
+    for name, default in {**VARIABLES, **(OF_FSDP if sharded else {})}.items():
+        value = os.environ.get(name, default)
+        if value.lower() not in (default, ""):
+            yield name, value if is_plain(value) or value in FSDP_AUTO_WRAP_POLICY else HIDDEN
 
 
 def _script() -> list[str] | None:

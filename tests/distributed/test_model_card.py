@@ -6,11 +6,12 @@ from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from hf_sampa import SAMPaTrainer
-from tests import tiny
+from tests import sharded, tiny
 from tests.ranks import run_ranks
 
 
@@ -67,3 +68,41 @@ def test_a_process_that_does_not_save_does_not_touch_the_card(tmp_path):
     (tmp_path / "out").mkdir()
     found = run_ranks(saves_while_the_card_is_written, 2, tmp_path / "out", folder=tmp_path / "ranks")
     assert found == ["all of it"] * 2
+
+
+def card_of(folder, method, changes):
+    settings = {"method": method, "max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, **changes}
+    trainer = sharded.trainer(folder, tiny.bert, tiny.sentences(18), settings, eval_dataset=tiny.sentences(7))
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+
+
+def lines(file) -> set[str]:
+    """Of a card, but for what no two runs share."""
+    apart = ("Written by hf_sampa", "seconds per step")
+    return {line for line in file.read_text().splitlines() if not any(word in line for word in apart)}
+
+
+HSDP = {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)}
+
+
+@pytest.mark.parametrize(
+    ("method", "world", "changes", "processes"),
+    [
+        ("sampa", 4, {}, "4, two roles of 2 shards (FSDP2)"),
+        ("sam", 4, HSDP, "4, one role of 2 replicas x 2 shards (FSDP2)"),
+        pytest.param("sampa", 8, HSDP, "8, two roles of 2 replicas x 2 shards (FSDP2)", marks=pytest.mark.whole),
+    ],
+)
+def test_the_card_of_a_run_on_shards_is_that_of_any_other_but_for_its_mesh(
+    tmp_path, method, world, changes, processes
+):
+    kinds = {"whole": {}, "shards": {**sharded.FSDP, **changes}}
+    for kind, settings in kinds.items():
+        run_ranks(card_of, world, tmp_path / kind / "out", method, settings, folder=tmp_path / kind)
+    whole, shards = (lines(tmp_path / kind / "out" / "README.md") for kind in kinds)
+    (line,) = shards - whole
+    assert line == f"- processes: {processes}"
+    (line,) = whole - shards
+    assert line.startswith("- processes: ")
