@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 from .launch import configurations, described, launch
+from .plan import plan
 
 
 USAGE = """usage: python -m hf_sampa launch script.py   start a script as a SAMPa pair; launch --help has its options
        python -m hf_sampa config [NAME]      print the path of a launch configuration, for accelerate launch
+       python -m hf_sampa plan MODEL         what a run needs, and how to start it; plan --help has its options
        python -m hf_sampa.variants           the catalogue of sharpness-aware methods"""
 
 
@@ -21,8 +23,10 @@ def main(argv: list[str]) -> None:
         launch(rest)
     elif command == "config":
         _show(rest)
+    elif command == "plan":
+        plan(rest)
     else:
-        sys.exit(f"{USAGE}\n\nexpected launch or config, got {command!r}.")
+        sys.exit(f"{USAGE}\n\nexpected launch, config or plan, got {command!r}.")
 
 
 def _show(names: list[str]) -> None:

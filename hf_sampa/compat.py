@@ -146,6 +146,11 @@ def take_loss_for_mean(trainer: Trainer) -> None:
         trainer.loss_is_scaled_for_ga = False
 
 
+def checkpointing_argument() -> str:
+    """The training argument that lets layers be computed again in backward."""
+    return "gradient_checkpointing" if before("transformers", "5.23") else "activation_checkpointing"
+
+
 @contextmanager
 def divided_by(trainer: Trainer, divisor: float) -> Iterator[None]:
     """Have ``training_step`` divide what ``compute_loss`` returns by `divisor`, whatever it is the mean of."""

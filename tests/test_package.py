@@ -225,6 +225,9 @@ def test_the_command_line_says_what_there_is(capsys):
     main(["config"])
     listed = capsys.readouterr().out
     assert all(Path(name).stem in listed for name in CONFIGS)
-    for wrong, said in ((["lunch"], "expected launch or config, got 'lunch'."), (["config", "gpu_3"], "got gpu_3.")):
+    for wrong, said in (
+        (["lunch"], "expected launch, config or plan, got 'lunch'."),
+        (["config", "gpu_3"], "got gpu_3."),
+    ):
         with pytest.raises(SystemExit, match=re.escape(said)):
             main(wrong)

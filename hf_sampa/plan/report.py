@@ -1,0 +1,200 @@
+"""A plan in words, and as an object for programs."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from ..distributed import Mesh, Role
+from .activations import SINGLE
+from .layouts import Layout
+from .memory import GB, LEFT_FREE, Memory, Run
+from .start import arguments, as_code, command
+
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run and how it is spread.
+
+    Attributes:
+        run: what is planned.
+        layout: where.
+        held: by each device.
+        capacity: of a device, in bytes.
+        fits: whether what is held, as far as it is known, leaves enough free.
+        would_fit: what to change if it does not.
+    """
+
+    run: Run
+    layout: Layout
+    held: Memory
+    capacity: float
+    fits: bool
+    would_fit: list[str]
+
+
+def usable(capacity: float) -> float:
+    """Of a device's bytes, what tensors can have."""
+    return (1 - LEFT_FREE) * capacity
+
+
+def as_object(plan: Plan) -> dict[str, Any]:
+    """For ``--json``: bytes as they are; None for what is not known."""
+    run, layout, held = plan.run, plan.layout, plan.held
+    return {
+        "model": run.size.name,
+        "architecture": run.size.kind,
+        "weights": run.size.weights,
+        "trained": run.trained,
+        "method": layout.method,
+        "processes": layout.devices,
+        "nodes": layout.nodes,
+        "roles": _roles(layout),
+        "mesh": {"roles": 1 + layout.paired, "replicas": layout.replicas, "shards": layout.shards},
+        "samples_per_update": run.batch * layout.per_role,
+        "tokens_per_sample": run.tokens,
+        "bytes_per_device": {
+            "trained": held.trained,
+            "frozen": held.frozen,
+            "gathered": held.gathered,
+            "activations": held.activations,
+            "total": held.total,
+        },
+        "usable_bytes_per_device": round(usable(plan.capacity)),
+        "fits": plan.fits,
+        "would_fit": plan.would_fit,
+        "sent_across_the_pair": _sent(plan),
+        "command": command(layout),
+        "arguments": arguments(run, layout),
+    }
+
+
+def as_text(plan: Plan) -> str:
+    """For people."""
+    run, layout = plan.run, plan.layout
+    kind = f"{run.size.kind}, " if run.size.kind else ""
+    part = "all of them trained" if run.trained == run.size.weights else f"{_count(run.trained)} of them trained"
+    lines = [f"{run.size.name}: {kind}{_count(run.size.weights)} weights, {part}", ""]
+    lines += _row("processes", _processes(layout))
+    lines += _row("mesh", _mesh(layout))
+    tokens = f", of {run.tokens} tokens each" if run.tokens else ""
+    lines += _row(
+        "batch", f"{run.batch} per device, {_plural(run.batch * layout.per_role, 'sample')} per update{tokens}"
+    )
+    if layout.paired:
+        lines += _row("pairs", _pairs(plan))
+    lines += ["", "GB per device, at most:", *_table(plan), ""]
+    if not plan.fits:
+        return "\n".join(lines).rstrip()
+    where = " on every node" if layout.nodes > 1 else ""
+    lines += [f"Start it{where}:", f"  {command(layout)}", "with", *_indented(as_code(arguments(run, layout), layout))]
+    return "\n".join(lines)
+
+
+def what_is_missing(plan: Plan) -> str:
+    """One sentence for a run that does not fit."""
+    lacking = plan.held.total - usable(plan.capacity)
+    change = (
+        f"It would with {', or with '.join(plan.would_fit)}."
+        if plan.would_fit
+        else "Nothing that this command knows of would do."
+    )
+    return f"It does not fit: {_gb(lacking)} GB per device are missing. {change}"
+
+
+def _processes(layout: Layout) -> str:
+    where = f" on {layout.nodes} nodes, {layout.per_node} each" if layout.nodes > 1 else ""
+    if layout.method == "sampa" and not layout.paired:
+        return "1, in both roles in turn: the numbers of a pair without its speed"
+    if not layout.paired:
+        return f"{layout.devices}{where}, all in one role"
+    return f"{layout.devices}{where}: " + ", ".join(f"{name} {_ranks(each)}" for name, each in _roles(layout).items())
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+
+
+def _roles(layout: Layout) -> dict[str, list[int]]:
+    mesh = Mesh(layout.devices, 0, layout.paired)
+    return {role.name: mesh.ranks_of(role) for role in Role} if layout.paired else {}
+
+
+def _mesh(layout: Layout) -> str:
+    role = " in each role" if layout.paired else ""
+    if layout.shards == 1:
+        shared = "; one optimizer for both" if layout.paired else "; one optimizer for all"
+        return f"{_plural(layout.replicas, 'replica')}{role}, with whole weights{shared if layout.shared else ''}"
+    shared = "; one optimizer for both" if layout.shared else ""
+    return f"{_plural(layout.replicas, 'replica')} of {layout.shards} shards{role} (FSDP2){shared}"
+
+
+def _pairs(plan: Plan) -> str:
+    k, place = plan.layout.per_role, "on one node" if plan.layout.nodes == 1 else "on different nodes"
+    return f"ranks r and r + {k}, {place}; each sends the other {_gb(_sent(plan))} GB per step, and receives as much"
+
+
+def _sent(plan: Plan) -> int:
+    """Bytes that one half of a pair sends to the other in a step: a gradient, or of halves of it and of the weights what is lacking."""
+    numbers = 1.5 if plan.layout.shared else 1
+    return round(SINGLE * numbers * plan.run.trained / plan.layout.shards) if plan.layout.paired else 0
+
+
+def _table(plan: Plan) -> list[str]:
+    run, layout, held = plan.run, plan.layout, plan.held
+    again = "layers computed again; " if run.checkpointing else ""
+    lines = [_line(held.trained, "what is trained", _units(plan))]
+    if run.frozen:
+        lines.append(
+            _line(held.frozen, "frozen weights", f"{run.frozen_bytes} bytes each, and copies that autocast makes")
+        )
+    if layout.shards > 1:
+        lines.append(_line(held.gathered, "gathered at once", "the largest parts; read in FSDP2's code, not measured"))
+    lines.append(_line(held.activations, "activations", f"{again}an estimate, by arXiv 2205.05198"))
+    known = held.activations is not None and held.gathered is not None
+    lines.append(_line(held.total, "together", "" if known else "without what is not known"))
+    left = f"{plan.capacity / GB:g} GB, {LEFT_FREE:.0%} of them left free"
+    return [*lines, _line(usable(plan.capacity), "there is", left)]
+
+
+def _units(plan: Plan) -> str:
+    """Where the figure of what is trained comes from."""
+    units = f"{plan.held.units * plan.layout.shards:.2f}".rstrip("0").rstrip(".")
+    if plan.layout.shards > 1:
+        return f"{units} d of 4 bytes over {plan.layout.shards} shards, counted"
+    return f"{units} d of 4 bytes, counted; measured 0.1 to 1 d more (docs/cost.md)"
+
+
+def _line(size: float | None, name: str, why: str) -> str:
+    if size is None:
+        return f"  {'not known':>10}  {name}"
+    return f"  {_gb(size):>10}  {name:18}{why}".rstrip()
+
+
+def _row(name: str, said: str) -> list[str]:
+    return textwrap.wrap(f"{name:11}{said}", WIDTH, subsequent_indent=" " * 11)
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def _plural(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
+def _gb(count: float) -> str:
+    """Of the half: 0.05, 1.25, 12.5, 125."""
+    size = count / GB
+    return f"{size:.0f}" if size >= 100 else f"{size:.1f}" if size >= 10 else f"{size:.2f}"
+
+
+def _count(number: int) -> str:
+    for scale, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= scale:
+            return f"{number / scale:.4g} {unit}"
+    return str(number)
