@@ -73,7 +73,7 @@ def check_fsdp(trainer: Trainer) -> None:
         )
     if "SHARDED" in str(plugin.state_dict_type):
         raise ValueError(
-            "fsdp_config: expected state_dict_type FULL_STATE_DICT, got SHARDED_STATE_DICT. Leave it out: a checkpoint is brought "
+            "fsdp_config: expected state_dict_type FULL_STATE_DICT, got SHARDED_STATE_DICT. Set it: a checkpoint is brought "
             "together tensor by tensor on the CPU of rank 0, and no device holds all of it."
         )
     if getattr(plugin.cpu_offload, "pin_memory", None) is not None:

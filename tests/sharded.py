@@ -16,7 +16,9 @@ from hf_sampa.distributed import plain_name, whole
 from tests import tiny
 
 
-FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}}
+# Defaults of newer transformers, said for older ones, too.
+DEFAULTS = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
+FSDP = {"fsdp": True, "fsdp_config": {**DEFAULTS, "transformer_layer_cls_to_wrap": ["BertLayer"]}}
 
 
 class AsOnGPU:
