@@ -23,7 +23,7 @@ INSTALLED = "import json; from importlib.metadata import distributions as d; pri
 # Python, and what uv is told. pyproject.toml has the bounds.
 SETS = {
     "lowest": ("3.10", ["--resolution", "lowest-direct"]),
-    "middle": ("3.12", ["torch==2.9.1", "transformers==5.12.1", "accelerate==1.12.0"]),
+    "middle": ("3.12", ["torch==2.9.1", "transformers==5.12.1", "accelerate==1.13.0"]),
     "newest": ("3.13", ["--upgrade"]),
 }
 # Of the project itself: its pages, its rules, its pins, the hub of its tests. They hold for one set of versions, that of

@@ -41,6 +41,10 @@ TESTED = {
     "accelerate": Range("1.10.1", "1.15.0"),
 }
 
+# FSDP2 has a floor of its own. torch 2.6 looks for the processes of a mesh by their ranks in the world, where those of a role have
+# others; transformers 5.3 hands few of the settings on; accelerate 1.12 leaves out the moments when it loads an optimizer from parts.
+SHARDS = {"torch": "2.9", "transformers": "5.12", "accelerate": "1.13"}
+
 # The methods of Trainer that are extended or replaced, in its order, with the parameters that are relied on. Before transformers
 # 5.3 training was one method, without a place between its steps.
 HOOKS = {
@@ -107,6 +111,15 @@ def check_hooks(trainer_class: type[Trainer]) -> None:
         raise ImportError(
             f"hf_sampa works within Trainer's {', '.join(lacking)}, which transformers {version('transformers')} does not have, or not "
             f"in this form (tested: {lowest} to {newest}): pip install 'transformers=={newest}'."
+        )
+
+
+def check_shards() -> None:
+    """Raise ImportError where FSDP2 is asked for with versions below `SHARDS`."""
+    if older := [f"{name} {version(name)}" for name, first in SHARDS.items() if before(name, first)]:
+        wanted = ", ".join(f"{name} {first}" for name, first in SHARDS.items())
+        raise ImportError(
+            f"FSDP2: expected {wanted} or newer, found {', '.join(older)}. Upgrade, or train without FSDP, which older ones do, too."
         )
 
 
@@ -203,6 +216,12 @@ def count_every_label(trainer: Trainer) -> None:
 def keeps_best_step() -> bool:
     """Before transformers 5.4 ``save_strategy="best"`` keeps no note of which checkpoint is the best, and loads none at the end."""
     return not before("transformers", "5.4")
+
+
+def one_process_saves(trainer: Trainer) -> bool:
+    """Before transformers 5.23 ``save_model`` calls ``_save`` on the main process only, where the others have to gather with it. From
+    5.20 on it did not for models that were sharded when they were loaded."""
+    return before("transformers", "5.23") and not getattr(trainer, "is_distributed_loading_by_transformers", False)
 
 
 def without_cpu_index(device: torch.device) -> torch.device:

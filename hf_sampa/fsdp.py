@@ -11,10 +11,11 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from .compat import check_shards
 from .distributed import Mesh, RoleWorld, role_world
 from .state import stood_in
 
@@ -25,18 +26,26 @@ def asked_for(args: Any) -> bool:
 
 
 def check_version(args: Any) -> None:
-    """Raise ValueError for FSDP1. To be asked before accelerate is, which may refuse it for reasons of its own."""
+    """Raise ValueError for FSDP1, and ImportError for packages too old for FSDP2. To be asked before accelerate refuses them in words of its own."""
     asked = (args.fsdp_plugin_args or {}).get("fsdp_version") if args.fsdp else os.environ.get("FSDP_VERSION", "1")
     if asked_for(args) and str(asked or 1) != "2":
         raise ValueError(
             "fsdp_config: expected version 2, got version 1, whose flat parameters hide the weights that SAMPa displaces. Set "
             "fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration."
         )
+    if asked_for(args):
+        check_shards()
+
+
+def sizes_asked_for(args: Any) -> ParallelismConfig | None:
+    """Of the mesh of a role, by the training arguments or by accelerate's launcher."""
+    launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+    return args.parallelism_config or (ParallelismConfig() if launched else None)
 
 
 def check_sizes(args: Any) -> None:
     """Raise ValueError where a mesh is asked for that is not as large as a role."""
-    sizes = args.parallelism_config
+    sizes = sizes_asked_for(args)
     if sizes is not None and sizes.total_size != args.num_replicas:
         raise ValueError(
             f"parallelism_config: expected sizes for the {args.num_replicas} process(es) of one role, got "
@@ -71,10 +80,11 @@ def check_fsdp(trainer: Trainer) -> None:
             f"{trainer.args.world_size} process(es) on {trainer.args.device.type}: the model would be trained unsharded, without a word. "
             "Leave fsdp out, or train on GPUs."
         )
-    if "SHARDED" in str(plugin.state_dict_type):
+    kinds = [kind for kind in type(trainer).__mro__ if kind.__module__.startswith("sentence_transformers.")]
+    if kinds:
         raise ValueError(
-            "fsdp_config: expected state_dict_type FULL_STATE_DICT, got SHARDED_STATE_DICT. Set it: a checkpoint is brought "
-            "together tensor by tensor on the CPU of rank 0, and no device holds all of it."
+            f"fsdp: expected a trainer that saves the weights that it is given, got {kinds[0].__name__}, which runs and saves the "
+            "model on one process, where there is but a part of it. Leave fsdp out; shard_optimizer=True saves memory."
         )
     if getattr(plugin.cpu_offload, "pin_memory", None) is not None:
         raise ValueError(

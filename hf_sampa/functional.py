@@ -28,6 +28,10 @@ import torch
 from torch import Tensor
 
 
+# Numbers that are copied to double precision at once: on a CPU copies stay in the caches, while a GPU wants few launches.
+CPU_PIECE, DEVICE_PIECE = 2**16, 2**23
+
+
 def real(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same memory as real numbers: a complex number is the pair of its parts, ``(..., 2)``, as it is for torch's optimizers."""
     return [torch.view_as_real(each) if each.is_complex() else each for each in tensors]
@@ -127,6 +131,14 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor], lengths: tuple[float,
         / one
         / other
     )
+
+
+@torch.no_grad()
+def wide_inner(left: Tensor, right: Tensor) -> Tensor:
+    """Inner product ``()`` of two ``(n,)``, each product and the sum in double precision, a piece at a time."""
+    size = CPU_PIECE if left.is_cpu else DEVICE_PIECE
+    pieces = zip(left.split(size), right.split(size), strict=True)
+    return torch.stack([torch.dot(a.double(), b.double()) for a, b in pieces]).sum()
 
 
 @torch.no_grad()

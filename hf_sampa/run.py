@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from accelerate.logging import get_logger
 from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
@@ -26,6 +27,9 @@ from .variants import Recipe
 
 if TYPE_CHECKING:
     from .trainer import SAMPaMixin
+
+
+logger = get_logger(__name__)
 
 
 class Run:
@@ -87,6 +91,28 @@ class Run:
         """Reach the other processes, if they are not reached yet."""
         if self.exchange is None or self.exchange.mesh != self.mesh:
             self.exchange = Exchange(self.mesh, timeout=timedelta(seconds=self.trainer.args.ddp_timeout))
+
+    def reach_others(self) -> None:
+        """Connect the processes anew, where an exception has cut what they were sending."""
+        if self.exchange is None:
+            self.connect()
+            self.engine.connect(self.exchange)
+            self.steps.collected.exchange = self.exchange
+
+    def gather_weights(self) -> None:
+        """Before something looks at the model outside of a step: make the weights whole, where each process holds a part. A collective."""
+        in_passes = self.active and self.stage == "in passes"
+        if self.engine is not None and not self.engine.placement.whole and not in_passes:
+            self.reach_others()
+            self.engine.placement.gather_weights()
+
+    def lose_parts(self) -> None:
+        """After an exception."""
+        if self.engine is not None and self.engine.placement.lose_parts():
+            logger.error(
+                "With shard_optimizer each process holds a part of the weights: the others are NaN here now. evaluate(), save_model() or "
+                "train(), called by all processes, brings them together; so does resume_from_checkpoint=True in a new run."
+            )
 
     # ---- Before the first step ----
 

@@ -20,6 +20,7 @@ from .distributed import Role, check_repeatable
 from .engine import SAM, Placement, SAMPa, SampleView, Shared, StepReport, check_separable
 from .micro_batches import MicroBatches
 from .monitoring import show
+from .readers import reader_of
 from .state import Collected, other_modules
 
 
@@ -34,6 +35,7 @@ FIXED = (
     "variant",
     "variant_args",
     "shard_optimizer",
+    "pairs_on_one_node",
     "overlap_exchange",
     "gradient_accumulation_steps",
     "seed",
@@ -120,6 +122,7 @@ class Steps:
         run.stage = "in passes"
         if not self._rehearsed:
             self._rehearse(model)
+        self._check_readers()
         report = self._run_engine(model)
         run.stage = "in update"
         if engine.placement.shared:
@@ -163,6 +166,26 @@ class Steps:
             repeats = args.device.type == "cpu" and not args.torch_compile
             check_repeatable(self.run.exchange, found, part.fingerprint, exact=repeats)
         self._rehearsed = True
+        self._hold_parts()
+
+    def _hold_parts(self) -> None:
+        """Let each process hold the weights that it updates, unless something reads all of them between steps. A collective."""
+        if not self.engine.placement.shared:
+            return
+        reader = next(filter(None, self.run.exchange.share_objects(reader_of(self.trainer))), None)
+        if reader is None:
+            self.engine.placement.hold_parts()
+        else:
+            logger.info(
+                f"shard_optimizer: all weights are brought together after every step, for {reader} may read them."
+            )
+
+    def _check_readers(self) -> None:
+        if self.engine.placement.in_parts and (reader := reader_of(self.trainer)):
+            raise RuntimeError(
+                f"shard_optimizer: expected what reads the model between two steps to be there when training begins, but {reader} came later: "
+                "each process holds a part of the weights by now. Add it before train(), or leave shard_optimizer out."
+            )
 
     def _follow_settings(self) -> None:
         """Take over what a callback may have changed, and refuse what cannot be followed."""

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -21,12 +22,15 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from .cards import WithCard, texts_in, without_secrets
 from .checkpoints import (
     as_any_other,
+    as_saved,
     check_trained,
     contiguous,
     load_missing,
     load_weights,
     loading,
-    optimizer_in_parts,
+    no_weights,
+    optimizer_as_saved,
+    remove_no_weights,
     whole_weights,
 )
 from .checks import (
@@ -40,11 +44,26 @@ from .checks import (
     check_savable,
     check_trainer,
 )
-from .compat import check_hooks, count_every_label, let_trainer_divide, numpy_by_both_names, say_what_is_untested
+from .compat import (
+    check_hooks,
+    count_every_label,
+    let_trainer_divide,
+    numpy_by_both_names,
+    one_process_saves,
+    say_what_is_untested,
+)
 from .distributed import check_same_start, end_with_launcher, peers_expected, units
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
 from .evaluation import ExactEvalLoss
-from .fsdp import check_fsdp, check_sizes, check_version, name_layers, shard_within_role, whole_for_data
+from .fsdp import (
+    check_fsdp,
+    check_sizes,
+    check_version,
+    name_layers,
+    shard_within_role,
+    sizes_asked_for,
+    whole_for_data,
+)
 from .monitoring import DiagnosticsCallback
 from .run import Run
 from .start import started_with
@@ -141,7 +160,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         check_version(self.args)
         check_sizes(self.args)
         # A parallelism_config is that of a role's processes.
-        with self.args.world_of_role() if self.args.parallelism_config else nullcontext():
+        with self.args.world_of_role() if sizes_asked_for(self.args) else nullcontext():
             super().create_accelerator_and_postprocess()
         check_fsdp(self)
         shard_within_role(self, self.args.mesh, self.args.ddp_timeout_delta)
@@ -172,6 +191,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
         Raises ValueError for a checkpoint that is torn, damaged, foreign, of a newer format or of another data stream or model.
         """
+        self._gather_weights()
         before, self._run, state = self._run, Run(self, self._run), self.state
         try:
             resume_from_checkpoint = self._run.resume.find(resume_from_checkpoint)
@@ -188,6 +208,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
             if self._run is not None:
                 # What it had begun to send would reach the next run.
                 self._run.exchange = None
+                self._run.lose_parts()
             raise
         finally:
             if self._run is not None:
@@ -198,7 +219,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         self._loading_from = resume_from_checkpoint
         load = partial(super()._load_from_checkpoint, resume_from_checkpoint, *args, **kwargs)
         changed = self._run is not None and self._run.resume.weights_changed
-        with as_any_other(self):
+        with as_saved(self, resume_from_checkpoint):
             load_weights(self.model, resume_from_checkpoint, load, changed)
 
     def _issue_warnings_after_load(self, load_result):
@@ -278,7 +299,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Upstream's names no file where one holds something else than it expects."""
-        with loading(checkpoint, "optimizer.pt or scheduler.pt"), optimizer_in_parts(self, checkpoint):
+        with loading(checkpoint, "optimizer.pt or scheduler.pt"), optimizer_as_saved(self, checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     # ---- An epoch ----
@@ -365,8 +386,18 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
     def _evaluate(self, *args, **kwargs):
         """A callback may ask for a checkpoint in the evaluation: it waits for the save that is to come after it."""
+        self._gather_weights()
         with self._before_saving():
             return super()._evaluate(*args, **kwargs)
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether a checkpoint is being written in which every process has its parts of the weights."""
+        return self._run is not None and self._run.saving.in_parts
+
+    def _gather_weights(self) -> None:
+        if self._run is not None:
+            self._run.gather_weights()
 
     @contextmanager
     def _before_saving(self) -> Iterator[None]:
@@ -378,11 +409,13 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
     def evaluate(self, *args, **kwargs):
         """As in Trainer. Raises as `predict` does."""
+        self._gather_weights()
         with peers_expected():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         """As in Trainer. Raises PeerLost where another process does not answer; upstream's error would be gloo's."""
+        self._gather_weights()
         with peers_expected():
             return super().predict(*args, **kwargs)
 
@@ -410,8 +443,11 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         """As in Trainer. Raises RuntimeError within a step, when the model holds displaced weights."""
         if self._run is not None:
             self._run.saving.check_displaced()
+        self._gather_weights()
         with as_any_other(self):
             super().save_model(output_dir, _internal_call)
+            if one_process_saves(self) and not self.args.should_save and units(self.model) and not self._in_parts:
+                whole_weights(self.model)
         if _internal_call and self.args.save_only_model:
             # Upstream then calls no `_save_rng_state`, which writes otherwise.
             self._run.saving.write(output_dir)
@@ -419,7 +455,10 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
     def _save(self, output_dir=None, state_dict=None):
         """peft writes into a README.md that is there; training_args.bin would have the Hub's token; what is not contiguous is refused."""
         save = super()._save
-        if units(self.model):
+        in_parts = self._in_parts
+        if in_parts:
+            state_dict = no_weights(self.model)
+        elif units(self.model):
             state_dict = whole_weights(self.model)
         elif state_dict is None and not hasattr(self.model, "save_pretrained"):
             state_dict = contiguous(self.model.state_dict())
@@ -427,12 +466,17 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         def write():
             with self._card.kept(output_dir), without_secrets(self.args):
                 save(output_dir, state_dict)
+            if in_parts and self.args.should_save:
+                remove_no_weights(Path(output_dir))
 
         self._attempt("the weights", write)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        """Rank 0 writes what, with a shared optimizer, is in several processes."""
+        """Rank 0 writes what, with a shared optimizer, is in several processes, unless all of them write what they have."""
         write = partial(super()._save_optimizer_and_scheduler, output_dir)
+        if self._run.saving.in_parts:
+            self._run.saving.write_parts(write, output_dir)
+            return
         with self.sampa.placement.whole_optimizer(), as_any_other(self):
             self._attempt("the optimizer", write)
 
@@ -458,6 +502,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
 
     def _finalize_training(self, *args, **kwargs):
         """Processes compare their weights in the step after; there is none after the last. Upstream loads the best where it is."""
+        self._gather_weights()
         self.sampa.check_alike()
         self._run.resume.agree_on_best()
         return super()._finalize_training(*args, **kwargs)
@@ -465,7 +510,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
     def _load_best_model(self):
         """As in `_load_from_checkpoint`; and buffers and weights beside the model's belong to the best step, too."""
         self._loading_from = self.state.best_model_checkpoint
-        with as_any_other(self):
+        with as_saved(self, self.state.best_model_checkpoint):
             self._run.resume.load_best(super()._load_best_model)
 
     def init_hf_repo(self, *args, **kwargs):
@@ -500,6 +545,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Around code of a callback that computes a loss: its world is a pass's, and it leaves nothing on the trainer. Within a run."""
+        self._gather_weights()
         with nullcontext() if self.sampa is None else self._run.steps.micro_batches.aside():
             yield
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from .compat import keeps_best_step, without_cpu_index
+from .compat import check_shards, keeps_best_step, without_cpu_index
 from .distributed import SIZE_VARIABLES, Mesh, peers_expected, role_world, whole_size_and_rank
 from .state import stood_in
 from .variants import Recipe, Variant, find, parse_arguments
@@ -54,8 +54,11 @@ class SAMPaArgumentsMixin:
         lmbda (`float`, *optional*):
             Weight of the look-ahead gradient, 0 to 1. Denoted as lambda in the paper. 0.2 by default. SAM does not use it.
         shard_optimizer (`bool`, defaults to `False`):
-            Whether the processes of a pair, or for `"sam"` all processes, share one optimizer: each updates, and holds the state
-            of, its part of the parameters. Only for optimizers that treat every parameter on its own.
+            Whether all processes share one optimizer (under FSDP the two of each pair): each updates, and holds the state of, its part
+            of the parameters. Only for optimizers that treat every parameter on its own.
+        pairs_on_one_node (`bool`, defaults to `False`):
+            Whether the two processes of a pair have ranks 2r and 2r + 1, so that a node has both of them, instead of r and r + k, so that
+            a node has replicas of one role. Of several nodes the latter sends less between them, but for many replicas under FSDP.
         overlap_exchange (`bool`, defaults to `True`):
             Whether gradients travel while backward is still running.
         ignore_changed_files (`bool`, defaults to `False`):
@@ -107,9 +110,15 @@ class SAMPaArgumentsMixin:
     shard_optimizer: bool = field(
         default=False,
         metadata={
-            "help": "Let the two processes of a pair (with method=sam: all processes) share one optimizer, each updating its "
-            "part of the parameters and holding that part of the state: less memory, the same numbers. One process alone has "
-            "nothing to share."
+            "help": "Let all processes share one optimizer, each updating its part of the parameters and holding that part of the "
+            "state: less memory, the same numbers. One process alone has nothing to share."
+        },
+    )
+    pairs_on_one_node: bool = field(
+        default=False,
+        metadata={
+            "help": "Give the two processes of a pair neighbouring ranks, so that both are on one node, and not each role to nodes of "
+            "its own, which sends less between nodes. The numbers are the same."
         },
     )
     overlap_exchange: bool = field(
@@ -161,7 +170,8 @@ class SAMPaArgumentsMixin:
     @property
     def mesh(self) -> Mesh:
         """This process's place among the others. Raises ValueError for a world that `method` cannot use."""
-        return Mesh.for_method(self.method, *whole_size_and_rank(self.world_size, self.process_index))
+        place = whole_size_and_rank(self.world_size, self.process_index)
+        return Mesh.for_method(self.method, *place, neighbours=self.pairs_on_one_node)
 
     @property
     def num_replicas(self) -> int:
@@ -174,6 +184,7 @@ class SAMPaArgumentsMixin:
 
         As in ``with args.world_of_role(): model = AutoModel.from_pretrained(name, distributed_config=DistributedConfig(fsdp_size=4))``.
         """
+        check_shards()
         with role_world(self.mesh, self.ddp_timeout_delta).lent_to_shard():
             yield
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from ..distributed import shards_of
 from ..monitoring import DiagnosticsCallback
 from .harmless import HIDDEN, is_plain, masked, shown, types_of
 
@@ -23,7 +24,7 @@ NOT_OF_THE_COMPUTATION = (
     *("optim", "optim_args", "bf16", "fp16", "batch_size"),
     *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
 )  # fmt: skip
-NOT_OF_THE_BASELINE = ("variant", "variant_args", "rho", "shard_optimizer", "overlap_exchange")
+NOT_OF_THE_BASELINE = ("variant", "variant_args", "rho", "shard_optimizer", "pairs_on_one_node", "overlap_exchange")
 # How a step is computed; learning rate and weight decay have lines of their own.
 NOT_OF_THE_OPTIMIZATION = {
     "lr",
@@ -183,12 +184,11 @@ def hyperparameters(trainer: Trainer, total_batch_size: int) -> dict[str, Any]:
 
 def _processes(trainer: Trainer) -> str:
     """How many there are, and what each of them has."""
-    mesh, weights = trainer.args.mesh, trainer.sampa and trainer.sampa.weights
-    if weights and weights.sharded and mesh.world_size > 1:
-        roles, replicas = "two roles" if mesh.paired else "one role", mesh.num_replicas // weights.count
-        shards = f"{weights.count} shard{'s' if weights.count > 1 else ''}"
-        of = f"{replicas} replicas x {shards}" if replicas > 1 else shards
-        return f"{mesh.world_size}, {roles} of {of} (FSDP2)"
+    mesh = trainer.args.mesh
+    if mesh.world_size > 1 and (spread := shards_of([*trainer.model.parameters()], mesh)):
+        role = "two roles of " if mesh.paired else "one role of " if trainer.args.method == "sam" else ""
+        replicas, shards = mesh.num_replicas // spread.count, f"{spread.count} shard{'s' if spread.count > 1 else ''}"
+        return f"{mesh.world_size}, {role}{f'{replicas} replicas x ' if replicas > 1 else ''}{shards} (FSDP2)"
     if mesh.paired:
         return f"{mesh.world_size}: {mesh.num_replicas} at perturbed and {mesh.num_replicas} at look-ahead weights"
     return "1, in both roles in turn" if trainer.args.method == "sampa" else f"{mesh.world_size}, data parallel"

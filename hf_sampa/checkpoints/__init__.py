@@ -3,21 +3,25 @@
 `checkpoint.py` says what is written; `saving.py` when; `resume.py` how a run goes on.
 """
 
+from .in_parts import no_weights, remove_no_weights
 from .resume import Resume, load_missing, load_weights, loading
 from .saved_weights import contiguous
 from .saving import Saving, check_trained
-from .shards import as_any_other, optimizer_in_parts, whole_weights
+from .shards import as_any_other, as_saved, optimizer_as_saved, whole_weights
 
 
 __all__ = [
     "Resume",
     "Saving",
     "as_any_other",
+    "as_saved",
     "check_trained",
     "contiguous",
     "load_missing",
     "load_weights",
     "loading",
-    "optimizer_in_parts",
+    "no_weights",
+    "optimizer_as_saved",
+    "remove_no_weights",
     "whole_weights",
 ]

@@ -12,6 +12,7 @@ A checkpoint is written in this order, by Trainer unless another is named:
 That order makes every cut visible: without a readable ``trainer_state.json`` a checkpoint is torn, and so it is with a
 ``sampa.safetensors``, but without ``sampa.json``; one that has neither of the two is plain Trainer's. The checksums make
 visible what happened to it afterwards. `SAMPaMixin._save_rng_state` and `Saving` see to it that 3 and 5 come then.
+In parts (`in_parts.py`) weights and optimizer come after the other files of 2, and ``sampa_shards/`` before the others of 3.
 """
 
 from __future__ import annotations

@@ -10,9 +10,11 @@ from accelerate.logging import get_logger
 
 from ..cards import bound, computation, masked, plain
 from ..data import Place
-from ..distributed import whole
+from ..distributed import Role, whole
 from ..engine import SAMPa
+from ..state import stood_in
 from . import checkpoint, saved_weights
+from .in_parts import G_T, Spread, split
 
 
 if TYPE_CHECKING:
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def to_save(run: Run, folder: Path) -> dict[str, Any] | None:
-    """What `checkpoint.write_states` and `write_manifest` are to write; None on processes that do not write. A collective.
+def to_save(run: Run, folder: Path, in_parts: bool) -> tuple[dict[str, Any] | None, Spread]:
+    """What `checkpoint.write_states` and `write_manifest` are to write, None on processes that do not; and what all write together.
 
+    That is what is spread, where the checkpoint is `in_parts`. A collective.
     Raises RuntimeError where there is no one step whose state could be saved.
     """
     _check_savable(run, folder)
@@ -31,17 +34,23 @@ def to_save(run: Run, folder: Path) -> dict[str, Any] | None:
     engine.check_alike()
     place = run.next_place()
     prints = fingerprints(run, place)
-    grads, ascent = {}, None
-    if prints is not None and isinstance(engine, SAMPa):  # otherwise there is no batch that g_t is of
-        grads, ascent = engine.state_dict()
-    recipe, weights = engine.recipe_state(), saved_weights.record(trainer.model, engine.names[: engine.of_model])
-    others = {
-        name: whole(param.detach())
-        for name, param in list(zip(engine.names, engine.params, strict=True))[engine.of_model :]
-    }
-    collected = run.exchange.share_objects(run.steps.collected.state_dict(saved=True))[: run.mesh.num_replicas]
+    grads, ascent, spread = {}, None, {}
+    with stood_in(engine.weights, "gathers", not in_parts):
+        if prints is not None and isinstance(engine, SAMPa):  # otherwise there is no batch that g_t is of
+            grads, ascent = engine.state_dict()
+        recipe = engine.recipe_state()
+    weights = saved_weights.record(trainer.model, engine.names[: engine.of_model])
+    others = dict(list(zip(engine.names, engine.params, strict=True))[engine.of_model :])
+    others = {name: whole(param.detach()) for name, param in others.items()}
+    if in_parts:
+        recipe, lists = split(recipe)
+        lists = {place: dict(zip(engine.names, each, strict=True)) for place, each in lists.items()}
+        spread = {what: each for what, each in {G_T: grads, **lists}.items() if each}
+        grads = {}
+    of_all = run.exchange.share_objects(run.steps.collected.state_dict(saved=True))
+    collected = [of_all[rank] for rank in run.mesh.ranks_of(Role.PERTURBED)]
     if not trainer.args.should_save:
-        return None
+        return None, spread
     position = {"epoch": place.epoch, "start": place.start, "fingerprints": prints}
     content = (
         _computed_with(run) | _progress(run) | {"position": position, "ascent": ascent or None, "weights": weights}
@@ -56,7 +65,7 @@ def to_save(run: Run, folder: Path) -> dict[str, Any] | None:
     if trainer.args.save_only_model:
         content |= {"kept": "weights", "ascent": None}
         tensors[""], states = {}, {}
-    return {"tensors": tensors, "content": content, "states": states}
+    return {"tensors": tensors, "content": content, "states": states}, spread
 
 
 def _check_savable(run: Run, folder: Path) -> None:
@@ -94,7 +103,7 @@ def _check_savable(run: Run, folder: Path) -> None:
 def fingerprints(run: Run, place: Place) -> list[int] | None:
     """Of the next update batch, by replica, 0 where the data are over; None where it is not known. A collective."""
     own = torch.tensor([-1 if place.fingerprint is None else place.fingerprint], device=run.trainer.args.device)
-    found = run.exchange.gather(own)[: run.mesh.num_replicas, 0].tolist()
+    found = run.exchange.gather(own)[run.mesh.ranks_of(Role.PERTURBED), 0].tolist()
     return None if -1 in found else found
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from . import dcp
 from .checkpoint import is_whole
 from .whole import is_needed, weights_in
 
@@ -83,5 +84,5 @@ def _remove(folder: Path) -> None:
 def _is_of_the_run(path: Path) -> bool:
     """Whether `path` is state of the old checkpoint, which would be taken for the new one's."""
     if path.is_dir():
-        return bool(weights_in(path))
+        return path.name in (dcp.MODEL, dcp.OPTIMIZER, dcp.OWN) or bool(weights_in(path))
     return is_needed(path.name) or path.name.startswith(("sampa", "rng_state"))

@@ -17,7 +17,8 @@ from ..data import Place
 from ..distributed import here, part_of
 from ..engine import SAMPa
 from ..state import make_room
-from . import checkpoint, content
+from . import checkpoint, content, in_parts
+from .in_parts import G_T, Unfit
 from .manifest import Manifest
 from .replaced import restore, restore_all
 from .saved_weights import holds, left_out, load_every_tensor, other_model
@@ -156,14 +157,17 @@ class Resume:
     def _carry_on(self, folder: str, found: Manifest) -> None:
         """What the step and the trainer's own code remember, and g_t."""
         run, args = self.run, self.trainer.args
-        run.engine.load_recipe_state(checkpoint.read_state(Path(folder), checkpoint.RECIPE))
+        parts = in_parts.read(Path(folder), dict(zip(run.engine.names, run.engine.params, strict=True)))
+        grads = parts.pop(G_T, None) or checkpoint.read_tensors(Path(folder))
+        recipe = checkpoint.read_state(Path(folder), checkpoint.RECIPE)
+        run.engine.load_recipe_state(in_parts.put_back(recipe, parts, run.engine.names))
         of_replicas = checkpoint.read_state(Path(folder), checkpoint.COLLECTED).get("of_replicas")
         if of_replicas:
             run.steps.collected.load_state_dict(of_replicas[min(args.mesh.replica, len(of_replicas) - 1)])
         if args.ignore_data_skip:
             logger.warning("ignore_data_skip: the stream starts its epoch anew, and g_t is computed there.")
         elif isinstance(run.engine, SAMPa):
-            run.engine.load_state_dict(checkpoint.read_tensors(Path(folder)), found.ascent and asdict(found.ascent))
+            run.engine.load_state_dict(grads, found.ascent and asdict(found.ascent))
 
     def _begin_anew(self, folder: str) -> None:
         """All but the weights, where nothing but the weights was kept."""
@@ -335,8 +339,9 @@ def load_weights(model: torch.nn.Module, folder: str, load: Callable[[], None], 
     """
     make_room(model, checkpoint.read_tensors(Path(folder), checkpoint.FORWARD_STATE))
     try:
-        load()
-    except RuntimeError as error:
+        with in_parts.checked():
+            load()
+    except (RuntimeError, Unfit) as error:
         raise ValueError(
             other_model(model, folder)
             or f"The weights in {folder} are of another model: {error} Resume with the model that wrote it."

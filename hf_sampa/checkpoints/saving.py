@@ -20,7 +20,7 @@ from accelerate.logging import get_logger
 from ..distributed import PeerLost, peers_expected
 from ..engine import SAM, SAMPa
 from ..state import stood_in
-from . import checkpoint
+from . import checkpoint, dcp, in_parts
 from .content import to_save
 from .replaced import replacing
 from .whole import needed_in
@@ -51,6 +51,8 @@ class Saving:
         # A checkpoint, and the end of the training, that were asked for within a step.
         self._put_off = self._stop_put_off = False
         self._content: dict[str, Any] | None = None  # what is written, while a checkpoint is, by a process that writes
+        self._spread: in_parts.Spread = {}  # and by all together
+        self.in_parts = False  # whether the checkpoint that is being written is
         self._writing: Writing | None = None  # while a checkpoint is written
         self._into, self._there = Path(), set()  # its folder, and files that are there already
         self._size = 0  # of the last one
@@ -155,11 +157,13 @@ class Saving:
         All that can be refused is refused before anything is written. Of what the disk does not take nothing is left, and the
         run goes on. Raises NotSaved where there is none that could.
         """
-        self._reach_others()
+        self.run.reach_others()
+        self.run.gather_weights()
         folder = self._folder(trial)
-        self._content = to_save(self.run, folder)
+        parts = in_parts.wanted(self.trainer)
+        self._content, self._spread = to_save(self.run, folder, parts)
         self._into, self._there, self._later = folder, set(), []
-        self._writing, self._saved = Writing(self.run.exchange), False
+        self._writing, self._saved, self.in_parts = Writing(self.run.exchange), False, parts
         try:
             with peers_expected(), self._as_before_the_step(), ExitStack() as replaced:
                 old = self.attempt("the folder", lambda: self._make_way(folder, replaced))
@@ -177,6 +181,7 @@ class Saving:
             self._give_up(folder, problem)
         finally:
             self._content = self._writing = None
+            self._spread, self.in_parts = {}, False
         self._put_off = False
         if self._saved:
             self._do_what_is_left(folder)
@@ -193,13 +198,28 @@ class Saving:
             self._there.update(needed_in(self._into))
         return found
 
+    def together(self, what: str, write: Callable[[], Any], *folders: Path) -> None:
+        """`attempt`, of what all processes write together into `folders`: they begin only if all of them can. A collective."""
+        self.attempt(what, lambda: [each.mkdir(parents=True, exist_ok=True) for each in folders])
+        self._writing.agree()
+        self.attempt(what, in_parts.as_one_error()(write))
+
+    def write_parts(self, write: Callable[[], None], output_dir: str) -> None:
+        """Let Trainer `write` weights and optimizer as all processes hold them. A collective."""
+        folders = [Path(output_dir) / name for name in (dcp.MODEL, dcp.OPTIMIZER)]
+        with in_parts.with_state(self.trainer.optimizer.optimizer):
+            self.together("weights and optimizer", write, *folders)
+
     def write(self, output_dir: str) -> None:
         """Add SAMPa's states to what Trainer has written, if a checkpoint is being written, and see whether all processes could."""
         if self._writing is None:
             return
+        folder = Path(output_dir)
+        if self._spread:
+            self.together("SAMPa's tensors", partial(in_parts.write, folder, self._spread), folder / dcp.OWN)
         if self._content is not None:
             tensors, states = self._content["tensors"], self._content["states"]
-            self.attempt("SAMPa's state", lambda: checkpoint.write_states(Path(output_dir), tensors, states))
+            self.attempt("SAMPa's state", lambda: checkpoint.write_states(folder, tensors, states))
         self._writing.agree()
 
     @contextmanager
@@ -250,7 +270,9 @@ class Saving:
     def _give_up(self, folder: Path, problem: NotSaved) -> None:
         """Say what could not be written. A collective. Raises NotSaved where no run goes on."""
         rest, optimizers = zip(*self.run.exchange.share_objects(self._bytes()), strict=True)
-        needed = max(max(rest) + (sum if self.run.engine.placement.shared else max)(optimizers), self._size)
+        engine = self.run.engine
+        moments = sum(optimizers) // engine.weights.count if engine.placement.shared else max(optimizers)
+        needed = max(max(rest) + moments, self._size)
         words = f"{folder} could not be saved, and nothing of it is left: {problem}. It needs at least {needed:,} bytes{room(folder)}."
         if not self.run.active:
             raise NotSaved(words) from problem
@@ -258,20 +280,12 @@ class Saving:
 
     def _bytes(self) -> tuple[int, int]:
         """What is large in a checkpoint: weights and SAMPa's tensors, and the optimizer's that are here."""
-        own = self._content["tensors"].values() if self._content is not None else ()
+        own = [*(self._content["tensors"].values() if self._content is not None else ()), *self._spread.values()]
         weights = self.trainer.model.state_dict().values()
         tensors = [each for several in (weights, *(each.values() for each in own)) for each in several]
         states = self.trainer.optimizer.optimizer.state.values()
         moments = [each for state in states for each in state.values() if isinstance(each, torch.Tensor)]
         return tuple(sum(getattr(each, "nbytes", 0) for each in several) for several in (tensors, moments))
-
-    def _reach_others(self) -> None:
-        """Connect the processes anew, where an exception has cut what they were sending."""
-        run = self.run
-        if run.exchange is None:
-            run.connect()
-            run.engine.connect(run.exchange)
-            run.steps.collected.exchange = run.exchange
 
     # ---- Counts: micro-batches that were counted, but not trained on yet ----
 

@@ -21,6 +21,8 @@ from transformers.trainer import OPTIMIZER_NAME
 
 from ..distributed import part_of, plain_name, spread_as, units
 from ..state import stood_in
+from . import dcp
+from .in_parts import holds_parts, reading_parts
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:
@@ -57,8 +59,19 @@ def _load_in_parts(
 
 
 @contextmanager
-def optimizer_in_parts(trainer: Trainer, checkpoint: str | None) -> Iterator[None]:
-    """Within the block Trainer loads a whole ``optimizer.pt`` into the optimizer of a sharded model, without a whole one on any device."""
+def as_saved(trainer: Trainer, folder: str) -> Iterator[None]:
+    """Within the block Trainer loads the weights in `folder` as they were saved: in parts, or as those of any other model."""
+    with reading_parts(trainer) if holds_parts(folder, dcp.MODEL) else as_any_other(trainer):
+        yield
+
+
+@contextmanager
+def optimizer_as_saved(trainer: Trainer, checkpoint: str | None) -> Iterator[None]:
+    """Within the block Trainer loads the optimizer of a sharded model, in parts or from a whole ``optimizer.pt``, without a whole one on any device."""
+    if checkpoint is not None and holds_parts(checkpoint, dcp.OPTIMIZER):
+        with reading_parts(trainer):
+            yield
+        return
     if not units(trainer.model) or checkpoint is None or not (Path(checkpoint) / OPTIMIZER_NAME).is_file():
         yield
         return

@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from ..compat import numpy_by_both_names
 from ..files import sync
+from . import dcp
 from .manifest import Recorded
 
 
@@ -50,17 +51,17 @@ OTHER, MISSING, LATER = "has another content than what was written", "is missing
 
 def is_needed(name: str) -> bool:
     """Whether a run cannot go on without the file with this path in its checkpoint."""
-    return name in STATES or RANDOM_STATES.fullmatch(name) is not None or is_weights(name)
+    return name in STATES or RANDOM_STATES.fullmatch(name) is not None or is_weights(name) or dcp.is_part(name)
 
 
 def is_weights(name: str) -> bool:
     """Whether a file of this path holds weights, or says which files do."""
-    return WEIGHTS.fullmatch(PurePosixPath(name).name) is not None
+    return WEIGHTS.fullmatch(PurePosixPath(name).name) is not None or dcp.is_weights(name)
 
 
 def weights_in(folder: Path) -> list[Path]:
     """Files of weights in `folder` and below."""
-    return [file for file in sorted(folder.rglob("*")) if is_weights(file.name)]
+    return [file for file in sorted(folder.rglob("*")) if is_weights(file.relative_to(folder).as_posix())]
 
 
 def needed_in(folder: Path) -> list[str]:
@@ -110,6 +111,10 @@ def can_be_read(name: str) -> bool:
 def unreadable(file: Path) -> str | None:
     """What is wrong with a file whose checksum is not known, as far as its own format tells; None where nothing is."""
     try:
+        if file.name == dcp.METADATA:
+            return dcp.unreadable(file)
+        if file.suffix == ".distcp":
+            return None  # `.metadata` says what is to be in it
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 return None  # its header says where the file is to end, and it does
@@ -133,10 +138,14 @@ def unreadable(file: Path) -> str | None:
 
 def refused(file: Path) -> str | None:
     """What torch would not load of a file, though it be whole: classes that are not known to be harmless."""
-    if file.suffix not in (".pt", ".pth", ".bin") or not zipfile.is_zipfile(file):
+    of_parts = file.name == dcp.METADATA
+    if not of_parts and (file.suffix not in (".pt", ".pth", ".bin") or not zipfile.is_zipfile(file)):
         return None
-    with safe_globals(), numpy_by_both_names():  # as Trainer does, for numpy's random state
-        names = get_unsafe_globals_in_checkpoint(str(file))
+    try:
+        with safe_globals(), numpy_by_both_names():  # as Trainer does, for numpy's random state
+            names = dcp.unsafe(file) if of_parts else get_unsafe_globals_in_checkpoint(str(file))
+    except dcp.Foreign as foreign:
+        return f"names {foreign}, which has no place in such a file, and which torch would load"
     return names and (
         f"holds {', '.join(sorted(names))}, which torch.load takes for unsafe. If you know that it is safe, name it to "
         "torch.serialization.add_safe_globals before train()"

@@ -23,7 +23,7 @@ def check_ranks_agree(
         weights: fingerprint of each rank's weights, or of its shard of them.
         settings: fingerprint of each rank's settings.
         own_settings: of this rank, by name.
-        shards: into how many the weights are cut; ranks whose numbers differ by a multiple of it hold the same one.
+        shards: into how many the weights are cut.
     """
     if len(set(settings)) > 1:
         differing = differences(exchange.share_objects(own_settings))
@@ -31,11 +31,12 @@ def check_ranks_agree(
             f"Expected all processes to compute this step with the same settings, but they differ: {'; '.join(differing)}. A "
             "callback that changes a setting has to do so on every process, by the same amount."
         )
-    others = [rank for rank, found in enumerate(weights) if found != weights[rank % shards]]
+    like = [exchange.mesh.first_with(rank, shards) for rank in range(len(weights))]
+    others = [rank for rank, found in enumerate(weights) if found != weights[like[rank]]]
     if others:
         raise RuntimeError(
             f"Expected all processes to hold the same weights, but rank(s) {', '.join(map(str, others))} hold others than rank "
-            f"{'0' if shards == 1 else others[0] % shards}. Something changed them on some processes only, or differently: a callback, a forward pass that writes to trained "
+            f"{like[others[0]]}. Something changed them on some processes only, or differently: a callback, a forward pass that writes to trained "
             "weights (as one that initialises them from the first batch; do that before training), gradients that training_step "
             "begins to change after some steps (set overlap_exchange=False), an optimizer that draws "
             "random numbers or keeps state where SAMPa does not see it, or hardware. The weights of this step are not to be trusted; "

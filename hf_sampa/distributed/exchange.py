@@ -1,7 +1,8 @@
 """Every collective of the package: means within a role, swaps across roles, and the few numbers of a step.
 
-What travels per step and process, with d trainable weights: d numbers to the other half of the pair and d back, while
-backward is still running; with several replicas, an all-reduce of d numbers within the role before that.
+What travels per step and process, with d trainable weights, while backward is still running: d numbers to the other half of the
+pair and d back. With k replicas each bucket is added up at one of them, which swaps it with the other role, and both gradients go
+to the replicas from there: on average (k - 1)/k d, d/k and 2 (k - 1)/k d.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ from .roles import Mesh, Role
 # Large enough that a bucket's latency does not matter, small enough that the first one leaves early in backward.
 BUCKET_BYTES = 4 * 2**20
 
-# Transfers under way when memory is to be given back after them: enough to keep the wire busy.
-MOST_UNSENT = 4
+# Buckets under way on one leg while there is another to come: enough to keep the wire busy.
+MOST_UNDER_WAY = 4
+
+# What a leg has begun, to be waited for.
+Works = Sequence["dist.Work | _Fetched"]
 
 _open: list[Exchange] = []  # those that hold process groups
 _lent: dict[Mesh, dist.ProcessGroup] = {}  # of a process's role, by its mesh; a model that FSDP2 has sharded keeps it
@@ -43,7 +47,7 @@ def close_groups() -> None:
     A thread of an open group may let go of the last tensor that it was given when the interpreter has begun to end; Python
     then ends that thread in the middle of C++ code, which aborts the process, though all its work is done.
     """
-    if any(each._means for each in _open):
+    if any(each.waits_for_role for each in _open):
         return  # closing would wait for these, with a process that may be gone
     for exchange in list(_open):
         exchange.close()
@@ -136,6 +140,16 @@ def role_world(mesh: Mesh, timeout: timedelta) -> RoleWorld:
     return RoleWorld(mesh, _lent.get(mesh))
 
 
+class _Fetched:
+    """The last of what a transfer waits for: to bring what gloo received to the device that it is for."""
+
+    def __init__(self, received: Tensor, into: Tensor):
+        self.received, self.into = received, into
+
+    def wait(self) -> None:
+        self.into.copy_(self.received)
+
+
 class Exchange:
     """Moves tensors between the processes of a mesh; does nothing in a world of one.
 
@@ -151,8 +165,8 @@ class Exchange:
         self.mesh = mesh
         self.bytes_sent = 0
         self._world_group = self._role_group = None
-        self._means: list[tuple[dist.Work, Tensor, Callable[[], None]]] = []
-        self._transfers: deque[tuple[list[dist.Work], Callable[[], None] | None]] = deque()
+        # By leg: what is under way on it, and the legs to come.
+        self._under_way: list[deque[tuple[Works, Sequence[Callable[[], Works | None]]]]] = []
         with peers_expected():
             if mesh.world_size > 1:
                 # Others speak to one another through the default group, and may have made it without the timeout.
@@ -168,7 +182,12 @@ class Exchange:
     @property
     def busy(self) -> bool:
         """Whether anything was started that is not finished."""
-        return bool(self._means or self._transfers)
+        return any(self._under_way)
+
+    @property
+    def waits_for_role(self) -> bool:
+        """Whether anything under way may be a collective of several replicas."""
+        return self.busy and self.mesh.num_replicas > 1
 
     def close(self) -> None:
         """Give its process groups back; it cannot be used afterwards."""
@@ -196,9 +215,8 @@ class Exchange:
 
     def broadcast_shards(self, tensors: Sequence[Tensor], count: int) -> None:
         """Give all ranks the tensors of the first rank that holds the same one of `count` shards, in place."""
-        rank, size = self.mesh.rank, self.mesh.world_size
-        first = rank % count
-        others = range(first + count, size, count) if rank == first else [first]
+        rank, (first, *others) = self.mesh.rank, self.mesh.alike(count)
+        others = others if rank == first else [first]
         for tensor in tensors:
             near = self._near(tensor)
             with self._peers_alive():
@@ -217,93 +235,100 @@ class Exchange:
             dist.all_reduce(total, group=self._role_group)
         return total
 
-    def start(
-        self,
-        mine: Tensor,
-        theirs: Tensor | None = None,
-        *,
-        send: bool = True,
-        mean: bool = False,
-        ready: Callable[[], None] = lambda: None,
-        sent: Callable[[], None] | None = None,
-    ) -> None:
-        """Begin to exchange one bucket; `finish` waits for it. All ranks start their buckets in the same order.
+    # ---- Buckets, on their way while backward goes on ----
+
+    def start(self, *legs: Callable[[], Works | None]) -> None:
+        """Begin to move a bucket; `finish` waits for it. All ranks of a role start as many in the same order.
 
         Args:
-            mine: ``(n,)``, this role's gradient of the bucket; holds the role's mean afterwards.
-            theirs: ``(n,)``, receives the other role's mean; None where it is not wanted. Left alone without pairs.
-            send: whether the other role wants `mine`.
-            mean: whether it holds the role's mean already.
-            ready: called once `mine` holds the mean, before it travels.
-            sent: see `transfer`.
+            legs: called one after the other; each begins something, or nothing, once what the one before it began is through. That is
+                waited for when `MOST_UNDER_WAY` buckets have come to the same leg since.
         """
+        self._go_on(0, legs)
 
-        def go_on() -> None:
-            ready()
-            self.transfer(mine if send else None, theirs, sent=sent)
+    def _go_on(self, leg: int, legs: Sequence[Callable[[], Works | None]]) -> None:
+        works = legs[0]() or ()
+        if leg == len(self._under_way):
+            self._under_way.append(deque())
+        self._under_way[leg].append((works, legs[1:]))
+        if len(legs) > 1 and len(self._under_way[leg]) > MOST_UNDER_WAY:
+            self._arrive(leg)
 
-        if mean or self.mesh.num_replicas == 1:
-            go_on()
-            return
+    def _arrive(self, leg: int) -> None:
+        works, legs = self._under_way[leg].popleft()
+        self._wait(works)
+        if legs:
+            self._go_on(leg + 1, legs)
+
+    def finish(self) -> None:
+        """Wait until everything that was started is through."""
+        with record_function("SAMPa.exchange"):
+            leg = 0
+            while leg < len(self._under_way):
+                while self._under_way[leg]:
+                    self._arrive(leg)
+                leg += 1
+
+    def _wait(self, works: Works) -> None:
         with self._peers_alive():
-            self._means.append((dist.all_reduce(mine, group=self._role_group, async_op=True), mine, go_on))
-        self.bytes_sent += mine.nbytes
+            for work in works:
+                work.wait()
 
-    def transfer(self, mine: Tensor | None, theirs: Tensor | None, *, sent: Callable[[], None] | None = None) -> None:
-        """Begin to send `mine` to, and to receive `theirs` from, the other half of the pair; `finish` waits for both.
+    def transfer(self, mine: Tensor | None, theirs: Tensor | None) -> Works:
+        """Begin to send `mine` to, and to receive `theirs` from, the other half of the pair; nothing without pairs.
 
-        The other half must ask for the reverse at the same place in its own order. Does nothing without pairs.
+        The other half must ask for the reverse at the same place in its own order.
 
         Args:
             mine: ``(n,)``, or None to send nothing.
             theirs: ``(m,)``, or None to receive nothing.
-            sent: called when both are through. Waits for the oldest transfer where more than `MOST_UNSENT` are under way.
         """
-        if not self.mesh.paired:
-            return
-        peer, group = self.mesh.peer, self._world_group
         mine, theirs = (None if each is None or not each.numel() else each for each in (mine, theirs))
+        if not self.mesh.paired or (mine is None and theirs is None):
+            return ()
+        peer, group = self.mesh.peer, self._world_group
         given, place = self._near(mine), self._near(theirs, empty=True)
         ops = [] if mine is None else [dist.P2POp(dist.isend, given, peer, group)]
         ops += [] if theirs is None else [dist.P2POp(dist.irecv, place, peer, group)]
-        if not ops:
-            return
-
-        def through() -> None:
-            if place is not theirs:
-                theirs.copy_(place)
-            if sent:
-                sent()
-
-        with self._peers_alive():
-            self._transfers.append((dist.batch_isend_irecv(ops), through))
-        if sent and len(self._transfers) > MOST_UNSENT:
-            self._wait(*self._transfers.popleft())
         self.bytes_sent += 0 if mine is None else mine.nbytes
+        with self._peers_alive():
+            works = dist.batch_isend_irecv(ops)
+        return works if place is theirs else [*works, _Fetched(place, theirs)]
+
+    def add_up(self, mine: Tensor, replica: int) -> Works:
+        """Begin to add up `mine` ``(n,)`` over the replicas of this role, at one of them; what the others hold is lost."""
+        self.bytes_sent += mine.nbytes * (self.mesh.replica != replica)
+        with self._peers_alive():
+            return [dist.reduce(mine, self._rank_in_role(replica), group=self._role_group, async_op=True)]
+
+    def hand_out(self, tensor: Tensor, replica: int) -> Works:
+        """Begin to give `tensor` ``(n,)`` of one replica to all of this role; counted as if each passed it on to the next."""
+        is_last = (self.mesh.replica - replica) % self.mesh.num_replicas == self.mesh.num_replicas - 1
+        self.bytes_sent += tensor.nbytes * (not is_last)
+        with self._peers_alive():
+            return [dist.broadcast(tensor, self._rank_in_role(replica), group=self._role_group, async_op=True)]
+
+    def hand_out_to_all(self, tensor: Tensor, rank: int) -> Works:
+        """As `hand_out`, to all processes."""
+        is_last = (self.mesh.rank - rank) % self.mesh.world_size == self.mesh.world_size - 1
+        self.bytes_sent += tensor.nbytes * (not is_last)
+        with self._peers_alive():
+            return [dist.broadcast(tensor, rank, group=self._world_group, async_op=True)]
+
+    def sum_over_replicas(self, mine: Tensor) -> Works:
+        """Begin to add up `mine` ``(n,)`` over the replicas of this role, at all of them."""
+        self.bytes_sent += 2 * (self.mesh.num_replicas - 1) * mine.nbytes // self.mesh.num_replicas
+        with self._peers_alive():
+            return [dist.all_reduce(mine, group=self._role_group, async_op=True)]
+
+    def _rank_in_role(self, replica: int) -> int:
+        return self.mesh.ranks_of(self.mesh.roles[0])[replica]
 
     def _near(self, tensor: Tensor | None, empty: bool = False) -> Tensor | None:
         """`tensor`, or where gloo is to move it from one process to another, which reads the memory of the host only, a copy there."""
         if tensor is None or tensor.device.type == "cpu" or dist.get_backend(self._world_group) != "gloo":
             return tensor
         return torch.empty_like(tensor, device="cpu") if empty else tensor.cpu()
-
-    def finish(self) -> None:
-        """Wait until everything that was started has its mean and has been transferred."""
-        with record_function("SAMPa.exchange"):
-            for work, mine, go_on in self._means:
-                self._wait([work])
-                mine.div_(self.mesh.num_replicas)
-                go_on()
-            while self._transfers:
-                self._wait(*self._transfers.popleft())
-        self._means.clear()
-
-    def _wait(self, works: list[dist.Work], sent: Callable[[], None] | None = None) -> None:
-        with self._peers_alive():
-            for work in works:
-                work.wait()
-        if sent:
-            sent()
 
     def gather(self, row: Tensor) -> Tensor:
         """Rows of all ranks, ``(world_size, n)``, from this rank's ``(n,)``; for the few numbers of a step."""
@@ -313,6 +338,10 @@ class Exchange:
         with self._peers_alive():
             dist.all_gather(rows, row, group=self._world_group)
         return torch.stack(rows)
+
+    def gather_in_role(self, own: Tensor) -> Tensor:
+        """As `gather_among`, of the replicas of this role."""
+        return self.gather_among(self._role_group, own)
 
     def gather_among(self, group: dist.ProcessGroup, own: Tensor) -> Tensor:
         """What each process of `group` gave, ``(processes, ...)``, of one shape on all; for the few numbers of a step."""

@@ -61,9 +61,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(whole: Tensor, tensor: Tensor) -> Tensor:
-    """Of `whole` what this process would hold, if it were spread as `tensor` is."""
-    if not isinstance(tensor, DTensor):
-        return whole
+    """Of `whole` what this process would hold, if it were spread as `tensor` is, or does, if it is."""
+    if not isinstance(tensor, DTensor) or isinstance(whole, DTensor):
+        return here(whole)
     at = next(dim for dim, placement in enumerate(tensor.placements) if isinstance(placement, Shard))
     parts, mine = whole.chunk(tensor.device_mesh.size(at)), tensor.device_mesh.get_coordinate()[at]
     return parts[mine] if mine < len(parts) else whole[:0]

@@ -6,10 +6,11 @@ Start with `sampa.py`, which is Algorithm 2 of the paper; `hf_sampa.functional` 
 from .buckets import Buckets
 from .passes import StepReport
 from .per_sample import SampleView, check_classes, logits_of, recipe_loss
-from .placement import Placement, Shared, check_separable
+from .placement import Placement
 from .precision import SharedGradScaler
 from .sam import SAM
 from .sampa import SAMPa
+from .shared import Shared, check_separable
 from .trained import Trained
 
 

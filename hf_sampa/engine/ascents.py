@@ -166,7 +166,7 @@ class ShardAscents(Ascents):
             if travels:
                 engine.placement.travel(bucket, into, theirs if engine.receives else None, ready)
             else:
-                engine.exchange.start(flat, send=False, mean=engine.weights.sharded, ready=ready)
+                engine.placement.average(flat, ready)
         engine.exchange.finish()
         weights, (norm, of_model) = [weight for _, weight, _ in runs], engine.norms(sums)
         loss = _weighted([each.loss for each in found], weights)
@@ -184,7 +184,8 @@ class ShardAscents(Ascents):
             self._h = [self.engine.buckets() for _ in self._coming]
         for h in self._h:
             for flat in h.flats:
-                exchange.transfer(None if perturbs else flat, flat if perturbs else None)
+                mine, theirs = (None, flat) if perturbs else (flat, None)
+                exchange.start(partial(exchange.transfer, mine, theirs))
         exchange.finish()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -14,8 +14,13 @@ from ..distributed import BUCKET_BYTES, here, is_spread, partition, spread_as
 from ..state import fingerprint_of_bits
 
 
-# At least about so many, so that a pair that shares its optimizer can share few adapters evenly, too.
-FEWEST_BUCKETS = 16
+# At least about so many, so that a pair that shares its optimizer can share few adapters evenly, too; and for each process two.
+FEWEST_BUCKETS, FEWEST_EACH = 16, 2
+# Bytes, at a multiple of which each parameter begins, as torch's own memory does: from other places kernels are slower, or add up in
+# another order.
+ALIGNED = 64
+# Parameters in a bucket, at most, so that to cut it anew in every pass takes less than its memory is worth.
+FEW = 32
 # Of a bucket's numbers one in so many: what a parameter has at most that is taken together with others.
 LITTLE_PART = 64
 
@@ -30,10 +35,11 @@ class Buckets:
         kinds: a value for each parameter; a bucket holds parameters of one kind.
         sizes: in bytes, by which buckets are cut; of `params` by default. Of shards, which differ a little, those of the largest,
             so that buckets hold the same parameters on all processes.
+        fewest: about how many buckets few weights have at least.
 
     Attributes:
         flats: 1-d tensors of real numbers, each holding whole parameters of one dtype and device, in the order in which
-            backward usually produces their gradients (the reverse of the model's).
+            backward usually produces their gradients (the reverse of the model's), with zeros between them, see `ALIGNED`.
         views: per parameter, the part of `flats` that is its own, in its shape and memory layout.
         bucket_of: per parameter, the index into `flats`.
         members: per bucket, the indices of the parameters it holds, in the order of their places.
@@ -46,10 +52,11 @@ class Buckets:
         bucket_bytes: int | None = None,
         kinds: Sequence[Any] | None = None,
         sizes: Sequence[int] | None = None,
+        fewest: int = FEWEST_BUCKETS,
     ):
         sizes = [param.nbytes for param in params] if sizes is None else sizes
         if bucket_bytes is None:
-            bucket_bytes = min(BUCKET_BYTES, sum(sizes) // FEWEST_BUCKETS)
+            bucket_bytes = min(BUCKET_BYTES, sum(sizes) // fewest)
         self.bucket_of: list[int] = [0] * len(params)
         self.members: list[list[int]] = partition(params, bucket_bytes, kinds, sizes)
         self.sizes = [sum(sizes[i] for i in members) for members in self.members]
@@ -58,11 +65,16 @@ class Buckets:
         self._layouts = [(param.shape, torch.empty_like(param, device="meta").stride()) for param in params]
         self._parts = [2 if param.is_complex() else 1 for param in params]  # real numbers per entry
         self.views: list[Tensor] = list(params)
-        numbers = [param.numel() * parts for param, parts in zip(params, self._parts, strict=True)]
-        self._sizes = [sum(numbers[i] for i in members) for members in self.members]
+        self._starts: list[int] = [0] * len(params)  # in its bucket
+        self._sizes: list[int] = []
         for bucket, members in enumerate(self.members):
             first = params[members[0]]
-            flat = torch.zeros(self._sizes[bucket], dtype=first.dtype.to_real(), device=first.device)
+            step, end = ALIGNED // first.dtype.to_real().itemsize, 0
+            for i in members:
+                self._starts[i] = -(-end // step) * step
+                end = self._starts[i] + params[i].numel() * self._parts[i]
+            self._sizes.append(end)
+            flat = torch.zeros(end, dtype=first.dtype.to_real(), device=first.device)
             self.flats.append(flat)
             for i, view in zip(members, self.cut(bucket, flat), strict=True):
                 self.bucket_of[i], self.views[i] = bucket, view
@@ -73,16 +85,15 @@ class Buckets:
         return per_param[members[-1] : members[0] + 1][::-1]
 
     def cut(self, bucket: int, flat: Tensor) -> list[Tensor]:
-        """Parts of `flat`, which is as long as the bucket, as the parameters of the bucket would have them."""
-        views, start = [], 0
+        """Parts of `flat`, which is as long as the bucket, as the parameters of the bucket would have them; between them it is to be 0."""
+        views = []
         for i in self.members[bucket]:
-            shape, stride = self._layouts[i]
+            (shape, stride), start = self._layouts[i], self._starts[i]
             if self._parts[i] == 1:
                 views.append(flat.as_strided(shape, stride, start))
             else:
                 pairs = flat.as_strided((*shape, 2), (*(2 * each for each in stride), 1), start)
                 views.append(torch.view_as_complex(pairs))
-            start += shape.numel() * self._parts[i]
         return views
 
     def swap(self, other: Buckets, buckets: Iterable[int]) -> None:
@@ -95,6 +106,10 @@ class Buckets:
     def is_small(self, i: int) -> bool:
         """Whether a parameter has little part in its bucket."""
         return self._layouts[i][0].numel() * self._parts[i] * LITTLE_PART <= self._sizes[self.bucket_of[i]]
+
+    def has_few(self, bucket: int) -> bool:
+        """Whether a bucket's memory may be given back and taken anew in every pass."""
+        return len(self.members[bucket]) <= FEW
 
     def take(self, i: int, grad: Tensor) -> None:
         """Put the gradient of parameter `i` into its place; a bucket of its own becomes `grad` itself, without a copy."""
@@ -119,9 +134,13 @@ class Buckets:
 
     def ensure(self, bucket: int) -> None:
         """Take memory for a bucket that was released; one that was not keeps its content."""
-        size = self._sizes[bucket]
-        if self.flats[bucket].numel() < size:
-            self._place(bucket, self.flats[bucket].new_empty(size))
+        if self.flats[bucket].numel() < self._sizes[bucket]:
+            self._place(bucket, self.room(bucket))
+
+    def room(self, bucket: int) -> Tensor:
+        """New memory as long as a bucket, ``(n,)``, with zeros between its parameters."""
+        flat, alone = self.flats[bucket], len(self.members[bucket]) == 1
+        return (flat.new_empty if alone else flat.new_zeros)(self._sizes[bucket])
 
     def _place(self, bucket: int, flat: Tensor) -> None:
         self.flats[bucket] = flat
@@ -167,10 +186,11 @@ class GradientRecorder:
     Args:
         params: the parameters whose gradients are wanted.
         overlap: whether a bucket is reported while backward is still running, or only after it.
+        fresh: whether a sum begins without memory, which it takes as gradients come.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], overlap: bool = True):
-        self.params, self.overlap = params, overlap
+    def __init__(self, params: Sequence[nn.Parameter], overlap: bool = True, fresh: bool = False):
+        self.params, self.overlap, self.fresh = params, overlap, fresh
         self._spread = any(map(is_spread, params))
         self.used = [False] * len(params)
         # Whether a gradient has come in more than one piece, or was changed after it had come: seen while
@@ -203,8 +223,8 @@ class GradientRecorder:
             param.grad = None
         into.unshare()
         for bucket, members in enumerate(into.members):
-            if len(members) == 1:
-                # Backward will bring memory for it: large gradients need not be there twice.
+            # Backward will bring memory for what is alone: large gradients need not be there twice.
+            if len(members) == 1 or (self.fresh and into.has_few(bucket)):
                 into.release(bucket)
 
     @contextmanager

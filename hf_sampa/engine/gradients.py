@@ -18,8 +18,8 @@ from torch.profiler import record_function
 
 from ..distributed import Exchange, Role, check_ranks_agree
 from ..functional import norms, ratio
-from ..state import ForwardState, fingerprint, fingerprint_of_bits
-from .buckets import Buckets, GradientRecorder, is_dense
+from ..state import ForwardState, fingerprint
+from .buckets import FEWEST_BUCKETS, FEWEST_EACH, Buckets, GradientRecorder, is_dense
 from .passes import Batch, Found, Pass
 from .placement import Placement
 from .trained import Trained
@@ -38,8 +38,7 @@ class Sums:
 
     only: Sequence[bool] | None = None  # parameters that are wanted
 
-    norms: list[Tensor] = field(default_factory=list)  # of each bucket of the model's
-    other_norms: list[Tensor] = field(default_factory=list)  # of each bucket of other weights
+    norms: dict[int, Tensor] = field(default_factory=dict)  # by bucket
     dots: list[Tensor] = field(default_factory=list)  # of each bucket with the displacement
     held_back: list[Callable[[], None]] = field(default_factory=list)
 
@@ -49,7 +48,8 @@ class Gradients:
 
     Weights are displaced by pointing the parameters to other memory: x_t itself is not written to before the base
     optimizer's step. That memory is where g_t was, and receives the other role's gradient as soon as backward is done
-    with it, so that a process holds 5 d numbers with Adam: weights, displaced weights, gradient, two moments.
+    with it, so that a process holds 5 d numbers with Adam: weights, displaced weights, gradient, two moments. Where no other
+    role's gradient comes, the gradient takes as much as displaced weights give back: 4 d for SAM, 5 d for SAMPa in both roles.
 
     Args:
         model: what is trained.
@@ -104,7 +104,9 @@ class Gradients:
         self.exchange, self.unscale = exchange, unscale
         self.perturbed_grads = self.buckets()  # g~_t, then G_t
         self.ascent_grads = self.buckets()  # g_t, then displaced weights, then the other role's gradient
-        self._recorder = GradientRecorder(self.params, overlap)
+        # Without another role's gradient to come, displaced weights give their memory back as backward is done with them.
+        self._lets_go = not exchange.mesh.paired
+        self._recorder = GradientRecorder(self.params, overlap, fresh=self._lets_go)
         # Steps that have yet to show that backward reads no weight whose gradient is complete: autograd cannot tell of all.
         self._trial = TRIAL_STEPS if overlap else 0
         self.first_pass, self._overlap = True, overlap  # the first pass shows how gradients come
@@ -113,7 +115,8 @@ class Gradients:
     def buckets(self) -> Buckets:
         """Room for one number per trained weight; the model's and others in buckets of their own, with norms of their own."""
         kinds = [i < self.of_model for i in range(len(self.params))]
-        return Buckets(self.weights.here(), kinds=kinds, sizes=self.weights.sizes())
+        fewest = max(FEWEST_BUCKETS, FEWEST_EACH * self.exchange.mesh.world_size)
+        return Buckets(self.weights.here(), kinds=kinds, sizes=self.weights.sizes(), fewest=fewest)
 
     def connect(self, exchange: Exchange) -> None:
         """Reach the other processes by `exchange` from here on."""
@@ -239,20 +242,22 @@ class Gradients:
         if self.unscale:
             grad.mul_(self.unscale())
         if weights is not None and role is Role.PERTURBED:
-            sums.dots.append(self.weights.displacement_dot(bucket, weights, x, grad))
+            sums.dots.append(self.placement.displacement_dot(bucket, weights, x, grad))
 
         def start() -> None:
             if weights is not None:
                 # Backward has read these weights for the last time.
-                self.weights.leave(bucket, weights)
+                (self.weights.let_go if self._lets_go else self.weights.leave)(bucket, weights)
             if local:
                 ready()
             else:
                 self.placement.travel(bucket, into, weights if self.receives else None, ready)
 
         ready = self.norm_of(bucket, into, sums)
-        if weights is not None and self._trial:
+        on_trial = weights is not None and self._trial
+        if on_trial:
             self.weights.spoil(bucket, weights)
+        if on_trial and (self.weights.sharded or not self._lets_go):
             sums.held_back.append(start)
         else:
             start()
@@ -270,28 +275,36 @@ class Gradients:
                 param.requires_grad_(True)
 
     def norm_of(self, bucket: int, grads: Buckets, sums: Sums) -> Callable[[], None]:
-        """What adds the norm of a bucket to `sums`, once it is the mean; that of other weights to one of their own."""
+        """What takes the norm of a bucket into `sums`, once it is the mean."""
         # Must not know of `sums`, which may hold it: a cycle would keep the gradient in memory.
-        found, grad = sums.norms if grads.members[bucket][0] < self.of_model else sums.other_norms, grads.flats[bucket]
-        return lambda: found.append(norms([grad])[0])
+        found, grad = sums.norms, grads.flats[bucket]
+        return lambda: found.__setitem__(bucket, norms([grad])[0])
 
     def norms(self, sums: Sums) -> tuple[Tensor, Tensor]:
         """Euclidean norms ``()`` over all weights and over the model's."""
-        several = [sums.norms + sums.other_norms] + ([sums.norms] if sums.other_norms else [])
-        here = torch.stack([norms([torch.stack(found)])[0] for found in several])
+        zero, members = torch.zeros((), dtype=torch.float64, device=self.params[0].device), self.ascent_grads.members
+        own = torch.stack([sums.norms.get(bucket, zero) for bucket in range(len(members))])
+        by_bucket = self.placement.in_any_replica(own)
+        of_model = [bucket for bucket, (i, *_) in enumerate(members) if i < self.of_model]
+        several = [by_bucket] if len(of_model) == len(members) else [by_bucket, by_bucket[of_model]]
+        here = torch.stack([norms([each])[0] for each in several])
         of_all = self.weights.of_norms(here)
         return of_all[0], of_all[-1]
 
-    def _share(self, passes: dict[Role, Found]) -> dict[Role, Pass]:
+    def _share(self, passes: dict[Role, Found], dot_left: Tensor | float = 0.0) -> dict[Role, Pass]:
         """Tell all ranks what this one found in each role it plays; one small all-gather and one host-device sync.
 
         With it travels what must be equal on all ranks: the weights x_t, and settings that may change during a run.
+
+        dot_left: as of `Placement.dot_left`.
         """
         device, count = self.params[0].device, len(self.params)
         numbers, integers = torch.zeros(2, 4, dtype=torch.float64, device=device), torch.zeros(2, 1 + count).long()
         for role, found in passes.items():
             numbers[role] = torch.stack([found.loss, found.norm, found.dot, found.model_norm])
             integers[role] = torch.tensor([found.fingerprint, *found.used])
+        replicas = self.exchange.mesh.num_replicas
+        numbers[Role.PERTURBED, 2] += ratio(dot_left * replicas, self._displacement)
         row = torch.cat([numbers.view(torch.int64), integers.to(device, non_blocking=True)], dim=1)
         with record_function("SAMPa.exchange"):
             of_all, signatures = self._gather(row.flatten())
@@ -301,7 +314,8 @@ class Gradients:
         shared = {}
         for role in Role if self.exchange.mesh.paired else passes:
             of_role = rows[self.exchange.mesh.ranks_of(role), role]
-            loss, norm, dot, model_norm = of_role[:, :4].contiguous().view(torch.float64).mean(dim=0).tolist()
+            loss, norm, _, model_norm = of_role[:, :4].contiguous().view(torch.float64).mean(dim=0).tolist()
+            dot = sum(rows[:, role, 2].contiguous().view(torch.float64).tolist()) / replicas
             used = of_role[:, 5:].any(dim=0).tolist()
             shared[role] = Pass(loss, norm, dot, tuple(of_role[:, 4].tolist()), tuple(used), model_norm)
         return shared
@@ -313,12 +327,13 @@ class Gradients:
         with record_function("SAMPa.check"):
             own = [self.digest_of_rest(), self.forward_state.signature(), fingerprint(self.settings())]
             digests = torch.tensor(own).to(row.device, non_blocking=True)
-            row = torch.cat([row, digests, fingerprint_of_bits(self.weights.here()).view(1)])
+            row = torch.cat([row, digests, self.placement.digest_of_weights().view(1).to(row.device)])
         rows = self.exchange.gather(row).cpu()
         rest, signatures, settings, weights = rows[:, -4:].T.tolist()
+        mesh = self.exchange.mesh
         check_ranks_agree(self.exchange, weights, settings, self.settings(), self.weights.count)
-        pairs = self.exchange.mesh.num_replicas
-        self.rest_differs = self.exchange.mesh.paired and rest[:pairs] != rest[pairs:]
+        of_roles = [[rest[rank] for rank in mesh.ranks_of(role)] for role in Role]
+        self.rest_differs = of_roles[0] != of_roles[1]
         return rows[:, :-4], signatures
 
     def settings(self) -> dict[str, float]:

@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from ..distributed import Role, here, whole
+from ..distributed import here, whole
 from ..functional import norms
-from .buckets import Buckets, in_memory_order
+from ..state import fingerprint_of_bits
+from .buckets import Buckets
 
 
 if TYPE_CHECKING:
+    from ..distributed.exchange import Works
     from .sharpness_aware import SharpnessAware
 
 
@@ -41,12 +41,14 @@ class Placement:
     """
 
     shared = False  # whether one base optimizer is spread over several processes
+    in_parts, whole = False, True  # whether processes hold parts of x_t, and whether it is whole here nevertheless
 
     def __init__(self, engine: SharpnessAware):
         self.params, self.weights, self.of_model = engine.params, engine.weights, engine.of_model
         self.exchange, self.optimizer = engine.exchange, engine.base_optimizer
         self.ascent_grads, self.perturbed_grads = engine.ascent_grads, engine.perturbed_grads
         self.members = self.ascent_grads.members
+        self.owners = owners(self.ascent_grads.sizes, self._owner_count())
         self._place(range(len(self.members)), range(len(self.members)))
 
     def _place(self, owned: Sequence[int], landed: Sequence[int]) -> None:
@@ -61,17 +63,36 @@ class Placement:
 
     # ---- Displaced weights ----
 
-    def spread(self, write_lookahead: Callable[[Buckets], None], ascent_is_read: bool) -> None:
+    def spread(
+        self,
+        write_lookahead: Callable[[Buckets], None],
+        write_perturbed: Callable[..., None] | None,
+        ascent_is_read: bool,
+    ) -> None:
         """Before the two passes of a pair: what a process needs whole, and holds in part, comes to it.
 
         Args:
             write_lookahead: writes y_{t+1} of the parameters that this process updates.
+            write_perturbed: writes x~_t of all parameters, or of those that it is told; None where that takes more of g_t than
+                their own.
             ascent_is_read: whether x~_t is made of g_t.
         """
+
+    def perturb(self, write_perturbed: Callable[..., None], x_tilde: Buckets) -> None:
+        """Make x~_t, whole, in `x_tilde`."""
+        write_perturbed(x_tilde)
 
     def look_ahead(self, write_lookahead: Callable[[Buckets], None]) -> None:
         """Turn g_t into y_{t+1}, whole, in its place."""
         write_lookahead(self.ascent_grads)
+
+    def displacement_dot(self, bucket: int, weights: Buckets, x: list[Tensor], grad: Tensor) -> Tensor:
+        """As in `Weights`, or a part of it, of which `dot_left` is the rest."""
+        return self.weights.displacement_dot(bucket, weights, x, grad)
+
+    def dot_left(self) -> Tensor | float:
+        """What `displacement_dot` has left out of <x~_t - x_t, g~_t> over what this process updates, once g~_t has landed."""
+        return 0.0
 
     # ---- Gradients ----
 
@@ -82,17 +103,70 @@ class Placement:
             bucket: its index.
             mine: this role's gradient.
             theirs: where the other role's goes; None where none is on its way.
-            ready: called once `mine` is the mean, before it is sent.
+            ready: called once `mine` is the mean.
         """
-        place = None if theirs is None else theirs.flats[bucket]
-        self.exchange.start(mine.flats[bucket], place, mean=self.weights.sharded, ready=ready)
+        exchange, grad, place = self.exchange, mine.flats[bucket], None if theirs is None else theirs.flats[bucket]
+        swap = partial(exchange.transfer, grad, place)
+        if not exchange.mesh.paired:
+            self.average(grad, ready)
+        elif not self._adds_up:
+            ready()
+            exchange.start(swap)
+        else:
+            replica = self._replica_of(bucket)
+            both = [each for each in (grad, place) if each is not None]
+            exchange.start(
+                partial(exchange.add_up, grad, replica),
+                partial(self._where_added_up, replica, grad, swap),
+                lambda: [work for each in both for work in exchange.hand_out(each, replica)],
+                ready,
+            )
+
+    def _where_added_up(self, replica: int, grad: Tensor, go_on: Callable[[], Works]) -> Works:
+        """`go_on` with the mean, in the one process of this role that has the sum."""
+        if self.exchange.mesh.replica != replica:
+            return ()
+        grad.div_(self.exchange.mesh.num_replicas)
+        return go_on()
 
     def receive(self, into: Buckets) -> None:
         """The other role's gradient, where this process runs no pass."""
+        exchange = self.exchange
         for bucket in self.landed:
             into.ensure(bucket)
-            self.exchange.transfer(None, into.flats[bucket])
-        self.exchange.finish()
+            place = into.flats[bucket]
+            if not self._adds_up:
+                exchange.start(partial(exchange.transfer, None, place))
+                continue
+            replica = self._replica_of(bucket)
+            legs = [partial(exchange.transfer, None, place)] if exchange.mesh.replica == replica else [tuple]
+            exchange.start(*legs, partial(exchange.hand_out, place, replica))
+        exchange.finish()
+
+    def average(self, grad: Tensor, ready: Callable[[], None] = lambda: None) -> None:
+        """Begin to average ``(n,)`` over the replicas of this role; `ready` is called once it is the mean."""
+        if not self._adds_up:
+            ready()
+            return
+
+        def divide() -> None:
+            grad.div_(self.exchange.mesh.num_replicas)
+            ready()
+
+        self.exchange.start(partial(self.exchange.sum_over_replicas, grad), divide)
+
+    @property
+    def _adds_up(self) -> bool:
+        """Whether gradients of several replicas are added up here, and not by FSDP2."""
+        return self.exchange.mesh.num_replicas > 1 and not self.weights.sharded
+
+    def _owner_count(self) -> int:
+        """Among how many processes buckets are dealt out; shards among the two halves of a pair."""
+        return 2 if self.weights.sharded else self.exchange.mesh.world_size
+
+    def _replica_of(self, bucket: int) -> int:
+        """Where a bucket of a gradient is added up, in both roles."""
+        return self.exchange.mesh.replica_of(self.owners[bucket])
 
     def keep_landed(self, grads: Buckets) -> None:
         """Let go of the memory for what does not land here."""
@@ -104,6 +178,10 @@ class Placement:
     def of_all(self, numbers: Sequence[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
         """Numbers of all parameters, ``(parameters, *shape)`` in double precision, given those of the parameters that this process updates."""
         return self.weights.of_sums(torch.stack(list(numbers)).double())
+
+    def in_any_replica(self, own: Tensor) -> Tensor:
+        """Numbers ``(n,)`` of at least 0 of this role, given those that this process has, and 0 for the others."""
+        return own
 
     def in_any_process(self, own: Tensor) -> Tensor:
         """Numbers ``(n,)`` of at least 0, given those that this process has, and 0 for the others."""
@@ -140,10 +218,27 @@ class Placement:
         torch.nn.utils.clip_grads_with_norm_(own, max_norm, norm)
         return norm
 
+    # ---- The weights, between steps ----
+
+    def hold_parts(self) -> None:
+        """From here on nothing reads the model between steps without `gather_weights`."""
+
+    def gather_weights(self) -> None:
+        """Before something outside of a step reads the model: make x_t whole here. A collective, where it was not."""
+
+    def lose_parts(self) -> bool:
+        """After an exception: let whoever reads weights that are not here read NaN; whether there are any, until `gather_weights`."""
+        return False
+
+    def digest_of_weights(self) -> Tensor:
+        """A number ``()`` that is the same on all processes that began the step at the same weights."""
+        return fingerprint_of_bits(self.weights.here())
+
     # ---- Checkpoints: whole, whoever writes them ----
 
-    def make_whole(self, grads: Buckets) -> None:
-        """Bring together what landed in several processes. A collective."""
+    def whole_grads(self, grads: Buckets) -> list[Tensor]:
+        """All of what landed of g_t, in several processes perhaps. A collective."""
+        return grads.views
 
     @contextmanager
     def whole_optimizer(self) -> Iterator[None]:
@@ -175,186 +270,6 @@ class Placement:
         """Forget the optimizer state of what other processes update."""
 
 
-class Shared(Placement):
-    """One base optimizer for several processes, each of which steps a part of the parameters and holds that part of m_t.
-
-    ZeRO stage 1 (Rajbhandari et al. 2020), which the SAMPa paper leaves as an open question: across each pair, or, in SAM's
-    timing, across all processes. Whole buckets at a time. After a step ``.grad`` is set for the process's own part only;
-    once the base optimizer has stepped it, the parts of x_{t+1} are exchanged.
-
-    A pair holds g_t, g~_t and G_t in halves, too, unless the recipe's arithmetic needs them whole. With d trainable weights
-    a process then sends d/2 look-ahead weights or numbers of g_t, d/2 of a gradient and d/2 updated weights per step.
-
-    The base optimizer must be one that `check_separable` lets pass.
-    """
-
-    shared = True
-
-    def __init__(self, engine: SharpnessAware):
-        super().__init__(engine)
-        mesh = self.exchange.mesh
-        if self.weights.sharded and not mesh.paired:
-            raise ValueError(
-                "shard_optimizer: expected method='sampa' beside FSDP, got 'sam', under which FSDP spreads the optimizer over all "
-                "processes already. Leave shard_optimizer out."
-            )
-        self._mine = int(mesh.roles[0]) if mesh.paired else mesh.rank
-        self._owners = owners(self.ascent_grads.sizes, 2 if mesh.paired else mesh.world_size)
-        owned = [bucket for bucket, owner in enumerate(self._owners) if owner == self._mine]
-        self._halves = mesh.paired and engine.recipe.by_entries
-        self._place(owned, owned if self._halves else range(len(self.members)))
-        self.foreign = [bucket for bucket, owner in enumerate(self._owners) if owner != self._mine]
-        self.keep_landed(self.perturbed_grads)
-        shares = self.optimizer.register_step_post_hook(lambda *_: self._share_weights())
-        # Before the hooks that are there already: they are to see x_{t+1}.
-        self.optimizer._optimizer_step_post_hooks.move_to_end(shares.id, last=False)
-        self._hooks = [shares, self.optimizer.register_step_pre_hook(lambda *_: self._check_untouched())]
-        self._left: list[tuple[Tensor, int]] | None = None  # parts of G_t as they were left, with their versions
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _rank_of(self, owner: int, shard: int = 0) -> int:
-        """The first rank that updates what `owner` does, of those that hold a shard."""
-        mesh = self.exchange.mesh
-        return mesh.ranks_of(Role(owner))[shard] if mesh.paired else owner
-
-    # ---- Displaced weights ----
-
-    def spread(self, write_lookahead: Callable[[Buckets], None], ascent_is_read: bool) -> None:
-        if not self.exchange.mesh.paired:
-            return
-        lent = self.perturbed_grads  # nothing is in it before the passes
-        for bucket in self.owned:
-            lent.ensure(bucket)  # a pass that failed leaves large ones released
-        write_lookahead(lent)
-        g = self.ascent_grads if self._halves and ascent_is_read else None
-        if self._mine == Role.PERTURBED:
-            self._swap(given=lent, taken=g)
-        else:
-            self._swap(given=g, taken=self.ascent_grads)
-            self.ascent_grads.swap(lent, self.owned)
-
-    def look_ahead(self, write_lookahead: Callable[[Buckets], None]) -> None:
-        """Nothing: `spread` has done it."""
-
-    def _swap(self, given: Buckets | None, taken: Buckets | None) -> None:
-        """Send the owned buckets of `given` to the other half of the pair, whose buckets go into `taken`."""
-        for own, foreign in zip_longest(self.owned, self.foreign):
-            sent = given is not None and own is not None
-            received = taken is not None and foreign is not None
-            self.exchange.transfer(given.flats[own] if sent else None, taken.flats[foreign] if received else None)
-        self.exchange.finish()
-
-    # ---- Gradients ----
-
-    def travel(self, bucket: int, mine: Buckets, theirs: Buckets | None, ready: Callable[[], None]) -> None:
-        if not self._halves:
-            super().travel(bucket, mine, theirs, ready)
-        elif bucket in self.owned:
-            place = None if theirs is None else theirs.flats[bucket]
-            self.exchange.start(mine.flats[bucket], place, send=False, mean=self.weights.sharded, ready=ready)
-        else:
-            sent = partial(self._release, mine, bucket)
-            self.exchange.start(mine.flats[bucket], mean=self.weights.sharded, ready=ready, sent=sent)
-
-    def _release(self, grads: Buckets, bucket: int) -> None:
-        for i in self.members[bucket]:
-            self.params[i].grad = None
-        grads.release(bucket)
-
-    def of_all(self, numbers: Sequence[Tensor], shape: tuple[int, ...] = ()) -> Tensor:
-        """As in `Placement`. A collective."""
-        own = torch.zeros(len(self.params), *shape, dtype=torch.float64, device=self.params[0].device)
-        if numbers:  # of few parameters some processes update none
-            own[self.updated] = torch.stack(list(numbers)).double()
-        rows = self.exchange.gather(own.flatten()).view(-1, *own.shape)
-        shard = self.exchange.mesh.rank % self.weights.count
-        ranks = torch.tensor([self._rank_of(self._owners[bucket], shard) for bucket in self.ascent_grads.bucket_of])
-        return self.weights.of_sums(rows[ranks, torch.arange(len(self.params))])
-
-    def in_any_process(self, own: Tensor) -> Tensor:
-        shards, rank = self.weights.count, self.exchange.mesh.rank
-        return self.exchange.gather(own)[rank % shards :: shards].amax(dim=0)
-
-    def clip_grad_norm_(self, reached: set[int], max_norm: float, wide: bool) -> Tensor:
-        norm = super().clip_grad_norm_(reached, max_norm, wide)
-        self.note_gradients()
-        return norm
-
-    def note_gradients(self) -> None:
-        """Take note of what is in ``.grad``: nobody else is to change it before the base optimizer's step."""
-        grads = [self.params[i].grad for i in self.updated]
-        self._left = [(grad, grad._version) for grad in grads if grad is not None]
-
-    def _check_untouched(self) -> None:
-        grads = [self.params[i].grad for i in self.updated]
-        now = [(grad, grad._version) for grad in grads if grad is not None]
-        before, self._left = self._left, None
-        if before is not None and [(id(g), v) for g, v in now] != [(id(g), v) for g, v in before]:
-            raise ValueError(
-                "shard_optimizer: expected gradients that are left alone before the optimizer's step, but a callback or a hook "
-                "changed them: each process has a part of G_t only, by whose norm it would clip or scale. Set max_grad_norm, by which "
-                "the whole is clipped, or leave shard_optimizer out."
-            )
-
-    # ---- The update ----
-
-    @torch.no_grad()
-    def _share_weights(self) -> None:
-        """Exchange the parts of x_{t+1}, a bucket at a time."""
-        if not self.exchange.mesh.paired:
-            for bucket, owner in enumerate(self._owners):
-                self.exchange.broadcast(self.ascent_grads.among(self.weights.here(), bucket), source=owner)
-            return
-        # The other half of what is not needed any more: of the displaced weights, or of G_t.
-        free = self.ascent_grads if self._halves else self.perturbed_grads
-        for own, foreign in zip_longest(self.owned, self.foreign):
-            if foreign is not None:
-                free.ensure(foreign)
-            self.exchange.transfer(
-                None if own is None else self._packed(own), None if foreign is None else free.flats[foreign]
-            )
-            self.exchange.finish()
-            if foreign is not None:
-                torch._foreach_copy_(free.among(self.weights.here(), foreign), free.among(free.views, foreign))
-
-    def _packed(self, bucket: int) -> Tensor:
-        """The weights of a bucket, ``(n,)``; those of a large parameter where they are, without a copy."""
-        params, views = (
-            self.ascent_grads.among(each, bucket) for each in (self.weights.here(), self.ascent_grads.views)
-        )
-        if len(params) == 1 and params[0].stride() == views[0].stride():
-            return in_memory_order(params[0].detach())
-        packed = torch.empty_like(self.ascent_grads.flats[bucket])
-        torch._foreach_copy_(self.ascent_grads.cut(bucket, packed), params)
-        return packed
-
-    # ---- Checkpoints ----
-
-    def make_whole(self, grads: Buckets) -> None:
-        if self._halves:
-            self._swap(grads, grads)
-
-    def _whole_state(self) -> dict[Tensor, dict]:
-        found, mesh = super()._whole_state(), self.exchange.mesh
-        for bucket, members in enumerate(self.members):
-            source = self._rank_of(self._owners[bucket])  # further pairs hold the same
-            holds = bucket in self.owned if self.weights.sharded else mesh.rank == source
-            own = [self._whole_of(i) for i in members] if holds else None
-            of_all = self.exchange.collect(own if mesh.rank == source else None)
-            if mesh.rank == 0 and source:
-                values = zip(members, of_all[source], strict=True)
-                found |= {self.params[i]: value for i, value in values if value}
-        return found
-
-    def drop_foreign_state(self) -> None:
-        for bucket in self.foreign:
-            for i in self.members[bucket]:
-                self.optimizer.state.pop(self.params[i], None)
-
-
 def owners(sizes: Sequence[int], count: int) -> list[int]:
     """Who of `count` updates each bucket, so that all update about as much: largest first, each to who has least."""
     found, owned = [0] * len(sizes), [0] * count
@@ -362,16 +277,3 @@ def owners(sizes: Sequence[int], count: int) -> list[int]:
         found[bucket] = min(range(count), key=owned.__getitem__)
         owned[found[bucket]] += sizes[bucket]
     return found
-
-
-def check_separable(optimizer: Optimizer) -> None:
-    """Raise ValueError where the step of a parameter may depend on other parameters."""
-    known = [getattr(torch.optim, name) for name in SEPARABLE]
-    if type(optimizer) not in known:
-        raise ValueError(
-            f"shard_optimizer: expected an optimizer that treats every parameter on its own, one of {', '.join(SEPARABLE)} "
-            f"of torch.optim, got {type(optimizer).__module__}.{type(optimizer).__name__}. Use one of them, or leave shard_optimizer out."
-        )
-
-
-SEPARABLE = ("Adafactor", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "SGD")

@@ -44,6 +44,7 @@ class SAM(SharpnessAware):
         """One step from x_t with B_t; leaves G_t in ``.grad``. B_{t+1} is for recipes that ask for it; None after the last."""
         if self._shards:
             return self._step_in_shards(self._shards, batch, backward)
+        self.forget_last()
         recipe, now, found = self.recipe, self.now(batch), {}
         ascends = recipe.when.reads_gradient or recipe.when(now, None)
         ascent = norm = before = None

@@ -17,7 +17,7 @@ after the exchange, and a swap   g_{t+1}               g~_t, then G_t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,7 @@ class SAMPa(SharpnessAware):
         Raises RuntimeError where g_t and g~_t do not come from one batch.
         """
         self.reported = None
+        self.forget_last()
         if self.ascent is None:
             self.starting = True
             self.ascent = self._start(batch, backward)  # g_0 = grad f(x_0; B_0)
@@ -86,7 +87,7 @@ class SAMPa(SharpnessAware):
         if next_batch is None:
             return self._last_step(ascent, batch, backward)
         self.reported = Role.LOOKAHEAD
-        shared = self._share(self._two_gradients(ascent, batch, next_batch, backward))
+        shared = self._share(self._two_gradients(ascent, batch, next_batch, backward), self.placement.dot_left())
         perturbed, lookahead = shared[Role.PERTURBED], shared[Role.LOOKAHEAD]
         self._check_pairing(ascent, perturbed)
         skipped = not (perturbed.finite and lookahead.finite)
@@ -118,10 +119,11 @@ class SAMPa(SharpnessAware):
     def _prepare(self, ascent: Pass) -> None:
         """Before the passes: g_t is kept for recipes that need it later, and is where it is needed whole."""
         if self._g:
-            landed = self.placement.landed
-            torch._foreach_copy_([self._g.flats[b] for b in landed], [self.ascent_grads.flats[b] for b in landed])
+            for bucket in self.placement.landed:
+                self._g.flats[bucket].copy_(self.ascent_grads.flats[bucket])
         with record_function("SAMPa.displace"):
-            self.placement.spread(partial(self._write_lookahead, ascent), self.ascents.of_g)
+            write_perturbed = partial(self._write_perturbed, ascent) if self.recipe.scales else None
+            self.placement.spread(partial(self._write_lookahead, ascent), write_perturbed, self.ascents.of_g)
 
     def _last_step(self, ascent: Pass, batch: Batch, backward: Backward) -> StepReport:
         """The step of the last update batch of all: G_t = g~_t, since there is no B_{t+1} for g_{t+1}."""
@@ -137,7 +139,7 @@ class SAMPa(SharpnessAware):
                 self.placement.receive(self.perturbed_grads)
         finally:
             self.receives = True
-        perturbed = self._share(found)[Role.PERTURBED]
+        perturbed = self._share(found, self.placement.dot_left())[Role.PERTURBED]
         self._check_pairing(ascent, perturbed)
         skipped, used = not perturbed.finite, perturbed.used
         if not skipped:
@@ -177,11 +179,12 @@ class SAMPa(SharpnessAware):
         """
         if self.ascent is None or not self.ascents.of_g:
             return None
+        self.placement.gather_weights()
         at_x, self.reported = self.buckets(), None
         with self.forward_state.kept():
             self.gradient(Role.LOOKAHEAD, batch, backward, at_x, local=True)
         for flat in at_x.flats:
-            self.exchange.start(flat, send=False, mean=self.weights.sharded)
+            self.placement.average(flat)
         self.exchange.finish()
         for param in self.params:
             param.grad = None
@@ -195,6 +198,7 @@ class SAMPa(SharpnessAware):
     def _start(self, batch: Batch, backward: Backward) -> Pass:
         """g_t = grad f(x_t; B_t), by the LOOKAHEAD role, so that all ranks hold the same bits of it."""
         found = {}
+        self.placement.gather_weights()
         self.ascents.expect(batch)
         if Role.LOOKAHEAD in self.roles:
             found[Role.LOOKAHEAD] = self.ascents.taken(batch, backward, self.lookahead_grads)
@@ -208,8 +212,12 @@ class SAMPa(SharpnessAware):
         """x~_t of g_t, in its place or, where that is still needed, in memory of its own."""
         self.recipe.mask.observe(real(self.ascent_grads.views), self.moment)
         with record_function("SAMPa.displace"):
-            self.ascend(self.ascent_grads, ascent.norm, self.x_tilde, self.moment)
+            self.placement.perturb(partial(self._write_perturbed, ascent), self.x_tilde)
         return self.x_tilde
+
+    def _write_perturbed(self, ascent: Pass, out: Buckets, own: Sequence[int] | None = None) -> None:
+        """Write x~_t into `out`, which may be where g_t is; of all parameters or of the `own`."""
+        self.ascend(self.ascent_grads, ascent.norm, out, self.moment, own)
 
     def _write_lookahead(self, ascent: Pass, out: Buckets) -> None:
         """Write y_{t+1} of the parameters that this process updates into `out`, which may be where g_t is."""
@@ -245,8 +253,7 @@ class SAMPa(SharpnessAware):
         """What an exact continuation needs besides weights and optimizer: g_t by parameter name, and plain values. A collective."""
         if self.ascent is None:
             return {}, {}
-        self.placement.make_whole(self.ascent_grads)
-        grads = dict(zip(self.names, self.weights.whole(self.ascent_grads.views), strict=True))
+        grads = dict(zip(self.names, self.weights.whole(self.placement.whole_grads(self.ascent_grads)), strict=True))
         return {**grads, **self.ascents.state_dict()}, {
             name: getattr(self.ascent, name) for name in Pass.__dataclass_fields__
         }

@@ -78,8 +78,8 @@ class SharpnessAware(Gradients):
         if samples:
             samples.in_step = self.weights.sharded
         self.recipe.bind(model, self.names, self.params)
-        if self.weights.count > 1:
-            self.recipe.check_shards()
+        if self.weights.sharded:
+            self.recipe.check_shards(self.weights.count)
         self.roles = exchange.mesh.roles
         self.placement = placement(self)
         self.reached: set[int] = set()  # parameters of which G_t has a part, on whichever process
@@ -179,6 +179,14 @@ class SharpnessAware(Gradients):
                 "of a clamp, would be lost. Make such changes in a callback, as on_step_end."
             )
 
+    def forget_last(self) -> None:
+        """Before a step: let go of the last one's gradient, which the optimizer is done with."""
+        for param in self.params:
+            param.grad = None
+        for bucket in range(len(self.perturbed_grads.members)):
+            if self._lets_go and self.perturbed_grads.has_few(bucket):
+                self.perturbed_grads.release(bucket)
+
     # ---- The recipe ----
 
     def now(self, batch: Batch) -> Moment:
@@ -212,12 +220,16 @@ class SharpnessAware(Gradients):
         mask.learn(fisher, now)
 
     @torch.no_grad()
-    def ascend(self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment) -> None:
-        """Write x~_t = x_t + eps_t into `out`, which may be `grads`: g_t, whole, of norm `norm`, if any."""
+    def ascend(
+        self, grads: Buckets, norm: float | Tensor | None, out: Buckets, now: Moment, own: Sequence[int] | None = None
+    ) -> None:
+        """Write x~_t = x_t + eps_t into `out`, which may be `grads`: g_t, whole, of norm `norm`, if any; of all parameters or of the `own`."""
         recipe, keeps = self.recipe, self._keeps(now)
-        for bucket in range(len(out.flats)):
+        own = range(len(self.params)) if own is None else own
+        for bucket in {out.bucket_of[i] for i in own}:
             out.ensure(bucket)  # a pass that failed leaves large ones released
-        x, g, moved = real(self.weights.here()), real(grads.views), real(out.views)
+        weights = self.weights.here()
+        x, g, moved = (real([each[i] for i in own]) for each in (weights, grads.views, out.views))
         if not recipe.plain and out is not grads and norm is not None:
             torch._foreach_copy_(moved, g)
             g = moved
@@ -243,7 +255,8 @@ class SharpnessAware(Gradients):
         if Role.PERTURBED in self.roles:  # where the direction was made
             recipe.direction.observe(g_tilde)
         recipe.when.observe(kept, g_tilde, now)
-        recipe.mixing(g_tilde, kept, lengths, now)
+        if g_tilde:  # of few parameters nothing may land here
+            recipe.mixing(g_tilde, kept, lengths, now)
         return recipe.mixing.reached(ascent.used if ascent else perturbed.used, perturbed.used)
 
     def _dot(self, g: Buckets, g_tilde: Buckets, lengths: Norms) -> float:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from ..distributed import plain_name
+from ..distributed import is_spread, plain_name
 
 
 class Trained:
@@ -34,7 +34,7 @@ class Trained:
     def __init__(self, optimizer: Optimizer, model: nn.Module, others: Mapping[str, nn.Module] | None = None):
         held = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         of_model = {plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
-        _refuse_left_out([name for name, param in of_model.items() if id(param) not in held], len(of_model))
+        _refuse_left_out({name: param for name, param in of_model.items() if id(param) not in held}, len(of_model))
         known = {id(param) for param in of_model.values()}
         foreign: dict[str, Parameter] = {}
         for name, param in [*_named(others or {}), *_places(optimizer)]:
@@ -63,13 +63,18 @@ def _places(optimizer: Optimizer) -> Iterator[tuple[str, Parameter]]:
             yield f"optimizer.{i}.{j}", param
 
 
-def _refuse_left_out(names: list[str], count: int) -> None:
-    if names:
+def _refuse_left_out(left: Mapping[str, Parameter], count: int) -> None:
+    if left:
+        advice = (
+            "Of a bias that two modules share fsdp=True makes two, as accelerate shards one of them by itself. Leave fsdp out, "
+            "and shard the model before the trainer gets it, within `with args.world_of_role():`, by fully_shard(model)."
+            if any(is_spread(param) for param in left.values())
+            else "Freeze them with requires_grad_(False), or give them to the optimizer. A trainer that trained before keeps its "
+            "optimizer: to train layers that were frozen then, set trainer.optimizer = trainer.lr_scheduler = None before train()."
+        )
         raise ValueError(
-            f"Expected an optimizer that holds every trainable parameter of the model, but {len(names)} of {count} are not in "
-            f"it, the first being {names[0]!r}: they would be perturbed, and never updated. Freeze them with "
-            "requires_grad_(False), or give them to the optimizer. A trainer that trained before keeps its optimizer: to "
-            "train layers that were frozen then, set trainer.optimizer = trainer.lr_scheduler = None before train()."
+            f"Expected an optimizer that holds every trainable parameter of the model, but {len(left)} of {count} are not in "
+            f"it, the first being {next(iter(left))!r}: they would be perturbed, and never updated. {advice}"
         )
     if not count:
         raise ValueError(

@@ -31,6 +31,7 @@ class Weights:
     """
 
     count = 1  # of shards
+    gathers = True  # whether a checkpoint is to have whole tensors
     reduces_each = (
         False  # whether the gradient of every micro-batch is brought to where its shards are, which takes less memory
     )
@@ -75,13 +76,22 @@ class Weights:
 
     def spoil(self, bucket: int, weights: Buckets) -> None:
         """Let whoever still reads the displaced weights of a bucket, which nobody should, read NaN."""
-        weights.flats[bucket].fill_(float("nan"))
+        torch._foreach_mul_(weights.among(weights.views, bucket), float("nan"))
         torch.autograd.graph.increment_version(weights.among(self.params, bucket))
 
     def leave(self, bucket: int, weights: Buckets) -> None:
         """Free the memory of `weights` for something else: nobody reads the displaced weights of this bucket any more."""
         # Should backward read them after all, autograd will say so.
         torch.autograd.graph.increment_version(weights.among(self.params, bucket))
+
+    def let_go(self, bucket: int, weights: Buckets) -> None:
+        """As `leave`, and give the memory back. Whoever still reads these weights from the model reads NaN."""
+        self.leave(bucket, weights)
+        if not weights.has_few(bucket):
+            return
+        for param in weights.among(self.params, bucket):
+            param.data = param.new_full((), float("nan")).expand(param.shape)
+        weights.release(bucket)
 
     # ---- Gradients ----
 
@@ -97,7 +107,10 @@ class Weights:
     # ---- Whole, for a checkpoint ----
 
     def whole(self, own: Sequence[Tensor]) -> list[Tensor]:
-        """All of tensors like the parameters, of which what is here is given. A collective of those that hold parts."""
+        """All of tensors like the parameters, of which what is here is given; spread as they are, unless it `gathers`.
+
+        A collective of those that hold parts.
+        """
         return list(own)
 
     def parts(self, of_all: Sequence[Tensor]) -> list[Tensor]:
@@ -175,7 +188,7 @@ class ShardedWeights(Weights):
         moved, own = weights.among(self.here(), bucket), weights.among(x, bucket)
         if len(moved) == 1:
             return displacement_dot_(moved, own, grad, in_memory_order(moved[0]))
-        packed = torch.empty_like(grad)
+        packed = torch.zeros_like(grad)
         parts = weights.cut(bucket, packed)
         torch._foreach_copy_(parts, moved)
         return displacement_dot_(parts, own, grad, packed)
@@ -190,6 +203,10 @@ class ShardedWeights(Weights):
         if bucket in self._displaced:
             torch._foreach_copy_(weights.among(self.here(), bucket), weights.among(weights.views, bucket))
             self._displaced.discard(bucket)
+
+    def let_go(self, bucket: int, weights: Buckets) -> None:
+        self.leave(bucket, weights)
+        weights.release(bucket)
 
     @contextmanager
     def adding_up(self, goes_on: bool) -> Iterator[None]:
@@ -209,9 +226,9 @@ class ShardedWeights(Weights):
         super().set_grads({i: spread_as(self.params[i], grad) for i, grad in grads.items()})
 
     def whole(self, own: Sequence[Tensor]) -> list[Tensor]:
+        spread = (spread_as(param, each) for param, each in zip(self.params, own, strict=True))
         # One by one, so that no device need hold all of them.
-        pairs = zip(self.params, own, strict=True)
-        return [whole(spread_as(param, each)).cpu() for param, each in pairs]
+        return [whole(each).cpu() for each in spread] if self.gathers else list(spread)
 
     def parts(self, of_all: Sequence[Tensor]) -> list[Tensor]:
         return [part_of(each, param) for param, each in zip(self.params, of_all, strict=True)]

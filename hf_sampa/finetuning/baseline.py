@@ -10,6 +10,7 @@ from transformers import Trainer
 from ..cards import WithCard
 from ..checkpoints import load_missing, load_weights
 from ..compat import let_trainer_divide
+from ..distributed import whole
 from ..evaluation import ExactEvalLoss
 
 
@@ -31,6 +32,10 @@ class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
     def unlogged_means(self) -> dict[str, float]:
         """As in `SAMPaMixin`: none."""
         return {}
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Of a sharded model upstream's is spread, and torch 2.9 would log what this process has of it."""
+        return whole(super()._get_grad_norm(*args, **kwargs))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Upstream would take a step before it asks whether there is to be one: of a run that has ended, resumed, there is not."""

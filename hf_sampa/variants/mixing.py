@@ -66,10 +66,10 @@ class Stored(Mixing):
         self.vector: list[Tensor] | None = None
         self.has: list[bool] | None = None  # which parameters the vector has a part of
 
-    def store(self, vector: list[Tensor]) -> None:
+    def store(self, vector: Sequence[Tensor]) -> None:
         """Keep `vector`."""
         if self.vector is None:
-            self.vector = vector
+            self.vector = list(vector)  # what torch._foreach functions return is a tuple
         else:
             torch._foreach_copy_(self.vector, vector)
 

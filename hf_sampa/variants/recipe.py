@@ -148,12 +148,15 @@ class Recipe:
                 "gradients of all parameters in every step."
             )
 
-    def check_shards(self) -> None:
-        """Raise ValueError where a part cannot be given shards of the weights, but all of them."""
+    def check_shards(self, count: int) -> None:
+        """Raise ValueError where a part cannot be given the weights in `count` shards. FSDP2 has no gradients of single samples, be it in one."""
         parts = ((getattr(self, name), methods) for name, methods in READ_WEIGHTS.items())
-        whole = [type(part).__name__ for part, methods in parts if not _on_shards(part, methods)]
-        if self.samples.sharded:
-            whole.append(type(self.samples).__name__)
+        alone = [part for part, methods in parts if count > 1 and not _on_shards(part, methods)]
+        if count > 1 and self.samples.sharded:
+            alone.append(self.samples)
+        if self.mask.fisher_samples and self.mask not in alone:
+            alone.append(self.mask)
+        whole = [type(part).__name__ for part in alone]
         if whole:
             raise ValueError(
                 f"fsdp: expected a variant, or a recipe, that can be given shards of the weights, but {' and '.join(whole)} looks at "
@@ -168,6 +171,12 @@ class Recipe:
         mixing = type(self.mixing)
         says_so = vars(next(kind for kind in mixing.__mro__ if "__call__" in vars(kind))).get("by_entries", False)
         return says_so and mixing.by_entries and not mixing.state and not observes
+
+    @property
+    def scales(self) -> bool:
+        """Whether eps_t is g_t times a number, so that who holds a part of g_t can make its part of x~_t."""
+        direction = type(self.direction).__call__ is Direction.__call__ and type(self.mask) is Mask
+        return direction and not self.samples.sharded and not self.loss.separate
 
     def bind(self, model: nn.Module, names: Sequence[str], params: Sequence[Tensor]) -> None:
         """Tell all parts of a run's parameters."""
