@@ -47,7 +47,7 @@ class Layout:
         """Processes over which the optimizer's state is spread, beside shards."""
         if not self.shared:
             return 1
-        return 2 if self.paired else self.devices
+        return 2 if self.shards > 1 else self.devices
 
 
 def layouts(method: str, devices: int, per_node: int, *, state: bool) -> Iterator[Layout]:

@@ -1,7 +1,9 @@
 """What a device holds at most, counted as `docs/cost.md` and `benchmarks/memory.py` count it: d trained weights, four bytes each.
 
 A process has x_t, the displaced weights, one gradient (g_t and what is displaced share memory), and what the optimizer keeps of
-each weight. Plain Trainer has no displaced weights; under DDP, on several devices, it has gradients twice, its own and DDP's buckets.
+each weight. Where no other role's gradient comes, the gradient takes what displaced weights give back, a parameter at a time. With a
+shared optimizer a process of a pair has x_t and state of its own part. Plain Trainer has no displaced weights; under DDP, on several
+devices, it has gradients twice, its own and DDP's buckets.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ class Memory:
 
 def memory(run: Run, layout: Layout) -> Memory:
     """What each device of `layout` holds."""
-    units = _units_of_d(layout, STATE[run.optimizer]) / layout.shards
+    units = _units_of_d(run, layout) / layout.shards
     activations = (
         activation_bytes(run.size.shape, run.batch, run.tokens, bf16=run.bf16, checkpointing=run.checkpointing)
         if run.size.shape
@@ -86,13 +88,19 @@ def memory(run: Run, layout: Layout) -> Memory:
     )
 
 
-def _units_of_d(layout: Layout, state: int) -> float:
+def _units_of_d(run: Run, layout: Layout) -> float:
     """Numbers per trained weight, before they are spread over shards."""
-    shared = state / layout.sharing
+    state, largest = STATE[run.optimizer], min(1.0, (run.size.largest or run.trained) / run.trained)
     if layout.method == "adamw":
         return 2 + state + (layout.devices > 1 and layout.shards == 1)
+    part = 1 / layout.sharing
+    if layout.shards > 1:
+        return 3 + state * part
+    if layout.paired:
+        # Parts are made of whole parameters.
+        return 2 + (1 + state) * max(part, largest if layout.shared and run.size.largest else 0)
     # In both roles it keeps the one gradient while it takes the other.
-    return 3 + shared + (layout.method == "sampa" and layout.devices == 1)
+    return 2 + state * part + largest + (layout.method == "sampa")
 
 
 def _frozen(run: Run, layout: Layout) -> int:

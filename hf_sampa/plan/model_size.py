@@ -58,6 +58,7 @@ class ModelSize:
         name: as it was given.
         kind: its class; None where only a number of weights is known.
         weights: how many there are, tied ones once.
+        largest: weights of the largest parameter; None where that is not known.
         units: weights of each part that FSDP2 gathers by itself; None where that is not known.
         shape: None where activations cannot be estimated.
     """
@@ -65,6 +66,7 @@ class ModelSize:
     name: str
     kind: str | None
     weights: int
+    largest: int | None
     units: tuple[int, ...] | None
     shape: Shape | None
 
@@ -81,7 +83,7 @@ def model_size(name: str) -> ModelSize:
         ValueError: it is none of them, or a model of unknown code.
     """
     number = None if Path(name).is_dir() else as_number(name)
-    return ModelSize(name, None, number, None, None) if number else size_of(_without_weights(name), name)
+    return ModelSize(name, None, number, None, None, None) if number else size_of(_without_weights(name), name)
 
 
 def as_number(text: str) -> int | None:
@@ -92,7 +94,8 @@ def as_number(text: str) -> int | None:
 
 def size_of(model: PreTrainedModel, name: str) -> ModelSize:
     """That of a model, which may be on the meta device."""
-    return ModelSize(name, type(model).__name__, _count(model), _units(model), _shape(model))
+    largest = max(param.numel() for param in model.parameters())
+    return ModelSize(name, type(model).__name__, _count(model), largest, _units(model), _shape(model))
 
 
 def _without_weights(name: str) -> PreTrainedModel:

@@ -127,7 +127,7 @@ def _roles(layout: Layout) -> dict[str, list[int]]:
 def _mesh(layout: Layout) -> str:
     role = " in each role" if layout.paired else ""
     if layout.shards == 1:
-        shared = "; one optimizer for both" if layout.paired else "; one optimizer for all"
+        shared = "; one optimizer for both" if layout.sharing == 2 else "; one optimizer for all"
         return f"{_plural(layout.replicas, 'replica')}{role}, with whole weights{shared if layout.shared else ''}"
     shared = "; one optimizer for both" if layout.shared else ""
     return f"{_plural(layout.replicas, 'replica')} of {layout.shards} shards{role} (FSDP2){shared}"
@@ -139,9 +139,11 @@ def _pairs(plan: Plan) -> str:
 
 
 def _sent(plan: Plan) -> int:
-    """Bytes that one half of a pair sends to the other in a step: a gradient, or of halves of it and of the weights what is lacking."""
-    numbers = 1.5 if plan.layout.shared else 1
-    return round(SINGLE * numbers * plan.run.trained / plan.layout.shards) if plan.layout.paired else 0
+    """Bytes that one half of a pair sends to the other in a step, on average: of a gradient what its pair adds up, or half of that and as
+    many displaced weights; of shards all of a gradient, or of halves of it and of the weights what is lacking."""
+    layout, trained = plan.layout, plan.run.trained
+    of_shards = (1.5 if layout.shared else 1) * trained / layout.shards
+    return round(SINGLE * (of_shards if layout.shards > 1 else trained / layout.per_role)) if layout.paired else 0
 
 
 def _table(plan: Plan) -> list[str]:
