@@ -36,8 +36,9 @@ lint: .venv ## Check style and formatting
 bench: .venv ## Measure seconds per step, memory and traffic of AdamW, SAM and SAMPa
 	$(BIN)/python benchmarks/step_time.py --ddp
 
-bench-scaling: .venv ## Measure the same for 2 to 12 layers and 8 to 128 tokens; a table and a picture
+bench-scaling: .venv ## Measure the same for 2 to 12 layers and 8 to 128 tokens, and what 2 to 8 processes take beside the cost model
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/rank_scaling.py
 
 bench-memory: .venv ## Measure the memory of AdamW, SAM and SAMPa, in fp32 and under bf16 autocast
 	$(BIN)/python benchmarks/memory.py

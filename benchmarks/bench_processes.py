@@ -41,7 +41,7 @@ class Group:
 
     Args:
         worker: the script.
-        settings: what the worker is given; its `method` is one of `METHODS`.
+        settings: what the worker is given; its `method`, of `METHODS` or not, is what the group is called.
         stack: ends the processes when it is closed.
         processes: how many.
         together: whether they are one world, as a launcher would start it, or independent of each other.
@@ -58,7 +58,7 @@ class Group:
         together: bool,
         variables: Mapping[str, str] | None = None,
     ):
-        self.name = METHODS[settings["method"]]
+        self.name = METHODS.get(settings["method"], settings["method"])
         self.logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(processes)]
         env = _environment() | (variables or {})
         # Bound here and now, so that no other world can come to have the same port.

@@ -57,11 +57,13 @@ def make_trainer(
     max_steps: int,
     bf16: bool,
     use_cpu: bool,
+    accumulation: int = 1,
 ) -> Trainer:
     """A trainer of `method`, one of `bench_processes.METHODS`, that logs nothing to the standard output."""
     settings = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
         "max_steps": max_steps,
         "save_strategy": "no",
         "report_to": "none",
@@ -77,7 +79,7 @@ def make_trainer(
     else:
         trainer_class, args = SAMPaTrainer, SAMPaTrainingArguments(method=method.split("_")[0], **settings)
     # One batch more than there are steps: SAMPa reads one ahead.
-    dataset = build_dataset((max_steps + 1) * batch, seq)
+    dataset = build_dataset((max_steps + 1) * batch * accumulation, seq)
     trainer = trainer_class(build_model(layers, hidden), args, train_dataset=dataset, callbacks=[callback])
     trainer.remove_callback(PrinterCallback)  # the output belongs to the answers
     return trainer

@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                          # BERT of 6 layers x 768 units, on the CPU: a few minutes
     python benchmarks/memory.py --device cuda            # on GPUs; the rows of two processes need two of them
+    python benchmarks/memory.py --accumulation 3         # with gradient accumulation
     python benchmarks/memory.py --hidden 256 --json memory.json
 
 Each figure comes from a fresh process, or pair of processes, that makes a few steps of the real Trainer or SAMPaTrainer
@@ -28,7 +29,7 @@ from tqdm import tqdm
 WORKER = Path(__file__).with_name("memory_worker.py")
 PRECISIONS = {"fp32": False, "bf16": True}
 FIGURES = ("counted", "measured")
-DEFAULTS = {"layers": 6, "hidden": 768, "steps": 4}
+DEFAULTS = {"layers": 6, "hidden": 768, "steps": 4, "accumulation": 1}
 
 
 def list_rows(device: str) -> list[tuple[str, int]]:
@@ -43,7 +44,7 @@ def measure(settings: dict[str, Any], rows: list[tuple[str, int]]) -> list[dict[
     """By row and role: the method, the role, and bytes per weight by precision and figure, as ``{"fp32": {"counted": 16.0}}``.
 
     Args:
-        settings: layers, hidden, steps and device, as on the command line.
+        settings: layers, hidden, steps, accumulation and device, as on the command line.
         rows: from `list_rows`.
     """
     results = []
@@ -78,7 +79,7 @@ def format_table(settings: dict[str, Any], results: list[dict[str, Any]]) -> str
     """One line per process: bytes per weight and, in brackets, units of d."""
     lines = [
         f"peak bytes per weight, in brackets units of d (4 bytes for each of {results[0]['parameters'] / 1e6:.1f} M weights); "
-        f"BERT, {settings['layers']} layers x {settings['hidden']} units, 1 x 8 tokens, on {settings['device']}",
+        f"BERT, {settings['layers']} layers x {settings['hidden']} units, {settings['accumulation']} x 8 tokens, on {settings['device']}",
         "",
         f"{'':<40}{'fp32':^32}{'bf16 autocast':^32}".rstrip(),
         f"{'method':<15}{'processes':<12}{'role':<13}" + f"{'counted':>16}{'measured':>16}" * len(PRECISIONS),
@@ -97,6 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("layers", "hidden"):
         add_size(parser, name, DEFAULTS[name])
     parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="steps; the peak is in one of the first")
+    parser.add_argument(
+        "--accumulation", type=int, default=DEFAULTS["accumulation"], help="micro-batches per step (default 1)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default cpu)")
     parser.add_argument("--json", type=Path, help="also write the settings and figures to this file")
     return parser

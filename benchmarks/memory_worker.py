@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from bench_trainer import make_trainer
 from torch.distributed import distributed_c10d
+from torch.nn.modules.module import register_module_full_backward_pre_hook
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
@@ -32,7 +35,7 @@ def resident(field: str) -> int:
 
 
 def released_here(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """`collective`, which returns only once no other thread holds the tensors that it was given."""
+    """`collective`, which returns, or of what goes on by itself the end comes, only once no other thread holds the tensors that it was given."""
 
     @wraps(collective)
     def call(*args, **kwargs):
@@ -40,11 +43,30 @@ def released_here(collective: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [each for each in given if isinstance(each, torch.Tensor)]
         before = [tensor._use_count() for tensor in tensors]
         result = collective(*args, **kwargs)
-        while any(tensor._use_count() > own for tensor, own in zip(tensors, before, strict=True)):
-            time.sleep(1e-4)
+        if kwargs.get("async_op"):
+            return Going([result], tensors, before)
+        wait_for_release(tensors, before)
         return result
 
     return call
+
+
+class Going:
+    """What a collective that goes on by itself returns."""
+
+    def __init__(self, works: list[dist.Work], tensors: list[torch.Tensor], before: list[int]):
+        self.works, self.tensors, self.before = works, tensors, before
+
+    def wait(self) -> None:
+        self.works.pop().wait()
+        wait_for_release(self.tensors, self.before)
+        self.tensors.clear()
+
+
+def wait_for_release(tensors: list[torch.Tensor], before: list[int]) -> None:
+    """Until each of `tensors` has as few owners as `before`, in C++."""
+    while any(tensor._use_count() > own for tensor, own in zip(tensors, before, strict=True)):
+        time.sleep(1e-4)
 
 
 class CountedOnCPU:
@@ -118,9 +140,26 @@ METERS = {
 }
 
 
-def main(device: str, figure: str, method: str, steps: int, **settings) -> None:
+class OutOfStep:
+    """Within the block the backward pass of every module waits for up to `seconds`, at random and on each process for itself."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.generator = seconds, random.Random(os.getpid())
+
+    def __enter__(self) -> None:
+        self.handle = register_module_full_backward_pre_hook(self.wait) if self.seconds else None
+
+    def __exit__(self, *error) -> None:
+        if self.handle:
+            self.handle.remove()
+
+    def wait(self, *_) -> None:
+        time.sleep(self.seconds * self.generator.random() ** 4)
+
+
+def main(device: str, figure: str, method: str, steps: int, out_of_step: float = 0.0, **settings) -> None:
     torch.set_num_threads(1)
-    with METERS[device, figure]() as meter:
+    with METERS[device, figure]() as meter, OutOfStep(out_of_step):
         # So few tokens that activations hardly count beside the weights.
         use_cpu = device == "cpu"
         trainer = make_trainer(method, TrainerCallback(), batch=1, seq=8, max_steps=steps, use_cpu=use_cpu, **settings)

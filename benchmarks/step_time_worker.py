@@ -27,6 +27,8 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 class Rounds(TrainerCallback):
     """Holds the training between rounds, and times the steps of a round from end to end: data, passes, update."""
 
+    reads_model = False
+
     def __init__(self, steps: int):
         self.steps = steps
         self.trainer: Trainer | None = None  # set once the trainer exists
