@@ -5,18 +5,21 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, compat
 from hf_sampa.distributed import plain_name, whole
 from tests import tiny
 
 
-# Defaults of newer transformers, said for older ones, too.
+needs_versions = pytest.mark.skipif(
+    any(compat.before(*each) for each in compat.SHARDS.items()), reason="FSDP2 has a floor of its own"
+)
 DEFAULTS = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
 FSDP = {"fsdp": True, "fsdp_config": {**DEFAULTS, "transformer_layer_cls_to_wrap": ["BertLayer"]}}
 

@@ -27,6 +27,19 @@ def test_a_version_that_is_too_old_is_refused(monkeypatch):
     )
 
 
+def test_shards_on_versions_that_are_too_old_are_refused(monkeypatch):
+    monkeypatch.setattr(compat, "before", compat.before.__wrapped__)  # which remembers what it has found
+    installed(monkeypatch)
+    compat.check_shards()
+    installed(monkeypatch, torch="2.6.0", accelerate="1.10.1")
+    with pytest.raises(ImportError) as error:
+        compat.check_shards()
+    assert str(error.value) == (
+        "FSDP2: expected torch 2.9, transformers 5.12, accelerate 1.13 or newer, found torch 2.6.0, accelerate 1.10.1. Upgrade, or "
+        "train without FSDP, which older ones do, too."
+    )
+
+
 @pytest.mark.parametrize("name", compat.TESTED)
 def test_the_lowest_version_and_builds_of_it_are_taken(name, monkeypatch):
     installed(monkeypatch, **{name: f"{compat.TESTED[name].lowest}+cpu"})

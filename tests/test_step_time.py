@@ -40,7 +40,8 @@ def test_tiny_model_gives_every_figure(how, tmp_path, monkeypatch, capsys):
     processes = {method: figures["processes"] for method, figures in result["methods"].items()}
     sent = {method: [process["bytes_sent_per_step"] for process in processes[method]] for method in processes}
     # One gradient in fp32; the independent processes exchange nothing.
-    one_gradient = 4 * result["parameters"]
+    one_gradient = pytest.approx(4 * result["parameters"], rel=1e-3)  # parameters begin at multiples of 64 bytes
+    two_gradients = pytest.approx(8 * result["parameters"], rel=1e-3)
     assert {method: sent[method] for method in ("adamw", "adamw_ddp", "sam", "sampa")} == {
         "adamw": [0, 0],
         "adamw_ddp": [None, None],
@@ -48,7 +49,7 @@ def test_tiny_model_gives_every_figure(how, tmp_path, monkeypatch, capsys):
         "sampa": [one_gradient] * 2,
     }
     # Both of its gradients are averaged over the replicas.
-    assert sent["sam_replicas"] == [2 * one_gradient] * 2
+    assert sent["sam_replicas"] == [two_gradients] * 2
     ratios = ("sampa_over_adamw", "sam_over_sampa", "sampa_over_adamw_ddp", "sam_replicas_over_sampa")
     names = ("SAMPa / AdamW", "SAM / SAMPa", "SAMPa / AdamW, DDP", "SAM, replicas / SAMPa")
     assert "    ".join(f"{name} {result[r]:.2f}" for name, r in zip(names, ratios, strict=True)) in said

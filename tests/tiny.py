@@ -271,6 +271,11 @@ def comparable(outcome: dict[str, Any]) -> dict[str, Any]:
     return {**outcome, "logs": [{k: v for k, v in line.items() if k != "train_loss"} for line in outcome["logs"]]}
 
 
+def without_cosine(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log lines but for the cosine, which of weights that are in several processes is added up in another order, and more exactly."""
+    return [{k: v for k, v in line.items() if k != "ascent_cosine"} for line in lines]
+
+
 def differing(left: Any, right: Any, path: str = "") -> list[str]:
     """Where two nested results differ in any bit; empty where they are equal."""
     if isinstance(left, torch.Tensor):

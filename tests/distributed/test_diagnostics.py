@@ -86,7 +86,8 @@ def test_two_processes_measure_what_one_does_and_train_the_same(tmp_path, case, 
     ):
         if changes:  # each process has half of the optimizer's state
             found["optimizer"] = plain["optimizer"]
-        assert tiny.differing(tiny.comparable(found), tiny.comparable(plain)) == []
+        of_both = [tiny.comparable({**each, "logs": tiny.without_cosine(each["logs"])}) for each in (found, plain)]
+        assert tiny.differing(*of_both) == []
         for line, expected in zip(by_two, measured, strict=True):
             assert line == expected
 

@@ -6,23 +6,29 @@ import ctypes
 import os
 import shutil
 import sys
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from accelerate import ParallelismConfig
 from memory_worker import MeasuredOnCPU
 from torch import nn
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    Trainer,
+)
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, compat
 from tests import reference, sharded, tiny
 from tests.distributed.test_variants import CASES, Small, settings
 from tests.ranks import RankFailed, run_ranks
 from tests.test_reference import batches_in_order
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, sharded.needs_versions]
 
 STEPS = 20
 PLAIN = {"per_device_train_batch_size": 2, "max_steps": STEPS, "train_sampling_strategy": "sequential"}
@@ -120,7 +126,8 @@ def test_two_roles_of_one_shard_are_the_unsharded_pair(tmp_path, changes):
     """Bit for bit, with dropout and a ragged last batch."""
     whole = run_ranks(of_a_pair, 2, tmp_path, changes, folder=tmp_path / "whole")
     for found in run_ranks(of_a_pair, 2, tmp_path, {**changes, **sharded.FSDP}, folder=tmp_path / "one shard"):
-        assert tiny.differing(found, whole[0]) == []
+        pair = [{**each, "logs": tiny.without_cosine(each["logs"])} for each in (found, whole[0])]
+        assert tiny.differing(*pair) == []
 
 
 # ---- Variants ----
@@ -156,6 +163,20 @@ def test_every_variant_goes_on_shards_or_says_that_it_does_not(tmp_path):
                     assert sharded.deviation(rank[case]["weights"], expected["weights"]) < 1e-6, case
 
 
+@pytest.mark.whole
+def test_one_shard_is_enough_for_every_variant_but_one(tmp_path):
+    """Bit for bit as without FSDP. Of FSDP2 there are no gradients of single samples."""
+    cases = [case for case in CASES if case[0] in NOT_ON_SHARDS and case[1] == "sampa"]
+    shards = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Linear", "LayerNorm"]}}
+    whole = run_ranks(every_variant, 2, tmp_path, cases, {}, folder=tmp_path / "plain")[0]
+    for rank in run_ranks(every_variant, 2, tmp_path, cases, shards, folder=tmp_path / "shards"):
+        for case, expected in whole.items():
+            if case[0] == "ssam_f":
+                assert "Important looks at all entries at once, or wants gradients that are not averaged" in rank[case]
+            else:
+                assert tiny.differing(rank[case]["weights"], expected["weights"]) == [], case
+
+
 # ---- Going on ----
 
 SAVED = {
@@ -174,13 +195,9 @@ SHARED = {"shard_optimizer": True}
 
 def with_checkpoints(folder, changes, resume=None) -> dict:
     """With dropout and ragged last batches, of the epoch and of the evaluation."""
-    made = sharded.trainer(
-        folder,
-        lambda: tiny.bert(dropout=0.1),
-        tiny.sentences(38),
-        {**SAVED, **changes},
-        eval_dataset=tiny.sentences(11, seed=5),
-    )
+    own = {**SAVED, "dropout": 0.1, **changes}
+    model = partial(tiny.bert, dropout=own.pop("dropout"))
+    made = sharded.trainer(folder, model, tiny.sentences(38), own, eval_dataset=tiny.sentences(11, seed=5))
     found = sharded.outcome(made, resume)
     made.save_model()
     return {**found, "shards": None}
@@ -190,7 +207,12 @@ def with_checkpoints(folder, changes, resume=None) -> dict:
 def saved(tmp_path_factory):
     """By how it was placed: what a run came to, and its checkpoints."""
     folder = tmp_path_factory.mktemp("saved")
-    kinds = {"whole": {}, "shards": sharded.FSDP, "shared shards": {**sharded.FSDP, **SHARED}}
+    kinds = {
+        "whole": {},
+        "shards": sharded.FSDP,
+        "shared shards": {**sharded.FSDP, **SHARED},
+        "no dropout": {**sharded.FSDP, "dropout": 0.0},
+    }
     found = {
         name: run_ranks(with_checkpoints, 4, folder / name, changes, folder=folder / f"{name}-ranks")[0]
         for name, changes in kinds.items()
@@ -220,9 +242,17 @@ def test_a_checkpoint_of_shards_is_any_other(saved, name):
     trainer.optimizer.load_state_dict(other)
 
 
+def losses(of_rank: dict) -> dict[tuple[str, int], float]:
+    """Of training and of evaluation, by step."""
+    return {
+        (name, line["step"]): line[name] for line in of_rank["logs"] for name in ("loss", "eval_loss") if name in line
+    }
+
+
+# accelerate's wrappers draw dropout anew when they compute a layer again.
 CHECKPOINTING = {"fsdp": True, "fsdp_config": {**sharded.FSDP["fsdp_config"], "activation_checkpointing": True}}
 RESUMED = {
-    "layers in checkpoint wrappers": ("shards", CHECKPOINTING, False),
+    "layers in checkpoint wrappers": ("no dropout", {**CHECKPOINTING, "dropout": 0.0}, False),
     "shards from shards": ("shards", sharded.FSDP, True),
     "shared from shared": ("shared shards", {**sharded.FSDP, **SHARED}, True),
     "shards from shared": ("shared shards", sharded.FSDP, True),
@@ -234,9 +264,11 @@ RESUMED = {
 @pytest.mark.whole
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_is_never_stopped(saved, tmp_path, name):
-    """Bit for bit on the same mesh, to rounding on another."""
+    """Bit for bit on the same mesh, to rounding on another: in what is logged, as the weights are in the end those of a step before."""
     wrote, changes, exact = RESUMED[name]
     found, folder = saved
+    expected = losses(found[wrote])
+    assert {("loss", 9), ("eval_loss", 9)} <= expected.keys()
     shutil.copytree(folder / wrote, tmp_path / "out")
     again = run_ranks(
         with_checkpoints,
@@ -249,7 +281,7 @@ def test_resumed_is_never_stopped(saved, tmp_path, name):
     for rank in again:
         if exact:
             assert tiny.differing(rank, found[wrote]) == []
-        assert sharded.deviation(rank["weights"], found[wrote]["weights"]) < 1e-6
+        assert losses(rank) == pytest.approx(expected, rel=1e-5)
 
 
 # ---- Models ----
@@ -316,8 +348,7 @@ def test_models_that_are_not_plain(tmp_path, name):
         assert rank["shards"] == 2
         assert sharded.deviation(rank["weights"], whole["weights"]) < 1e-6
         torch.testing.assert_close(rank["buffers"], whole["buffers"])
-        losses, expected = ([line["loss"] for line in each["logs"] if "loss" in line] for each in (rank, whole))
-        assert losses == pytest.approx(expected, rel=1e-5)
+        assert losses(rank) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def adapted(dtype=torch.float32):
@@ -401,20 +432,43 @@ def test_weights_that_one_process_has_loaded_are_everybody_s(on_shards, tmp_path
 # ---- Ways to shard ----
 
 
-def sharded_by_hand(folder) -> dict:
+def sharded_by_hand(folder, head, dataset) -> dict:
     args = tiny.arguments(folder, **{**PLAIN, **RUNS["adamw"]})
     with args.world_of_role():
-        model = tiny.bert()
+        model = tiny.bert(head=head)
         model = sharded.shard(model, *model.bert.encoder.layer)
-    return sharded.outcome(SAMPaTrainer(model=model, args=args, train_dataset=tiny.sentences(40)))
+    return sharded.outcome(SAMPaTrainer(model=model, args=args, train_dataset=dataset))
 
 
 @pytest.mark.whole
 def test_a_model_that_was_sharded_by_hand(on_shards, tmp_path):
     """Units other than accelerate's."""
-    for rank in run_ranks(sharded_by_hand, 4, tmp_path, folder=tmp_path / "ranks"):
+    made = BertForSequenceClassification, tiny.sentences(40)
+    for rank in run_ranks(sharded_by_hand, 4, tmp_path, *made, folder=tmp_path / "ranks"):
         assert rank["shards"] == 2
         assert sharded.deviation(rank["weights"], on_shards("adamw")[0]["weights"]) < 1e-6
+
+
+def of_masked_words(folder, changes) -> dict:
+    model = partial(tiny.bert, head=BertForMaskedLM)
+    return sharded.outcome(sharded.trainer(folder, model, words(40), {**PLAIN, **RUNS["adamw"], **changes}))
+
+
+def words(count: int) -> list[dict]:
+    return [{"input_ids": each["input_ids"], "labels": each["input_ids"]} for each in tiny.sentences(count)]
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(compat.before("accelerate", "1.15"), reason="which does not shard output embeddings by themselves")
+def test_what_is_said_of_a_bias_that_two_modules_share_helps(tmp_path):
+    with pytest.raises(
+        RankFailed, match="'cls.predictions.decoder.bias'.* Leave fsdp out, and shard the model before"
+    ):
+        run_ranks(of_masked_words, 4, tmp_path, sharded.FSDP, folder=tmp_path / "refused")
+    whole = run_ranks(of_masked_words, 4, tmp_path, {}, folder=tmp_path / "whole")[0]
+    for rank in run_ranks(sharded_by_hand, 4, tmp_path, BertForMaskedLM, words(40), folder=tmp_path / "ranks"):
+        assert rank["shards"] == 2
+        assert sharded.deviation(rank["weights"], whole["weights"]) < 1e-6
 
 
 def sharded_over_all(folder):
@@ -459,13 +513,30 @@ def test_replicas_of_shards(tmp_path, method, processes):
     assert tiny.differing(again[0], found[0]) == []
 
 
+def sized_by_the_launcher(folder, shards) -> dict:
+    """As ``accelerate launch --use_parallelism_config`` leaves its sizes to a process."""
+    os.environ |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": str(shards)}
+    return train(folder, RUNS["adamw"])
+
+
+@pytest.mark.whole
+def test_sizes_that_the_launcher_knows_are_those_of_a_role(on_shards, tmp_path):
+    for rank in run_ranks(sized_by_the_launcher, 4, tmp_path, 2, folder=tmp_path / "ranks"):
+        assert tiny.differing(rank, on_shards("adamw")[0]) == []
+    with pytest.raises(RankFailed, match="expected sizes for the 2 process.* of one role, got 4"):
+        run_ranks(sized_by_the_launcher, 4, tmp_path, 4, folder=tmp_path / "refused")
+
+
 # ---- What is refused, and what fails ----
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fsdp": True}, "fsdp: expected processes with a device of their own.*got 2 process.* on cpu"),
+        (
+            {"fsdp": True, "fsdp_config": sharded.DEFAULTS},
+            "fsdp: expected processes with a device of their own.*got 2 process.* on cpu",
+        ),
     ],
 )
 def test_shards_on_a_cpu_are_refused(tmp_path, changes, words):
@@ -482,10 +553,6 @@ REFUSED = {
     "offload": (
         {"fsdp_config": {"cpu_offload": True}},
         "fsdp_config: expected weights that stay on their device, got cpu_offload",
-    ),
-    "sharded checkpoints": (
-        {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
-        "fsdp_config: expected state_dict_type FULL_STATE_DICT",
     ),
     "a mesh of all": (
         {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)},

@@ -10,7 +10,9 @@ from accelerate import ParallelismConfig
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
+from hf_sampa.finetuning.baseline import BaselineTrainer
+from hf_sampa.finetuning.training_arguments import FineTuningArguments
 from tests import sharded, tiny
 from tests.ranks import run_ranks
 
@@ -72,7 +74,11 @@ def test_a_process_that_does_not_save_does_not_touch_the_card(tmp_path):
 
 def card_of(folder, method, changes):
     settings = {"method": method, "max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2, **changes}
-    trainer = sharded.trainer(folder, tiny.bert, tiny.sentences(18), settings, eval_dataset=tiny.sentences(7))
+    kinds = {"adamw": (BaselineTrainer, OnShards)}.get(method, (SAMPaTrainer, sharded.OnCPU))
+    with patch.object(SAMPaTrainingArguments, "METHODS", FineTuningArguments.METHODS):
+        args = tiny.arguments(folder, **settings)
+    data = {"train_dataset": tiny.sentences(18), "eval_dataset": tiny.sentences(7)}
+    trainer = kinds["fsdp" in changes](model=tiny.bert(), args=args, **data)
     trainer.train()
     trainer.evaluate()
     trainer.create_model_card()
@@ -84,14 +90,19 @@ def lines(file) -> set[str]:
     return {line for line in file.read_text().splitlines() if not any(word in line for word in apart)}
 
 
+class OnShards(sharded.AsOnGPU, BaselineTrainer): ...
+
+
 HSDP = {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)}
 
 
+@sharded.needs_versions
 @pytest.mark.parametrize(
     ("method", "world", "changes", "processes"),
     [
         ("sampa", 4, {}, "4, two roles of 2 shards (FSDP2)"),
         ("sam", 4, HSDP, "4, one role of 2 replicas x 2 shards (FSDP2)"),
+        ("adamw", 2, {}, "2, 2 shards (FSDP2)"),
         pytest.param("sampa", 8, HSDP, "8, two roles of 2 replicas x 2 shards (FSDP2)", marks=pytest.mark.whole),
     ],
 )

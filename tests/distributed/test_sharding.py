@@ -63,7 +63,8 @@ def outcomes(tmp_path_factory):
 
 
 def without_optimizer(outcome: dict) -> dict:
-    return {key: value for key, value in outcome.items() if key != "optimizer"}
+    rest = {key: value for key, value in outcome.items() if key != "optimizer"}
+    return {**rest, "logs": tiny.without_cosine(outcome["logs"])}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -72,7 +73,10 @@ def test_sharded_is_unsharded(outcomes, name):
     whole = found["one"][0][name]
     assert whole["steps"] > 4
     for rank in range(2):
-        assert tiny.differing(without_optimizer(whole), without_optimizer(found["sharded"][rank][name])) == []
+        shared = found["sharded"][rank][name]
+        assert tiny.differing(without_optimizer(whole), without_optimizer(shared)) == []
+        cosines = [[line["ascent_cosine"] for line in each["logs"][:-1]] for each in (whole, shared)]
+        assert cosines[1] == pytest.approx(cosines[0], abs=1e-6) and all(cosines[0])
         assert tiny.differing(whole, found["two"][rank][name]) == []
 
 
@@ -141,15 +145,15 @@ def counted(folder, recipe) -> tuple[int, int]:
     sent = []
     trainer.add_callback(tiny.Each(lambda: sent.append(trainer.sampa.exchange.bytes_sent)))
     trainer.train()
-    return sent[-1] - sent[-2], sum(param.nbytes for param in trainer.model.parameters())
+    return sent[-1] - sent[-2], sum(flat.nbytes for flat in trainer.sampa.ascent_grads.flats)
 
 
 @pytest.mark.parametrize(("recipe", "gradients"), [(None, 3), (Recipe(mixing=ReadsAll()), 3.5)])
 def test_at_most_two_gradients_are_sent(tmp_path, recipe, gradients):
-    """Half of y_{t+1}, g_t, the new gradients and the updated weights; or whole gradients, and then no g_t once more."""
+    """Half of y_{t+1}, x~_t, the new gradients and, since a callback may read them, the updated weights; or whole gradients, and then no x~_t."""
     (first, size), (second, _) = run_ranks(counted, 2, tmp_path, recipe, folder=tmp_path)
-    assert first + second == pytest.approx(gradients * size, rel=1e-3)  # halves of whole parameters
-    assert max(first, second) < 2 * size
+    assert first + second == pytest.approx(gradients * size, rel=1e-2)  # halves of whole parameters
+    assert max(first, second) <= 2 * size
 
 
 def test_owners_update_about_as_much():

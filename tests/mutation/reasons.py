@@ -22,8 +22,8 @@ REASONS = {
     "engine/lookahead.py: CPU_PIECE, DEVICE_PIECE = 2**18, 2**23: 23 -> 24": (
         "how much a GPU steps at once is a matter of speed; that pieces of any size are right is tested on the CPU"
     ),
-    "engine/placement.py: if len(params) == 1 and params[0].stride() == views[0].stride():: "
-    "len(params) == 1 and params[0].stride() == views[0].stride() -> False": (
+    "engine/shared.py: if len(params) == 1 and is_dense(params[0]):: "
+    "len(params) == 1 and is_dense(params[0]) -> False": (
         "a large weight is then copied before it is sent: the same bits, more memory"
     ),
     "engine/sharpness_aware.py: return half.numel() > 0 and bool(largest(half.sub(own, alpha=0.5)) > 1e-6 + 1e-4 * largest(half)): "
