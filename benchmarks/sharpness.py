@@ -41,7 +41,8 @@ RADII: dict[float | None, tuple[str, str]] = {
     0.3: ("SAMPa, rho 0.3", "#0072B2"),
 }
 # How far the weights are moved along each kind of direction. A random one hardly meets the sharpest few of 4810.
-DISTANCES = {"sharpest": torch.linspace(-1, 1, 41), "random": torch.linspace(-5, 5, 41)}
+STEPS = torch.arange(-20, 21)  # with an exact 0 in the middle, which torch.linspace(-1, 1, 41) has not
+DISTANCES = {"sharpest": STEPS / 20, "random": STEPS / 4}
 TITLES = {"sharpest": "along the sharpest direction", "random": "along random directions, mean of 20"}
 RANDOM_DIRECTIONS = 20
 POWER_ITERATIONS = 100

@@ -42,7 +42,7 @@ def test_the_smallest_run(tmp_path, capsys):
         assert 0.5 < run["accuracy"] < 1 and 0 < run["loss"] < 2.3
         distances = sharpness.DISTANCES["sharpest"]
         middle = len(distances) // 2
-        assert [run["sharpest"][middle], run["random"][middle]] == pytest.approx([0, 0], abs=1e-6)
+        assert run["sharpest"][middle] == run["random"][middle] == pytest.approx(0, abs=1e-6)
         # To second order the mean of both sides rises by r^2 / 2 times the curvature.
         near = (run["sharpest"][middle - 2] + run["sharpest"][middle + 2]) / 2
         assert near == pytest.approx(

@@ -301,8 +301,9 @@ class Shared(Placement):
             place.ensure(bucket)
             self.exchange.start(partial(self._give, place.flats[bucket], owner), tuple)
         self.exchange.finish()
-        own, others = grads.views, into.views
-        found = [(own if i in self.updated else others)[i] for i in range(len(self.params))]
+        found = list(into.views)
+        for i in self.updated:
+            found[i] = grads.views[i]
         if self.in_parts:
             self.keep_landed(into)
         return found
