@@ -25,7 +25,7 @@ def test_what_was_counted_on_ranks_is_what_the_model_says():
     machine = rank_scaling.fit(measured)
     assert [world["processes"] for world in measured["worlds"]] == [2, 4, 8]
     for world in measured["worlds"]:
-        for method in ("sam_replicas", "sampa"):
+        for method in ("sam_replicas", "sampa", "sampa_sharded"):
             sent = rank_scaling.predicted(world, machine, method)[1]
             assert world["steps"][method]["bytes_sent"] == pytest.approx(sent, rel=0.01), (world["processes"], method)
 
