@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
@@ -138,6 +139,7 @@ def check_model(model: torch.nn.Module) -> None:
     That is: in half precision, one memory under two names, or by sparse gradients.
     """
     check_entries(model)
+    check_aliases(model)
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not trainable:
         raise ValueError(
@@ -175,6 +177,34 @@ def check_entries(model: torch.nn.Module) -> None:
                 "and apart on others. Make the small tensor the Parameter and expand it in forward, or call .contiguous() before "
                 "making it one."
             )
+
+
+def check_aliases(model: torch.nn.Module) -> None:
+    """Raise ValueError where an attribute of a module is a view of a trainable parameter. To be asked before the model is moved, too."""
+    trainable = {name: here(param) for name, param in model.named_parameters() if param.requires_grad}
+    aliases = {name: here(tensor) for name, tensor in _attributes(model)}
+    for one, other in overlapping(trainable | aliases):
+        if (one in trainable) != (other in trainable):
+            param, alias = (one, other) if one in trainable else (other, one)
+            raise ValueError(
+                f"Expected every trainable parameter to have memory of its own, but {alias!r} is a view of {param!r}: when the parameter is "
+                "moved to perturbed weights, or the model to a device, the view would stay. Take it in forward instead."
+            )
+
+
+def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules hold besides parameters and buffers, in attributes or in lists and dicts of these."""
+    registered = {id(each) for each in (*model.parameters(), *model.buffers())}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            several = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            )
+            for each in several:
+                # torch.nn.utils.spectral_norm leaves a view under the name of the weight until forward makes it anew.
+                is_made_anew = f"{attribute}_orig" in module._parameters
+                if isinstance(each, torch.Tensor) and id(each) not in registered and not is_made_anew:
+                    yield f"{name}.{attribute}".lstrip("."), each
 
 
 def _meets_itself(tensor: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ KNOWN = ("transformers.", "hf_sampa.")
 ELSEWHERE = frozenset(
     {
         *("compute_loss", "training_step", "compute_loss_context_manager", "autocast_smart_context_manager"),
-        *("_prepare_inputs", "_prepare_input", "floating_point_ops"),
+        *("_prepare_inputs", "_prepare_input"),
         *("get_train_dataloader", "get_eval_dataloader", "get_test_dataloader", "num_examples"),
         *("_get_train_sampler", "_get_eval_sampler", "_set_signature_columns_if_needed", "_remove_unused_columns"),
         *("create_optimizer", "create_scheduler", "create_optimizer_and_scheduler", "get_decay_parameter_names"),
@@ -41,6 +41,8 @@ def _readers(trainer: SAMPaMixin) -> Iterator[str]:
     for callback in trainer.callback_handler.callbacks:
         if getattr(callback, "reads_model", not _is_known(type(callback))):
             yield f"the callback {type(callback).__name__}"
+    for one in (trainer, trainer.callback_handler, *trainer.callback_handler.callbacks):
+        yield from _put_in(one)
     yield from _methods(type(trainer))
     if trainer.args.auto_find_batch_size:
         yield "auto_find_batch_size, which begins anew"
@@ -52,15 +54,27 @@ def _readers(trainer: SAMPaMixin) -> Iterator[str]:
                 yield "a hook of the optimizer"
 
 
+def _put_in(one: Any) -> Iterator[str]:
+    """Methods that `one` has in the place of its class's."""
+    for name, value in vars(one).items():
+        if name not in ELSEWHERE and callable(value) and callable(getattr(type(one), name, None)):
+            if not _is_known(getattr(value, "func", value)):  # of a partial
+                yield f"{type(one).__name__}.{name}"
+
+
 @cache
 def _methods(trainer: type) -> tuple[str, ...]:
     """Those of a trainer's class that are called between steps, and are neither Trainer's nor this package's."""
     found = []
     for kind in trainer.__mro__:
         if kind is not object and not _is_known(kind):
-            own = [name for name, value in vars(kind).items() if callable(value) and not name.startswith("__")]
+            own = [name for name, value in vars(kind).items() if _runs(value) and not name.startswith("__")]
             found += [f"{kind.__name__}.{name}" for name in own if name not in ELSEWHERE]
     return tuple(found)
+
+
+def _runs(value: Any) -> bool:
+    return callable(value) or isinstance(value, property)
 
 
 def _is_known(thing: Any) -> bool:

@@ -34,6 +34,7 @@ from .checkpoints import (
     whole_weights,
 )
 from .checks import (
+    check_aliases,
     check_dataset,
     check_entries,
     check_groups,
@@ -52,6 +53,7 @@ from .compat import (
     one_process_saves,
     say_what_is_untested,
 )
+from .data import prepare_and_remember
 from .distributed import check_same_start, end_with_launcher, peers_expected, units
 from .engine import SAM, SAMPa, SharedGradScaler, Trained
 from .evaluation import ExactEvalLoss
@@ -64,7 +66,7 @@ from .fsdp import (
     sizes_asked_for,
     whole_for_data,
 )
-from .monitoring import DiagnosticsCallback
+from .monitoring import WithDiagnostics
 from .run import Run
 from .start import started_with
 from .state import other_modules, stood_in
@@ -77,7 +79,7 @@ logger = get_logger(__name__)
 check_hooks(Trainer)
 
 
-class SAMPaMixin(ExactEvalLoss, WithCard):
+class SAMPaMixin(ExactEvalLoss, WithCard, WithDiagnostics):
     """Sharpness-aware steps for any `Trainer`: ``class Mine(SAMPaMixin, SomeTrainer)``.
 
     Takes what the Trainer below it takes, in its order; `args` must be of a class with `SAMPaArgumentsMixin`. Started by one process
@@ -131,8 +133,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
         count_every_label(self)
         say_what_is_untested()
         self._recipe, self.continued = recipe, []
-        if args.diagnostics_steps:
-            self.add_callback(DiagnosticsCallback(self, args.diagnostics_steps))
+        self._add_diagnostics()
 
     def _with_arguments(self, given: tuple, named: dict) -> tuple[tuple, dict, SAMPaArgumentsMixin]:
         """What the trainer was given, wherever its signature has the training arguments; with default ones, if it had none."""
@@ -170,19 +171,14 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
             accelerator.scaler = SharedGradScaler(accelerator.scaler, accelerator.device.type)
         # "evaluation mode" prepares autocast and compilation and leaves out DDP, which would average the two roles.
         accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
-        accelerator.prepare_data_loader = partial(_prepare_and_remember, accelerator, accelerator.prepare_data_loader)
+        for_data = partial(_prepare_for_data, accelerator, accelerator.prepare_data_loader)
+        accelerator.prepare_data_loader = partial(prepare_and_remember, for_data)
 
     def _move_model_to_device(self, model, device):
         """Upstream's gives entries that share memory memory of their own, where the device has another name."""
         check_entries(model)
+        check_aliases(model)
         super()._move_model_to_device(model, device)
-
-    def add_callback(self, callback):
-        """Diagnostics go first: at the end of the training they log, and trackers before them would have closed their run."""
-        super().add_callback(callback)
-        if isinstance(callback, DiagnosticsCallback):
-            callbacks = self.callback_handler.callbacks
-            callbacks.insert(0, callbacks.pop())
 
     # ---- train() ----
 
@@ -550,14 +546,10 @@ class SAMPaMixin(ExactEvalLoss, WithCard):
             yield
 
 
-def _prepare_and_remember(
-    accelerator: Accelerator, prepare: Callable, data_loader: DataLoader, *args, **kwargs
-) -> DataLoader:
-    """What `prepare` makes of a loader, with the loader itself, which `replica_loader` shards by replica instead of by rank."""
+def _prepare_for_data(accelerator: Accelerator, prepare: Callable, *args, **kwargs) -> DataLoader:
+    """What `prepare` makes of a loader, shared out among all processes."""
     with whole_for_data(accelerator):
-        prepared = prepare(data_loader, *args, **kwargs)
-    prepared.unprepared = getattr(data_loader, "unprepared", data_loader)
-    return prepared
+        return prepare(*args, **kwargs)
 
 
 def _trainer_below(kind: type) -> type[Trainer]:

@@ -124,6 +124,35 @@ def test_weights_in_the_same_memory(tmp_path, part):
         trainer(tmp_path, model).train()
 
 
+@pytest.mark.parametrize(
+    ("keep", "name"),
+    [
+        (lambda model, weight: setattr(model, "transposed", weight.data.t()), "transposed"),
+        (lambda model, weight: setattr(model.bert, "kept", [weight.data]), "bert.kept"),
+        (lambda model, weight: setattr(model.bert, "kept", {"a": weight.detach()[:1]}), "bert.kept"),
+    ],
+    ids=["an attribute", "in a list", "in a dict"],
+)
+def test_views_of_weights_that_are_no_parameters(tmp_path, keep, name):
+    """They would stay when the weight is moved: with two processes at x_0, for the whole run."""
+    model = tiny.bert()
+    keep(model, model.classifier.weight)
+    with pytest.raises(ValueError, match=f"but '{name}' is a view of 'classifier.weight'.*Take it in forward instead"):
+        trainer(tmp_path, model)
+
+
+def test_a_parameter_in_a_list_is_that_parameter(tmp_path):
+    model = tiny.bert()
+    model.kept = [model.classifier.weight, torch.zeros(3)]
+    trainer(tmp_path, model).train()
+
+
+def test_spectral_norm_makes_its_view_anew(tmp_path):
+    model = tiny.bert()
+    torch.nn.utils.spectral_norm(model.classifier)
+    trainer(tmp_path, model, max_steps=1).train()
+
+
 def test_weights_that_interleave_are_fine(tmp_path):
     model = tiny.bert()
     columns = torch.randn(4, 4)

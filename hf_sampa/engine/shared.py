@@ -5,7 +5,7 @@ The SAMPa paper leaves it as an open question.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from ..distributed import Role
 from ..functional import wide_inner
 from .buckets import Buckets, in_memory_order, is_dense
 from .placement import Placement
+from .weights import nothing_like
 
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Shared(Placement):
 
     In SAMPa's timing it holds that part of g_t, g~_t and G_t, too, unless the recipe's arithmetic needs them whole. With 2k
     processes and d trainable weights it sends, on average, d/2k and (k - 1)/k d displaced weights, (k - 1)/k d and d/2k numbers of a
-    gradient, and the updated weights, as many as of the displaced ones. Those it leaves out once it is to `hold_parts`: the
-    weights of what others update are then the displaced ones that the last pass left, until `gather_weights`.
+    gradient, and the updated weights, as many as of the displaced ones. Those it leaves out once it is to `hold_parts`: whoever then
+    reads weights that others update reads NaN, until `gather_weights`.
 
     The base optimizer must be one that `check_separable` lets pass. After a step ``.grad`` is set for the process's own part only.
     """
@@ -54,6 +55,7 @@ class Shared(Placement):
         self.foreign = [bucket for bucket, owner in enumerate(self.owners) if owner != self._mine]
         self._rounds = self._deal_out() if mesh.paired else []
         self._made = False  # whether x~_t of this step is made by who updates it
+        self._updates = 0  # of the weights, by this process
         self.keep_landed(self.perturbed_grads)
         shares = self.optimizer.register_step_post_hook(lambda *_: self._share_weights())
         # Before the hooks that are there already: they are to see x_{t+1}.
@@ -95,7 +97,8 @@ class Shared(Placement):
         if not self.exchange.mesh.paired:
             return
         if self.in_parts:
-            self._began_at, self.whole = self.digest_of_weights() if self.whole else torch.zeros(()).long(), False
+            self._began_at = self.digest_of_weights() if self.whole else torch.zeros(()).long()
+            self._hide()
         lent, place = self.perturbed_grads, self.ascent_grads  # nothing is in the first before the passes
         for bucket in self.owned:
             lent.ensure(bucket)  # a pass that failed leaves large ones released
@@ -227,7 +230,10 @@ class Shared(Placement):
 
     def _share_weights(self) -> None:
         """Give all processes the parts of x_{t+1}, unless each is to hold its own."""
-        if not self.in_parts:
+        self._updates += 1
+        if self.in_parts:
+            self._hide()
+        else:
             # What is not needed any more: the displaced weights, or G_t.
             free = self.ascent_grads if self._halves or not self.exchange.mesh.paired else self.perturbed_grads
             self._bring_weights(free)
@@ -237,20 +243,47 @@ class Shared(Placement):
         if not self._can_hold_parts:
             return
         self.in_parts = True
+        for i in self._elsewhere():
+            self.params[i].data = self.ascent_grads.views[i].copy_(self.params[i].detach())
+
+    def _elsewhere(self) -> Iterator[int]:
+        """Parameters of which x_t is, or was, not here, with room for it."""
         for bucket in self.foreign:
             self.ascent_grads.ensure(bucket)
-            for i in self.members[bucket]:
-                self.params[i].data = self.ascent_grads.views[i].copy_(self.params[i].detach())
+            yield from self.members[bucket]
+
+    def _hide(self) -> None:
+        """Let whoever reads weights that are not here any more read NaN, and nobody write to them."""
+        if self.whole:
+            for i in self._elsewhere():
+                self.params[i].data = nothing_like(self.params[i])
+        self.whole = False
+
+    def _show(self) -> None:
+        for i in self._elsewhere():
+            self.params[i].data = self.ascent_grads.views[i]
 
     def gather_weights(self) -> None:
-        if not self.whole:
-            self._bring_weights(self.ascent_grads)
-            self.whole = True
+        if self.whole:
+            return
+        updates = self.exchange.share_objects(self._updates)
+        if len(set(updates)) > 1:
+            raise RuntimeError(
+                "shard_optimizer: expected parts of the weights after the same update, got those after "
+                f"{', '.join(f'{each} on rank {rank}' for rank, each in enumerate(updates))}, since an exception came in the middle of one. "
+                "Start again with resume_from_checkpoint=True."
+            )
+        self._show()
+        self._bring_weights(self.ascent_grads)
+        self.whole = True
 
     def lose_parts(self) -> bool:
         lost = not self.whole
-        for bucket in self.foreign if lost else ():
-            self.ascent_grads.flats[bucket].fill_(float("nan"))
+        if lost:
+            # Tensors with room for what `gather_weights` brings; another trainer of this model finds them, too.
+            self._show()
+            for bucket in self.foreign:
+                self.ascent_grads.flats[bucket].fill_(float("nan"))
         self.whole = not self.in_parts  # others may have lost some: all gather them, or none does
         return lost
 

@@ -95,6 +95,15 @@ class SharpnessAware(Gradients):
         spread = [each for each in tensors if is_spread(each)]
         if shards := shards_of(spread, self.exchange.mesh):
             self.exchange.broadcast_shards([here(each) for each in spread], shards.count)
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        for name, own in zip(self.names, self.weights.here(), strict=True):
+            if not own.isfinite().all():
+                raise ValueError(
+                    f"model: expected finite weights, got some in {name!r} that are not, as a run leaves them that diverged or, with "
+                    "shard_optimizer, ended with an exception. Load the model anew, or go on from a checkpoint."
+                )
 
     def check_state(self) -> None:
         """Raise ValueError, on all ranks, where optimizer state is missing that another process has. A collective.

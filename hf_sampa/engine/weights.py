@@ -18,6 +18,11 @@ from ..functional import displacement_dot_, norms
 from .buckets import Buckets, in_memory_order
 
 
+def nothing_like(param: Tensor) -> Tensor:
+    """NaN in the shape of `param`, without memory for it."""
+    return param.new_full((), float("nan")).expand(param.shape)
+
+
 # Numbers that change places at once: a temporary copy of so many.
 PIECE = 2**20
 
@@ -90,7 +95,7 @@ class Weights:
         if not weights.has_few(bucket):
             return
         for param in weights.among(self.params, bucket):
-            param.data = param.new_full((), float("nan")).expand(param.shape)
+            param.data = nothing_like(param)
         weights.release(bucket)
 
     # ---- Gradients ----

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaTrainer, readers
 from tests import tiny
 from tests.ranks import RankFailed, run_ranks
 from tests.sharded import deviation
@@ -237,3 +237,123 @@ def test_a_reader_that_comes_later_is_refused(tmp_path):
 
 def late(folder: Path) -> None:
     trainer_of(folder, AddsAReader, **SHARED).train()
+
+
+class LooksUnseen(SAMPaTrainer):
+    """At its weights in a function of the schedule, of which nobody can know."""
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.seen = []
+
+        def look(step):
+            self.seen.append([bool(param.isnan().all()) for param in self.model.parameters()])
+            return 1.0
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, look)
+        return self.lr_scheduler
+
+
+def unseen(folder) -> tuple[list, list, dict]:
+    trainer = trainer_of(folder, LooksUnseen, **SHARED)
+    trainer.train()
+    own = [i in trainer.sampa.placement.updated for i, _ in enumerate(trainer.model.parameters())]
+    return own, trainer.seen[-1], whole(trainer.model)
+
+
+def test_who_reads_unseen_reads_nan_and_no_other_weights(tmp_path):
+    for own, are_nan, trained_weights in run_ranks(unseen, 2, tmp_path, folder=tmp_path / "ranks"):
+        assert True in own and False in own
+        assert are_nan == [not each for each in own]
+        assert all(each.isfinite().all() for each in trained_weights.values())
+
+
+def put_in(folder) -> list[str | None]:
+    """What is found of methods that are put into objects, each by itself."""
+    found = []
+    trainer = trainer_of(folder, **SHARED)
+    trainer.create_optimizer_and_scheduler(4)
+    trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
+    callback = trainer.callback_handler.callbacks[0]
+    for one, name in ((trainer, "log"), (trainer.callback_handler, "call_event"), (callback, "on_step_end")):
+        found.append(readers.reader_of(trainer))
+        setattr(one, name, lambda *args, **kwargs: None)
+        found.append(readers.reader_of(trainer))
+        delattr(one, name)
+    return found
+
+
+def test_methods_that_are_put_into_objects_are_found(tmp_path):
+    assert put_in(tmp_path) == [
+        *(None, "SAMPaTrainer.log"),
+        *(None, "CallbackHandler.call_event"),
+        *(None, "DefaultFlowCallback.on_step_end"),
+    ]
+
+
+class EndsInAnUpdate(SAMPaTrainer):
+    """By Ctrl-C, which finds one process before its update and the other after it."""
+
+    def _clip_grad_norm(self, model):
+        norm = super()._clip_grad_norm(model)
+        if self.state.global_step == 2 and self.args.process_index == 0:
+            raise KeyboardInterrupt
+        return norm
+
+
+class EndsAfterAnUpdate(TrainerCallback):
+    reads_model = False
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def ended_in_an_update(folder) -> str:
+    readers.ELSEWHERE |= {"_clip_grad_norm"}
+    trainer = trainer_of(folder, EndsInAnUpdate, [EndsAfterAnUpdate()], **SHARED)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(RuntimeError) as error:
+        trainer.save_model()
+    return str(error.value)
+
+
+def test_weights_of_two_updates_are_never_put_together(tmp_path):
+    for said in run_ranks(ended_in_an_update, 2, tmp_path, folder=tmp_path / "ranks"):
+        assert "after the same update, got those after 2 on rank 0, 3 on rank 1" in said
+        assert "resume_from_checkpoint=True" in said
+
+
+class EvaluatesBeforeTheUpdate(TrainerCallback):
+    reads_model = False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.trainer.evaluate()
+
+
+def evaluated_before_the_update(folder, changes) -> dict:
+    trainer = trainer_of(folder, SAMPaTrainer, [callback := EvaluatesBeforeTheUpdate()], **changes)
+    callback.trainer = trainer
+    return tiny.outcome(trainer)["weights"]
+
+
+def test_an_evaluation_between_gradient_and_update_changes_nothing(tmp_path):
+    one = run_ranks(evaluated_before_the_update, 2, tmp_path, {}, folder=tmp_path / "whole")
+    other = run_ranks(evaluated_before_the_update, 2, tmp_path, SHARED, folder=tmp_path / "shared")
+    assert tiny.differing(one, other) == []
+
+
+def begun_anew(folder) -> str:
+    trainer = trainer_of(folder, Ends, **SHARED)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    again = SAMPaTrainer(model=trainer.model, args=tiny.arguments(folder / "again"), train_dataset=tiny.sentences(16))
+    with pytest.raises(ValueError) as error:
+        again.train()
+    return str(error.value)
+
+
+def test_a_model_whose_weights_are_elsewhere_is_not_trained(tmp_path):
+    for said in run_ranks(begun_anew, 2, tmp_path, folder=tmp_path / "ranks"):
+        assert "model: expected finite weights, got some in" in said and "go on from a checkpoint" in said
