@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
-from accelerate import Accelerator, ParallelismConfig
+from accelerate import Accelerator, ParallelismConfig, PartialState
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -44,13 +45,27 @@ def sizes_asked_for(args: Any) -> ParallelismConfig | None:
 
 
 def check_sizes(args: Any) -> None:
-    """Raise ValueError where a mesh is asked for that is not as large as a role."""
+    """Raise ValueError where a mesh is asked for that is not as large as a role, or on processes that hold no shards."""
     sizes = sizes_asked_for(args)
-    if sizes is not None and sizes.total_size != args.num_replicas:
+    if sizes is None:
+        return
+    if asked_for(args) and PartialState().distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise _no_devices(args)  # accelerate would refuse it in words of its own
+    if sizes.total_size != args.num_replicas:
+        of_launcher = (
+            "" if args.parallelism_config else " accelerate reads them by names that begin with parallelism_config_."
+        )
         raise ValueError(
             f"parallelism_config: expected sizes for the {args.num_replicas} process(es) of one role, got "
-            f"{sizes.total_size}. With method='sampa' each half of the {args.world_size} processes has a mesh of its own."
+            f"{sizes.total_size}. With method='sampa' each half of the {args.world_size} processes has a mesh of its own.{of_launcher}"
         )
+
+
+def _no_devices(args: Any) -> ValueError:
+    return ValueError(
+        f"fsdp: expected processes with a GPU each, got {args.world_size} process(es) on {args.device.type}, over which accelerate shards "
+        "no model. Train on GPUs; or leave fsdp out, and start with a configuration that has none, as --config cpu_2_processes."
+    )
 
 
 def name_layers(trainer: Trainer) -> None:
@@ -59,14 +74,20 @@ def name_layers(trainer: Trainer) -> None:
     accelerate takes them from the model, and shards the embeddings by themselves besides, where 1.15 fails for BERT and ViT.
     """
     model, plugin = trainer.model, getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is None or plugin.transformer_cls_names_to_wrap is not None or not isinstance(model, PreTrainedModel):
-        return
-    embeddings = model.get_input_embeddings()
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None and isinstance(model, PreTrainedModel):
+        plugin.transformer_cls_names_to_wrap = layers_to_name(model)
+
+
+def layers_to_name(model: PreTrainedModel) -> list[str] | None:
+    """Classes for `transformer_layer_cls_to_wrap`; None where those that the model names itself will do."""
     kinds = {type(each).__name__: each for each in model.modules()}
-    names = [name for name in model._no_split_modules or () if name in kinds]
+    names = sorted(name for name in model._no_split_modules or () if name in kinds)
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # of CLIP, for example, where accelerate stops
+        return None
     held = [name for name in names if any(each is embeddings for each in kinds[name].modules())]
-    if held:
-        plugin.transformer_cls_names_to_wrap = [name for name in names if name not in held]
+    return [name for name in names if name not in held] if held else None
 
 
 def check_fsdp(trainer: Trainer) -> None:
@@ -75,11 +96,7 @@ def check_fsdp(trainer: Trainer) -> None:
         return
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
-        raise ValueError(
-            "fsdp: expected processes with a device of their own, of a kind that accelerate shards models over, as GPUs, but got "
-            f"{trainer.args.world_size} process(es) on {trainer.args.device.type}: the model would be trained unsharded, without a word. "
-            "Leave fsdp out, or train on GPUs."
-        )
+        raise _no_devices(trainer.args)
     kinds = [kind for kind in type(trainer).__mro__ if kind.__module__.startswith("sentence_transformers.")]
     if kinds:
         raise ValueError(

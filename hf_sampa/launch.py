@@ -14,6 +14,7 @@ from subprocess import CalledProcessError
 
 import torch
 from accelerate.commands import launch as accelerate_launch
+from accelerate.commands.config.config_args import ClusterConfig
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -28,10 +29,14 @@ def configurations() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+def devices() -> int:
+    """How many GPUs, or devices like them, this machine has."""
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
 def for_this_machine() -> str:
     """The name of the configuration of one pair: on two devices, or without any on the CPU; one process on a single device."""
-    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    return {0: "cpu_2_processes", 1: "one_process"}.get(devices, "gpu_2")
+    return {0: "cpu_2_processes", 1: "one_process"}.get(devices(), "gpu_2")
 
 
 def described() -> str:
@@ -65,8 +70,8 @@ def launch(argv: list[str]) -> None:
     """Do what ``accelerate launch`` does with `argv`, in a configuration of ours unless it has a ``--config_file``.
 
     Raises:
-        SystemExit: a process failed, with its exit code. What went wrong it has said itself; the launcher's report of some 30 lines
-            would stand below that.
+        SystemExit: the configuration is not for this machine; or a process failed, with its exit code. What went wrong it has said itself;
+            the launcher's report of some 30 lines would stand below that.
     """
     args = parser().parse_args(argv)
     if args.config and args.config_file:
@@ -79,6 +84,8 @@ def launch(argv: list[str]) -> None:
             "--cpu: accelerate starts a single process with it. Leave it out, and take --config cpu_2_processes for a pair on the CPU, "
             "or --config one_process."
         )
+    if not args.config_file:
+        _check_devices(chosen, args)
     args.config_file = args.config_file or str(configurations()[chosen])
     del args.config
     print(f"accelerate launch --config_file {shlex.quote(args.config_file)}", file=sys.stderr, flush=True)
@@ -94,6 +101,20 @@ def launch(argv: list[str]) -> None:
         sys.exit(_as_of_a_shell(error.returncode))
     except SignalException as error:
         sys.exit(128 + error.sigval)
+
+
+def _check_devices(name: str, args: argparse.Namespace) -> None:
+    """Exit where processes would have no device each: without any they would train on the CPU, with too few they fail when all have started."""
+    config = ClusterConfig.from_yaml_file(configurations()[name])
+    processes = (args.num_processes or config.num_processes) // (args.num_machines or 1)
+    there = devices()
+    if config.use_cpu or config.num_processes == 1 or processes <= there:
+        return
+    alike = f"{name.rpartition('_')[0]}_{there}" if there else f"cpu_{processes}_processes"
+    sys.exit(
+        f"--config {name}: expected a GPU, or a device like it, for each of {processes} processes on this machine, got {there}. Take "
+        f"--config {alike if alike in configurations() else for_this_machine()}{'' if there else ', which trains on the CPU'}."
+    )
 
 
 def _as_of_a_shell(exit_code: int) -> int:

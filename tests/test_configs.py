@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import prepare_multi_gpu_env
 from packaging.requirements import Requirement
@@ -74,6 +75,7 @@ def test_launch_starts_as_many_processes_as_the_config_says(name, tmp_path):
 def environment_of(monkeypatch, *options: str) -> dict[str, str]:
     """What `launch` tells processes of FSDP."""
     asked = []
+    monkeypatch.setattr(launch, "devices", lambda: 8)
     monkeypatch.setattr(launch.accelerate_launch, "multi_gpu_launcher", asked.append)
     launch.launch([*options, "script.py"])
     told = prepare_multi_gpu_env(*asked).items() - os.environ.items()
@@ -98,6 +100,19 @@ def test_a_configuration_of_shards_makes_two_roles_of_them(name, tmp_path, monke
     for count, wrapped in run_ranks(train_on_shards, CONFIGS[name], tmp_path, environment, folder=tmp_path / "ranks"):
         assert count == CONFIGS[name] // 2
         assert {"FSDPBertForSequenceClassification", "FSDPBertLayer"} <= set(wrapped)
+
+
+@pytest.mark.parametrize("name", ["fsdp2_4", "fsdp2_8"])
+def test_a_configuration_of_shards_is_what_the_arguments_of_a_plan_are(name, tmp_path, monkeypatch):
+    args = tiny.arguments(tmp_path, fsdp=True, fsdp_config={"version": 2})
+    by_arguments = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+    for key in [key for key in os.environ if "FSDP" in key]:
+        monkeypatch.delenv(key)
+    for key, value in environment_of(monkeypatch, "--config", name).items():
+        monkeypatch.setenv(key, value)
+    # As text, because policies are made anew.
+    assert repr(FullyShardedDataParallelPlugin()) == repr(by_arguments)
+    assert by_arguments.fsdp_version == 2
 
 
 @pytest.mark.parametrize("name", ["gpu_2", "gpu_4"])

@@ -173,6 +173,7 @@ def launched(monkeypatch, *argv: str):
 
 
 def test_launch_takes_what_accelerate_takes(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "devices", lambda: 2)
     args = launched(monkeypatch, "--num_machines", "2", "--config", "gpu_4", "script.py", "--config", "of the script")
     assert (args.num_machines, args.training_script) == (2, "script.py")
     assert args.training_script_args == ["--config", "of the script"]
@@ -200,6 +201,48 @@ def test_launch_refuses_what_would_start_one_process(monkeypatch):
         "or --config one_process."
     )
     assert launched(monkeypatch, "--cpu", "--config", "one_process", "script.py").cpu
+
+
+@pytest.mark.parametrize(
+    ("options", "devices", "said"),
+    [
+        (
+            "gpu_2",
+            0,
+            "each of 2 processes on this machine, got 0. Take --config cpu_2_processes, which trains on the CPU.",
+        ),
+        (
+            "gpu_4",
+            0,
+            "each of 4 processes on this machine, got 0. Take --config cpu_4_processes, which trains on the CPU.",
+        ),
+        (
+            "fsdp2_8",
+            0,
+            "each of 8 processes on this machine, got 0. Take --config cpu_2_processes, which trains on the CPU.",
+        ),
+        ("gpu_2", 1, "each of 2 processes on this machine, got 1. Take --config one_process."),
+        ("gpu_8", 4, "each of 8 processes on this machine, got 4. Take --config gpu_4."),
+        ("fsdp2_8", 6, "each of 8 processes on this machine, got 6. Take --config gpu_2."),
+        ("gpu_2 --num_processes 6", 4, "each of 6 processes on this machine, got 4. Take --config gpu_4."),
+        ("gpu_8 --num_machines 2", 2, "each of 4 processes on this machine, got 2. Take --config gpu_2."),
+    ],
+)
+def test_launch_refuses_more_processes_than_devices(monkeypatch, options, devices, said):
+    monkeypatch.setattr(launch, "devices", lambda: devices)
+    with pytest.raises(SystemExit) as error:
+        launched(monkeypatch, "--config", *options.split(), "script.py")
+    name = options.split()[0]
+    assert str(error.value) == f"--config {name}: expected a GPU, or a device like it, for {said}"
+
+
+@pytest.mark.parametrize(
+    ("options", "devices"),
+    [("cpu_4_processes", 0), ("one_process", 0), ("gpu_4", 4), ("gpu_4", 8), ("gpu_8 --num_machines 2", 4)],
+)
+def test_launch_starts_what_there_are_devices_for(monkeypatch, options, devices):
+    monkeypatch.setattr(launch, "devices", lambda: devices)
+    assert launched(monkeypatch, "--config", *options.split(), "script.py").training_script == "script.py"
 
 
 @pytest.mark.distributed

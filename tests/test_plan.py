@@ -12,17 +12,21 @@ import torch
 import transformers
 from accelerate import ParallelismConfig
 from bench_trainer import build_model
+from cost_model import Layout as OnPaper
+from cost_model import Step, sent_per_node
 from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import BertConfig, GPT2Config, LlamaConfig, SwinConfig, T5Config, ViTConfig
 
 from hf_sampa import SAMPaTrainingArguments, compat, launch
 from hf_sampa.__main__ import main
+from hf_sampa.plan import model_size as model_sizes
 from hf_sampa.plan.activations import activation_bytes
-from hf_sampa.plan.layouts import Layout
+from hf_sampa.plan.layouts import Layout, layouts
 from hf_sampa.plan.memory import Run, memory
 from hf_sampa.plan.model_size import Shape, model_size, size_of
 from hf_sampa.plan.start import arguments, as_code
-from tests.ranks import Forked
+from tests import sharded, tiny
+from tests.ranks import Forked, run_ranks
 
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 100}
@@ -271,6 +275,7 @@ def test_activations_of_other_models_are_not_known(folders, capsys, name):
     assert found["bytes_per_device"]["activations"] is None and found["fits"]
     text = said(capsys, folders[name], "--devices", "2", "--memory", "80")
     assert "not known  activations\n" in text and "together          without what is not known" in text
+    assert "It fits, as far as is known: not counted: activations.\n" in text
 
 
 def test_tokens(folders, capsys):
@@ -320,13 +325,75 @@ def test_roles_and_batch(capsys):
     assert "pairs" not in said(capsys, "1B", "--devices", "1", "--memory", "80")
 
 
+def across(layout: OnPaper, sharded_bytes: int) -> float | None:
+    """Bytes that leave a node in a step, by the cost model."""
+    return sent_per_node(Step(weights=1, pass_seconds=1, sharded_bytes=sharded_bytes), layout)[1]
+
+
+@pytest.mark.parametrize("sharded_bytes", [2, 4])
+@pytest.mark.parametrize("per_node", [1, 2, 3, 4, 6, 8, 16])
+def test_pairs_are_on_one_node_where_the_cost_model_sends_less_so(per_node, sharded_bytes):
+    """Of whole weights the order stays as launchers give it."""
+    compared = 0
+    for nodes in (2, 4, 6, 16):
+        for planned in layouts("sampa", nodes * per_node, per_node, state=False):
+            fields = ("sampa", planned.devices, per_node, planned.shards)
+            apart = across(OnPaper(*fields), sharded_bytes)
+            try:
+                within = across(OnPaper(*fields, pairs_within=True), sharded_bytes)
+            except ValueError:  # there is no such order
+                assert not planned.pairs_on_one_node
+                continue
+            compared += 1
+            if planned.shards == 1:
+                assert not planned.pairs_on_one_node
+            elif planned.pairs_on_one_node:
+                assert within <= apart  # as many in single precision, for two replicas
+            else:
+                assert apart <= within
+    assert compared or per_node % 2
+
+
+def test_pairs_on_one_node(capsys):
+    words = ("7B", "--devices", "16", "--memory", "60", "--bf16")
+    found = planned(capsys, *words)
+    assert found["mesh"] == {"roles": 2, "replicas": 2, "shards": 4} and found["arguments"]["pairs_on_one_node"]
+    assert found["roles"] == {"PERTURBED": [*range(0, 16, 2)], "LOOKAHEAD": [*range(1, 16, 2)]}
+    text = said(capsys, *words)
+    for line in (
+        "16 on 2 nodes, 8 each: PERTURBED even ranks, LOOKAHEAD odd ranks\n",
+        "ranks 2r and 2r + 1, on one node; each sends the other 7.00 GB per step",
+        "      pairs_on_one_node=True,\n",
+    ):
+        assert line in text
+    for words in ("7B --devices 8 --memory 60", "1B --devices 16 --memory 80", "7B --devices 16 --memory 24"):
+        assert "pairs_on_one_node" not in planned(capsys, *words.split())["arguments"]
+
+
+def test_the_middle_one_of_several_nodes_has_both_roles(capsys):
+    place = "ranks r and r + 12, on different nodes (the middle one has both roles); each sends"
+    assert place in said(capsys, "1B", "--devices", "24", "--memory", "80")
+    assert "middle" not in said(capsys, "1B", "--devices", "32", "--memory", "80")
+    for nodes in (3, 5, 7):
+        for per_node in (2, 4, 6, 8, 12):
+            for planned in layouts("sampa", nodes * per_node, per_node, state=True):
+                assert planned.shards == 1 or planned.pairs_on_one_node
+
+
+def test_several_nodes_are_chosen_by_memory_alone(capsys):
+    line = "chosen     by memory alone; another mesh, as of FSDP2, may be faster: docs/scaling.md has times\n"
+    assert line in said(capsys, "1B", "--devices", "16", "--memory", "80")
+    assert "chosen" not in said(capsys, "1B", "--devices", "8", "--memory", "80")
+
+
 def test_for_people(folders, capsys):
     text = said(capsys, folders["LlamaForCausalLM"], "--devices", "2", "--memory", "80", "--bf16")
     for line in (
         "processes  2: PERTURBED rank 0, LOOKAHEAD rank 1",
         "mesh       1 replica in each role, with whole weights",
-        "batch      8 per device, 8 samples per update, of 512 tokens each",
-        "5 d of 4 bytes, counted; measured 0.1 to 1 d more (docs/cost.md)",
+        "batch      8 per device (at most 36468 fit this mesh), 8 samples per update, of 512 tokens each\n",
+        "Per device, what tensors of weights, gradients and optimizer hold at most, and an estimate of the rest:\n",
+        "  625 KB  what is trained   5 d of 4 bytes, counted; measured 0.1 to 1 d more (docs/cost.md)",
         "an estimate, by arXiv 2205.05198",
         "80 GB, 10% of them left free",
         "  python -m hf_sampa launch --config gpu_2 script.py",
@@ -381,6 +448,180 @@ def test_the_arguments_as_code():
     assert as_code(arguments(run, plain), plain)[0] == "args = TrainingArguments("
 
 
+def trained_as_planned(folder, changes) -> tuple[list[float], int]:
+    """Losses of plain Trainer, and how many times FSDP2 gathered."""
+    collectives, gathers = torch.distributed.fsdp._fully_shard._fsdp_param_group, []
+
+    def gather(*args, own=collectives.foreach_all_gather, **kwargs):
+        gathers.append(own(*args, **kwargs))
+        return gathers[-1]
+
+    collectives.foreach_all_gather = gather
+    changes = {**changes, "max_steps": 3, "per_device_train_batch_size": 2}
+    trainer = sharded.trainer(folder, lambda: tiny.bert(dropout=0.1), tiny.sentences(16), changes, kind="adamw")
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line], len(gathers)
+
+
+@pytest.mark.distributed
+@sharded.needs_versions
+def test_plain_trainer_takes_what_is_printed_for_shards_of_bert(folders, tmp_path):
+    """With layers that are computed again, too: the same losses, with dropout, and no more is gathered."""
+    layout, found = Layout("adamw", 2, 2, shards=2), []
+    size = model_size(folders["BertForSequenceClassification"])
+    for checkpointing in (False, True):
+        run = Run(size, size.weights, "adamw", 2, tokens=8, bf16=False, checkpointing=checkpointing, frozen_bytes=4)
+        changes = arguments(run, layout)
+        assert changes["fsdp_config"]["transformer_layer_cls_to_wrap"] == ["BertLayer"]
+        assert changes.get(compat.checkpointing_argument(), False) is checkpointing
+        assert "activation_checkpointing" not in changes["fsdp_config"]
+        folder = tmp_path / str(checkpointing)
+        found.append(run_ranks(trained_as_planned, 2, folder, changes, folder=folder / "ranks")[0])
+    (losses, gathers), again = found
+    assert len(losses) == 3 and gathers > 0 and again == (losses, gathers)
+
+
+def trained_on_mesh(folder, changes) -> dict:
+    mesh = ParallelismConfig(**changes["parallelism_config"])
+    changes = {**changes, "parallelism_config": mesh, "max_steps": 4}
+    changes["fsdp_config"] = {**changes["fsdp_config"], "transformer_layer_cls_to_wrap": ["BertLayer"]}
+    return sharded.outcome(sharded.trainer(folder, tiny.bert, tiny.sentences(38), changes))
+
+
+@pytest.mark.whole
+@pytest.mark.distributed
+@sharded.needs_versions
+@pytest.mark.parametrize("shared", [False, True], ids=["", "one optimizer for a pair"])
+def test_pairs_on_one_node_train_the_same_replicas_of_shards(tmp_path, shared):
+    """In the order that is printed, and in the order of launchers."""
+    run = Run(model_size("1M"), 10**6, "adamw", 1, tokens=None, bf16=False, checkpointing=False, frozen_bytes=4)
+    printed = arguments(run, Layout("sampa", 8, 4, shards=2, shared=shared))
+    assert printed.get("shard_optimizer", False) is shared
+    found = {}
+    for within in (True, False):
+        folder = tmp_path / str(within)
+        changes = {**printed, "pairs_on_one_node": within}
+        found[within] = run_ranks(trained_on_mesh, 8, folder, changes, folder=folder / "ranks")
+    assert printed["pairs_on_one_node"]
+    for rank in found[True]:
+        assert rank["shards"] == 2
+        assert tiny.differing(rank["weights"], found[False][0]["weights"]) == []
+    assert sharded.deviation(found[True][0]["weights"], dict(tiny.bert().named_parameters())) > 1e-4
+
+
+def test_layers_are_named_where_plain_trainer_would_stop(folders):
+    named = {name: model_size(folder).layers for name, folder in folders.items()}
+    expected = {
+        "BertForMaskedLM": ["BertLayer"],
+        "BertForSequenceClassification": ["BertLayer"],
+        "ViTForImageClassification": ["ViTLayer"],
+    }
+    assert named == {**dict.fromkeys(MODELS), **expected}
+    with torch.device("meta"):
+        roberta = transformers.RobertaModel(transformers.RobertaConfig(**SMALL, intermediate_size=128))
+        clip = transformers.CLIPModel(transformers.CLIPConfig())  # has no input embeddings to ask for
+    assert size_of(roberta, "").layers == ["RobertaLayer"] and size_of(clip, "").layers is None
+    size = model_size(folders["BertForSequenceClassification"])
+    run = Run(size, size.weights, "adamw", 8, tokens=8, bf16=False, checkpointing=False, frozen_bytes=4)
+    assert arguments(run, Layout("sampa", 4, 4, shards=2))["fsdp_config"] == {"version": 2}
+
+
+# ---- What is said of the figures ----
+
+
+def test_what_fits(folders, capsys):
+    words = (folders["LlamaForCausalLM"], "--devices", "2", "--memory", "80")
+    assert "\n\nIt fits.\n\nStart it:\n" in said(capsys, *words)
+    assert planned(capsys, *words)["uncertain"] == []
+
+
+def test_what_fits_as_far_as_is_known(folders, capsys):
+    more = "runs took up to 1 d more, here 28.0 GB, and 13.5 GB are left"
+    found = planned(capsys, "7B", "--devices", "8", "--memory", "80")
+    assert found["uncertain"] == ["not counted: activations", more]
+    text = " ".join(said(capsys, "7B", "--devices", "8", "--memory", "80").split())
+    assert f"It fits, as far as is known: not counted: activations; {more}. Start it: " in text
+    shards = planned(capsys, "7B", "--devices", "8", "--memory", "40")
+    unknown = "not counted: activations and what is gathered at once"
+    assert shards["uncertain"] == [unknown, "no process under FSDP2 was measured"]
+
+
+def test_an_estimate_of_activations_may_be_a_third_low(folders, capsys):
+    words = (folders["LlamaForCausalLM"], "--devices", "2", "--batch", "64")
+    total = planned(capsys, *words, "--memory", "80")["bytes_per_device"]
+    needed = total["total"] + total["trained"] / 5 + total["activations"] / 3
+    assert planned(capsys, *words, "--memory", str(1.001 * needed / 10**9))["uncertain"] == []
+    (why,) = planned(capsys, *words, "--memory", str(0.999 * needed / 10**9))["uncertain"]
+    assert why.startswith("runs took up to 1 d and a third of the activations more, here ")
+
+
+def test_the_largest_batch(folders, capsys):
+    def on(batch: int) -> dict:
+        words = ("--devices", "8", "--memory", "0.05", "--batch", str(batch))
+        return planned(capsys, folders["LlamaForCausalLM"], *words)
+
+    most = on(1)["largest_batch"]
+    full = on(most)
+    assert most > 1 and full["fits"] and full["mesh"] == on(1)["mesh"] and full["largest_batch"] == most
+    assert full["bytes_per_device"]["total"] + full["bytes_per_device"]["activations"] / most > 0.045 * 10**9
+    text = said(capsys, folders["LlamaForCausalLM"], "--devices", "8", "--memory", "0.05", "--batch", "1")
+    assert (
+        f"batch      1 per device (at most {most} fit this mesh), 4 samples per update, of 512 tokens each\n" in text
+    )
+    with pytest.raises(SystemExit):
+        main(["plan", folders["LlamaForCausalLM"], "--devices", "1", "--memory", "0.0001"])
+    assert "8 per device (at most 0 fit this mesh), 8 samples" in capsys.readouterr().out
+    assert planned(capsys, "1B", "--devices", "8", "--memory", "80")["largest_batch"] is None
+    assert "at most" not in said(capsys, "1B", "--devices", "2", "--memory", "80").split("pairs")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        (
+            "--frozen-bytes 2 --seq 8 --bf16 --gradient-checkpointing",
+            "--seq --frozen-bytes --bf16 --gradient-checkpointing",
+        ),
+        ("--bf16 --trainable 1%", ""),  # autocast has copies of what is frozen
+        ("--bf16 --gradient-checkpointing --trainable 1%", "--bf16"),
+        ("--bf16 --frozen-bytes 2 --trainable 1%", "--bf16"),
+        ("", ""),
+    ],
+)
+def test_options_on_which_no_figure_depends(capsys, words, unused):
+    words = ("1B", "--devices", "2", "--memory", "80", *words.split())
+    assert planned(capsys, *words)["not_used"] == unused.split()
+    line = f"not used: {', '.join(unused.split())}, on which no figure here depends\n"
+    text = said(capsys, *words)
+    assert line in text if unused else "not used" not in text
+
+
+def test_options_of_a_model_are_used(folders, capsys):
+    words = ("--seq", "8", "--bf16", "--gradient-checkpointing", "--devices", "2", "--memory", "80")
+    assert planned(capsys, folders["LlamaForCausalLM"], *words)["not_used"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "figures"),
+    [
+        (
+            "1000 --devices 2 --memory 1",
+            ("20.0 KB  what is trained", "900 MB  there is          1 GB,", "sends the other 4.00 KB per"),
+        ),
+        (
+            "1M --devices 2 --memory 24",
+            ("20.0 MB  what is trained", "21.6 GB  there is", "sends the other 4.00 MB per"),
+        ),
+        ("70B --devices 64 --memory 80", ("70.0 GB  what is trained", "sends the other 26.2 GB per")),
+    ],
+)
+def test_three_digits_of_every_figure(capsys, words, figures):
+    text = said(capsys, *words.split())
+    for figure in figures:
+        assert figure in text
+    assert " 0.0" not in text
+
+
 # ---- What does not fit, and what is refused ----
 
 
@@ -427,8 +668,13 @@ def test_options_that_would_do_together_are_named_together(folders, capsys):
         ),
         (
             "7B --devices 12 --memory 80",
-            "--devices: expected a multiple of the 8 devices of a node, got 12. Set --devices-per-node",
+            "--devices: expected a multiple of the 8 devices of a node, got 12. Set --devices-per-node to a number that divides 12, as 6",
         ),
+        (
+            "7B --devices 8 --memory 80 --devices-per-node 16",
+            "--devices: expected a multiple of the 16 devices of a node, got 8. Set --devices-per-node to a number that divides 8, as 8",
+        ),
+        ("7B --devices 2000000 --memory 80", "--devices: expected at most 1048576, got 2000000. Plan with fewer"),
         ("7B --devices 0 --memory 80", "argument --devices: expected a whole number of at least 1, got '0'"),
         ("7B --devices 2 --memory nan", "argument --memory: expected a number of GB above 0, got 'nan'"),
         (
@@ -445,6 +691,25 @@ def test_options_that_would_do_together_are_named_together(folders, capsys):
 def test_what_is_refused(capsys, monkeypatch, words, message):
     monkeypatch.setattr(transformers.utils.hub, "is_offline_mode", lambda: True)
     assert message in refused(capsys, *words.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("7x", "no number above 0 of weights, and no folder"),
+        ("0", "no number above 0 of weights, and no folder"),
+        ("7B5", "no number above 0 of weights, and no folder"),
+        ("./nothere", "there is no such folder"),
+        ("/no/where", "there is no such folder"),
+        ("out/not/here", "there is no such folder"),
+        ("out/nothere/", "there is no such folder"),
+    ],
+)
+def test_the_hub_is_not_asked_for_what_it_cannot_have(capsys, monkeypatch, name, why):
+    asked = []
+    monkeypatch.setattr(model_sizes.AutoConfig, "from_pretrained", asked.append)
+    assert f"or 350M; got {name!r} ({why})" in refused(capsys, name, "--devices", "2", "--memory", "80")
+    assert asked == []
 
 
 def test_tokens_that_a_model_does_not_take_are_refused(folders, capsys):

@@ -9,13 +9,14 @@ import sys
 from .activations import HALF, SINGLE
 from .advice import what_would_fit
 from .layouts import first_that_fits, layouts
-from .memory import GB, STATE, Run, memory
+from .memory import GB, STATE, Run, memory, without_effect
 from .model_size import ModelSize, as_number, model_size
 from .report import Plan, as_object, as_text, usable, what_is_missing
 
 
 PER_NODE = 8
 TOKENS = 512
+MOST_DEVICES = 2**20  # every number of shards is tried
 
 
 def plan(argv: list[str]) -> None:
@@ -83,19 +84,24 @@ def plan_of(options: argparse.Namespace, size: ModelSize) -> Plan:
 
     layout, fits = best(run, options.devices)
     advice = [] if fits else what_would_fit(run, options.devices, lambda *changed: best(*changed)[1])
-    return Plan(run, layout, memory(run, layout), capacity, fits, advice)
+    unused = [*(["--seq"] if options.seq and run.tokens is None else []), *without_effect(run, layout)]
+    return Plan(run, layout, memory(run, layout), capacity, fits, advice, unused)
 
 
 def _check_devices(options: argparse.Namespace, per_node: int) -> None:
     devices = options.devices
+    if devices > MOST_DEVICES:
+        raise ValueError(f"--devices: expected at most {MOST_DEVICES}, got {devices}. Plan with fewer")
     if options.method == "sampa" and devices > 1 and devices % 2:
         raise ValueError(
             f"--devices: expected an even number, or 1, because SAMPa pairs processes, got {devices}. Plan with {devices - 1}, or with "
             "--method sam"
         )
     if devices % per_node:
+        divisor = next(each for each in range(per_node, 0, -1) if devices % each == 0)
         raise ValueError(
-            f"--devices: expected a multiple of the {per_node} devices of a node, got {devices}. Set --devices-per-node"
+            f"--devices: expected a multiple of the {per_node} devices of a node, got {devices}. Set --devices-per-node to a number "
+            f"that divides {devices}, as {divisor}"
         )
 
 

@@ -43,6 +43,12 @@ class Layout:
         return self.devices // self.per_node
 
     @property
+    def pairs_on_one_node(self) -> bool:
+        """Whether to make that setting, with which less leaves a node, as `benchmarks/cost_model.py` counts: under FSDP2, where a node has room
+        for a replica of each role. Averages of both roles cross nodes then, and what pairs swap does not."""
+        return self.paired and self.nodes > 1 and self.shards > 1 and self.per_node % (2 * self.shards) == 0
+
+    @property
     def sharing(self) -> int:
         """Processes over which the optimizer's state is spread, beside shards."""
         if not self.shared:

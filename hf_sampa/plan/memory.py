@@ -8,7 +8,7 @@ devices, it has gradients twice, its own and DDP's buckets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .activations import HALF, SINGLE, activation_bytes
 from .layouts import Layout
@@ -86,6 +86,26 @@ def memory(run: Run, layout: Layout) -> Memory:
     return Memory(
         units, round(SINGLE * run.trained * units), _frozen(run, layout), _gathered(run, layout), activations
     )
+
+
+def largest_batch(run: Run, layout: Layout, usable: float) -> int | None:
+    """Samples per device and pass with which a device of `layout` holds at most `usable` bytes; None where activations are not known."""
+    held = memory(replace(run, batch=1), layout)
+    if held.activations is None:
+        return None
+    return max(0, int((usable - held.total + held.activations) // held.activations))
+
+
+def without_effect(run: Run, layout: Layout) -> list[str]:
+    """Options that were given, and on which nothing depends that is held."""
+    defaults = {
+        "--frozen-bytes": {"frozen_bytes": SINGLE},
+        "--bf16": {"bf16": False},
+        "--gradient-checkpointing": {"checkpointing": False},
+    }
+    others = {option: replace(run, **default) for option, default in defaults.items()}
+    held = memory(run, layout)
+    return [option for option, other in others.items() if other != run and memory(other, layout) == held]
 
 
 def _units_of_d(run: Run, layout: Layout) -> float:

@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from ..fsdp import layers_to_name
+
 
 NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kmbt]?)", re.IGNORECASE)
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -61,6 +63,7 @@ class ModelSize:
         largest: weights of the largest parameter; None where that is not known.
         units: weights of each part that FSDP2 gathers by itself; None where that is not known.
         shape: None where activations cannot be estimated.
+        layers: classes that plain Trainer has to be told to gather by themselves; None where it need not.
     """
 
     name: str
@@ -69,6 +72,7 @@ class ModelSize:
     largest: int | None
     units: tuple[int, ...] | None
     shape: Shape | None
+    layers: list[str] | None
 
     @property
     def root(self) -> int:
@@ -82,8 +86,16 @@ def model_size(name: str) -> ModelSize:
     Raises:
         ValueError: it is none of them, or a model of unknown code.
     """
-    number = None if Path(name).is_dir() else as_number(name)
-    return ModelSize(name, None, number, None, None, None) if number else size_of(_without_weights(name), name)
+    if Path(name).is_dir():
+        return size_of(_without_weights(name), name)
+    if number := as_number(name):
+        return ModelSize(name, None, number, None, None, None, None)
+    # Without a network it takes long to learn that the Hub cannot be asked.
+    if name[:1].isdigit() and "/" not in name:
+        raise _not_a_model(name, "no number above 0 of weights, and no folder")
+    if name.startswith((".", "/")) or name.count("/") > 1:
+        raise _not_a_model(name, "there is no such folder")
+    return size_of(_without_weights(name), name)
 
 
 def as_number(text: str) -> int | None:
@@ -95,7 +107,9 @@ def as_number(text: str) -> int | None:
 def size_of(model: PreTrainedModel, name: str) -> ModelSize:
     """That of a model, which may be on the meta device."""
     largest = max(param.numel() for param in model.parameters())
-    return ModelSize(name, type(model).__name__, _count(model), largest, _units(model), _shape(model))
+    return ModelSize(
+        name, type(model).__name__, _count(model), largest, _units(model), _shape(model), layers_to_name(model)
+    )
 
 
 def _without_weights(name: str) -> PreTrainedModel:
@@ -105,11 +119,14 @@ def _without_weights(name: str) -> PreTrainedModel:
         with torch.device("meta"):
             return kind(config) if kind else AutoModel.from_config(config)
     except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"expected a folder with the config.json of a model that transformers knows, such a model's name on the Hub, or a number "
-            f"of weights, as 7e9, 7B or 350M; got {name!r} ({why})"
-        ) from error
+        raise _not_a_model(name, next(iter(str(error).splitlines()), type(error).__name__)) from error
+
+
+def _not_a_model(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"expected a folder with the config.json of a model that transformers knows, such a model's name on the Hub, or a number "
+        f"of weights, as 7e9, 7B or 350M; got {name!r} ({why})"
+    )
 
 
 def _count(module: nn.Module) -> int:

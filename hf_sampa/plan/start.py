@@ -34,11 +34,17 @@ def arguments(run: Run, layout: Layout) -> dict[str, Any]:
     if run.bf16:
         found["bf16"] = True
     if run.checkpointing:
+        # Under FSDP2, too, where transformers recommends fsdp_config's: that draws dropout anew, and gathers no less.
         found[checkpointing_argument()] = True
     if layout.shared:
         found["shard_optimizer"] = True
+    if layout.pairs_on_one_node:
+        found["pairs_on_one_node"] = True
     if layout.shards > 1:
         found |= {"fsdp": True, "fsdp_config": {"version": 2}}
+        # SAMPaTrainer does so itself.
+        if layout.method == "adamw" and run.size.layers is not None:
+            found["fsdp_config"]["transformer_layer_cls_to_wrap"] = run.size.layers
         if layout.replicas > 1:
             found["parallelism_config"] = {"dp_replicate_size": layout.replicas, "dp_shard_size": layout.shards}
     return found
