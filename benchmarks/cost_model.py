@@ -230,7 +230,7 @@ class Layout:
         devices: n.
         per_node: how many of them are on one node.
         shards: s, over how many processes FSDP2 spreads a role's weights; 1: they are whole.
-        shared: whether all processes share one optimizer (`shard_optimizer`).
+        shared: whether all processes, or the two of each pair where weights are in shards, share one optimizer (`shard_optimizer`).
         pairs_within: whether the two processes of a pair are on one node, where there are several; else each role has nodes of its own.
 
     Raises:
@@ -259,8 +259,8 @@ class Layout:
             raise ValueError(
                 f"shards: expected a divisor of the {self.per_role} processes of a role, on whole nodes or on a part of one, got {self.shards}"
             )
-        if self.shared and (not self.paired or self.shards > 1):
-            raise ValueError("shared: the model knows it for sampa on several devices with whole weights only")
+        if self.shared and not self.paired:
+            raise ValueError("shared: the model knows it for sampa on several devices only")
 
     @property
     def paired(self) -> bool:
@@ -360,8 +360,11 @@ def _of_shards(step: Step, layout: Layout) -> Iterator[Operation]:
     yield Operation("gradients", "reduce_scatter", whole, step.units, shards, "backward")
     yield Operation("gradients of replicas", "all_reduce", whole / layout.shards, step.units, replicas, "backward")
     if layout.paired:
-        size = step.size / layout.shards
+        # With one optimizer for both, each gives what the other one does not update.
+        size = step.size / layout.shards / (2 if layout.shared else 1)
         yield _in_buckets("gradients across pairs", "swap", size, layout.pair, "backward", step.bucket)
+        for name in ("updated weights", "displaced weights") if layout.shared else ():
+            yield _in_buckets(f"{name} across pairs", "swap", size, layout.pair, "before", step.bucket)
 
 
 def seconds_of_step(step: Step, layout: Layout, wires: Wires) -> float:
@@ -393,8 +396,8 @@ def _around_passes(step: Step, layout: Layout) -> float:
     if layout.method == "sampa":
         # Of a pair, one process perturbs while the other one looks ahead, which takes longer.
         numbers += LOOK_AHEAD + MIX + (0 if layout.paired else PERTURB)
-    spread = layout.devices if layout.shared else layout.shards
-    return numbers * step.size / spread / step.memory_bandwidth
+    owners = (2 if layout.shards > 1 else layout.devices) if layout.shared else 1
+    return numbers * step.size / (layout.shards * owners) / step.memory_bandwidth
 
 
 def sent_per_process(step: Step, layout: Layout) -> float:
@@ -406,8 +409,3 @@ def sent_per_node(step: Step, layout: Layout) -> tuple[float, float]:
     """Bytes per step that a node's processes send to one another, and to other nodes."""
     across = layout.passes * sum(operation.across for operation in operations(step, layout))
     return layout.per_node * sent_per_process(step, layout) - across, across
-
-
-def better_order(step: Step, layouts: Iterable[Layout]) -> Layout:
-    """That which sends least across nodes; of several the first."""
-    return min(layouts, key=lambda layout: sent_per_node(step, layout)[1])

@@ -5,11 +5,12 @@ Nothing here is measured, but for one figure on an H100. `scaling_page.py` has t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import torch
-from cost_model import Layout, Link, Network, Step, better_order, seconds_of_step
+from cost_model import Layout, Link, Network, Step, seconds_of_step
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_sampa.plan.layouts import Layout as Planned
@@ -108,57 +109,70 @@ def models() -> dict[str, Model]:
 
 @dataclass(frozen=True)
 class Column:
-    """A method, and how it may be spread.
+    """A method, and how it is spread.
 
     Attributes:
         method: as of a `Layout`.
-        least: shards, at least.
-        most: shards, at most; None: as many as it takes.
+        sharded: whether FSDP2 spreads the weights.
         shared: as of a `Layout`.
     """
 
     method: str
-    least: int = 1
-    most: int | None = None
+    sharded: bool = False
     shared: bool = False
 
 
 COLUMNS = {
-    "AdamW, DDP": Column("adamw", most=1),
-    "AdamW, FSDP2": Column("adamw", least=2),
-    "SAM": Column("sam", most=1),
-    "SAM, FSDP2": Column("sam", least=2),
-    "SAMPa": Column("sampa", most=1),
-    "SAMPa, `shard_optimizer`": Column("sampa", most=1, shared=True),
-    "SAMPa, FSDP2": Column("sampa", least=2),
+    "AdamW, DDP": Column("adamw"),
+    "AdamW, FSDP2": Column("adamw", sharded=True),
+    "SAM": Column("sam"),
+    "SAM, FSDP2": Column("sam", sharded=True),
+    "SAMPa": Column("sampa"),
+    "SAMPa, `shard_optimizer`": Column("sampa", shared=True),
+    "SAMPa, FSDP2": Column("sampa", sharded=True),
+    "SAMPa, FSDP2, `shard_optimizer`": Column("sampa", sharded=True, shared=True),
 }
 
 
-def layout_of(model: Model, name: str, devices: int, per_node: int) -> Layout | None:
-    """The one with the fewest shards that fit a device, in the order that sends less across nodes; None where nothing fits."""
+@dataclass(frozen=True)
+class Predicted:
+    """Seconds of a step in a layout."""
+
+    seconds: float
+    layout: Layout
+
+
+def fitting(model: Model, name: str, devices: int, per_node: int) -> Iterator[Layout]:
+    """All layouts of a column that a device has memory for: every number of shards, the smallest first, in every order of pairs."""
     column = COLUMNS[name]
     for planned in planned_layouts(column.method, devices, per_node, state=True):
-        wanted = column.least <= planned.shards <= (column.most or devices) and planned.shared == column.shared
+        wanted = Column(planned.method, planned.shards > 1, planned.shared) == column
         if wanted and memory(model.run, planned).total <= usable(DEVICE_MEMORY):
-            return better_order(model.step, orders(planned))
-    return None
+            yield from orders(planned)
 
 
 def orders(planned: Planned) -> list[Layout]:
-    """Roles on nodes of their own, then, where there is another order, pairs within a node."""
+    """Roles on nodes of their own, unless one node would have both; then, of several nodes, pairs within a node."""
     fields = (planned.method, planned.devices, planned.per_node, planned.shards, planned.shared)
-    apart = Layout(*fields)
-    two = apart.paired and apart.nodes > 1 and apart.per_node > 1
-    return [apart, replace(apart, pairs_within=True)] if two else [apart]
+    several = planned.paired and planned.nodes > 1
+    apart = [] if several and planned.nodes % 2 else [Layout(*fields)]
+    within = [Layout(*fields, pairs_within=True)] if several and planned.per_node % 2 == 0 else []
+    return apart + within
 
 
-def seconds(model: Model, name: str, devices: int, per_node: int, network: str) -> float | None:
-    """Of a step in that layout, over one of `NETWORKS`; None where nothing fits."""
-    layout = layout_of(model, name, devices, per_node)
-    return seconds_of_step(model.step, layout, NETWORKS[network]) if layout else None
+def fastest_of_column(model: Model, name: str, devices: int, per_node: int, network: str) -> Predicted | None:
+    """Over one of `NETWORKS`; of equally fast ones the first. None where nothing fits."""
+    return _fastest(
+        Predicted(seconds_of_step(model.step, layout, NETWORKS[network]), layout)
+        for layout in fitting(model, name, devices, per_node)
+    )
 
 
-def fastest(model: Model, method: str, *where) -> float | None:
-    """Of all layouts of a method; `where` is as of `seconds`."""
-    found = [seconds(model, name, *where) for name, column in COLUMNS.items() if column.method == method]
-    return min((each for each in found if each), default=None)
+def fastest(model: Model, method: str, *where) -> Predicted | None:
+    """Of all columns of a method; `where` is as of `fastest_of_column`."""
+    found = (fastest_of_column(model, name, *where) for name, column in COLUMNS.items() if column.method == method)
+    return _fastest(each for each in found if each)
+
+
+def _fastest(found: Iterable[Predicted]) -> Predicted | None:
+    return min(found, key=lambda each: each.seconds, default=None)

@@ -202,15 +202,15 @@ def steps_table(measured: Report, machine: Machine) -> str:
 
 
 def errors_table(measured: Report, machine: Machine) -> str:
-    """How far predicted steps are off, by method."""
+    """How far predicted steps are off, by number of ranks: of each method, and the median over the methods."""
     rows = []
-    for method in LAYOUTS:
+    for world in measured["worlds"]:
         off = [
-            predicted(world, machine, method)[0] / median(world["steps"][method]["seconds"])
-            for world in measured["worlds"]
+            predicted(world, machine, method)[0] / median(figures["seconds"])
+            for method, figures in world["steps"].items()
         ]
-        rows.append([METHODS[method], as_error(median(off)), f"{as_error(min(off))} to {as_error(max(off))}"])
-    return as_table(["method", "median error", "range"], rows)
+        rows.append([str(world["processes"]), *map(as_error, off), as_error(median(off))])
+    return as_table(["ranks", *(METHODS[method] for method in LAYOUTS), "median"], rows)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import cost_model
@@ -20,7 +21,18 @@ import matplotlib
 import predictions
 import rank_scaling
 from cost_model import Layout, Step, operations, seconds_of_step, sent_per_node
-from predictions import COLUMNS, NETWORKS, PER_NODE, Model, fastest, layout_of, models, orders, seconds
+from predictions import (
+    COLUMNS,
+    NETWORKS,
+    PER_NODE,
+    Model,
+    Predicted,
+    fastest,
+    fastest_of_column,
+    fitting,
+    models,
+    orders,
+)
 from tables import as_table
 
 from hf_sampa.plan.layouts import Layout as Planned
@@ -43,6 +55,7 @@ COLORS = {"AdamW": "#009E73", "SAM": "#E69F00", "SAMPa": "#0072B2"}
 # ---- Tables ----
 
 NO = "-"  # what does not fit, or needs more devices
+APART, WITHIN = "apart", "within"  # the order of pairs
 
 # Devices, those of a node, what is between nodes, and what a reader is told of it.
 PLACES = [
@@ -95,29 +108,24 @@ def model_table() -> str:
 
 
 def per_node_table() -> str:
-    """In units of d: what a node's processes send to one another, and to other nodes."""
-    step = Step(weights=1, pass_seconds=0, number_bytes=1, sharded_bytes=1)
+    """In units of an fp32 gradient: what a node's processes send to one another, and to other nodes."""
+    ways = {"whole": {}, "shared": {"shared": True}, "4 shards": {"shards": 4}, "8 shards": {"shards": PER_NODE}}
     rows = []
     for nodes in (1, 2, 4, 16):
-        cells = [cell_of_node(step, Layout("adamw", nodes * PER_NODE, PER_NODE))]
-        for fields in ({}, {"shared": True}, {"shards": 4}):
-            found = orders(Planned("sampa", nodes * PER_NODE, PER_NODE, **fields))
-            cells += [cell_of_node(step, layout) for layout in found]
-            cells += ["the same"] * (2 - len(found))
+        cells = [cell_of_node(Layout("adamw", nodes * PER_NODE, PER_NODE))]
+        for fields in ways.values():
+            planned = Planned("sampa", nodes * PER_NODE, PER_NODE, **fields)
+            found = orders(planned) if planned.replicas else []  # a role has as many processes
+            cells += [cell_of_node(layout) for layout in found]
+            cells += ["the same" if found else NO] * (2 - len(found))
         rows.append([str(nodes), *cells])
-    ways = ("whole", "shared", "FSDP2")
-    return as_table(
-        [
-            "nodes of 8",
-            "AdamW, DDP",
-            *(f"{way}, {order}" for way in ways for order in ("roles apart", "pairs within")),
-        ],
-        rows,
-    )
+    head = [f"SAMPa, {way}, {order}" for way in ways for order in (APART, WITHIN)]
+    return as_table([f"nodes of {PER_NODE}", "AdamW, DDP", *head], rows)
 
 
-def cell_of_node(step: Step, layout: Layout) -> str:
-    within, across = sent_per_node(step, layout)
+def cell_of_node(layout: Layout) -> str:
+    step = Step(weights=1, pass_seconds=0)
+    within, across = (sent / step.size for sent in sent_per_node(step, layout))
     return f"{within:.2f}, {across:.2f}"
 
 
@@ -126,19 +134,32 @@ def step_table(name: str) -> str:
     model, rows = models()[name], []
     for devices, per_node, across, told in PLACES:
         where = (devices, per_node, across)
-        found = [seconds(model, column, *where) for column in COLUMNS]
+        cells = [cell_of_step(fastest_of_column(model, column, *where)) for column in COLUMNS]
         adamw, sampa = (fastest(model, method, *where) for method in ("adamw", "sampa"))
-        ratio = f"{sampa / adamw:.2f}" if adamw and sampa else ""
-        rows.append([str(devices), told, *(milliseconds(each) for each in found), ratio])
+        ratio = f"{sampa.seconds / adamw.seconds:.2f}" if adamw and sampa else NO
+        rows.append([str(devices), told, *cells, ratio])
     return as_table(["devices", "links", *COLUMNS, "SAMPa / AdamW"], rows)
 
 
-def milliseconds(found: float | None) -> str:
-    return NO if found is None else f"{1000 * found:.1f}" if found < 0.1 else f"{1000 * found:,.0f}"
+def cell_of_step(found: Predicted | None) -> str:
+    return with_layout(milliseconds(found.seconds), found.layout) if found else NO
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}" if seconds < 0.1 else f"{1000 * seconds:,.0f}"
+
+
+def with_layout(figure: str, layout: Layout, *more: str) -> str:
+    """The figure and, in brackets, over how many shards, in which order, where there are several, and `more`."""
+    shards = [str(layout.shards)] if layout.shards > 1 else []
+    order = [WITHIN if layout.pairs_within else APART] if layout.paired and layout.nodes > 1 else []
+    told = ", ".join([*shards, *order, *more])
+    return f"{figure} ({told})" if told else figure
 
 
 def update_table() -> str:
-    """Milliseconds per sample of the update batch, at equal batches per device; milliseconds of a step, at equal update batches."""
+    """Milliseconds per sample of the update batch, at equal batches per device; milliseconds of a step, at equal update batches; each
+    in the fastest layout of the method."""
     rows = []
     for name, model in models().items():
         half = replace(model, batch=model.batch // 2)
@@ -146,35 +167,41 @@ def update_table() -> str:
             where = (devices, per_node, across)
             all_differ, halves_alike = model.batch * devices, model.batch * devices // 2
             samples = {"adamw": all_differ, "sam": all_differ, "sampa": halves_alike}
-            each = [per_sample(fastest(model, method, *where), count) for method, count in samples.items()]
-            at_equal = [fastest(half, method, *where) for method in ("adamw", "sam")]
-            cells = [milliseconds(found) for found in (*at_equal, fastest(model, "sampa", *where))]
+            found = {method: fastest(model, method, *where) for method in samples}
+            each = [per_sample(found[method], count) for method, count in samples.items()]
+            at_equal = [*(fastest(half, method, *where) for method in ("adamw", "sam")), found["sampa"]]
+            cells = [cell_of_method(step, milliseconds(step.seconds)) if step else NO for step in at_equal]
             rows.append([name, f"{devices}, {told}", f"{all_differ}, {halves_alike}", *each, *cells])
     head = ["model", "devices", "samples per update", "AdamW, per sample", "SAM, per sample", "SAMPa, per sample"]
     return as_table([*head, "AdamW, half batches", "SAM, half batches", "SAMPa"], rows)
 
 
-def per_sample(found: float | None, samples: int) -> str:
-    return NO if found is None else f"{1000 * found / samples:#.3g}"
+def per_sample(found: Predicted | None, samples: int) -> str:
+    return cell_of_method(found, f"{1000 * found.seconds / samples:#.3g}") if found else NO
+
+
+def cell_of_method(found: Predicted, figure: str) -> str:
+    """Of a method in whichever column is the fastest."""
+    return with_layout(figure, found.layout, *(["shared"] if found.layout.shared else []))
 
 
 def by_column(cell: Callable[[Model, Layout], str]) -> str:
-    """A row for each model and number of devices, a cell for each column."""
+    """A row for each model and place, a cell for the fastest layout of each column."""
     rows = []
     for name, model in models().items():
-        for devices in (2, 8, 64):
-            found = [layout_of(model, column, devices, min(devices, PER_NODE)) for column in COLUMNS]
-            rows.append([name, str(devices), *(cell(model, layout) if layout else NO for layout in found)])
+        for *where, told in FEW_PLACES:
+            found = [fastest_of_column(model, column, *where) for column in COLUMNS]
+            cells = [with_layout(cell(model, each.layout), each.layout) if each else NO for each in found]
+            rows.append([name, f"{where[0]}, {told}", *cells])
     return as_table(["model", "devices", *COLUMNS], rows)
 
 
 def memory_table() -> str:
-    """GB per device, and over how many shards."""
+    """GB per device."""
 
     def cell(model: Model, layout: Layout) -> str:
         planned = Planned(layout.method, layout.devices, layout.per_node, layout.shards, layout.shared)
-        held = memory(model.run, planned).total / GB
-        return f"{held:.1f}" + (f" ({layout.shards} shards)" if layout.shards > 1 else "")
+        return f"{memory(model.run, planned).total / GB:.1f}"
 
     return by_column(cell)
 
@@ -195,10 +222,10 @@ def bucket_table() -> str:
     for name in ("BERT-base", "1 B"):
         model = models()[name]
         for devices, per_node, across, told in FEW_PLACES[1:]:
-            layout = layout_of(model, "SAMPa", devices, per_node)
+            layout = fastest_of_column(model, "SAMPa", devices, per_node, across).layout
             steps = [replace(model.step, bucket=size) for size in (cost_model.SAMPA_BUCKET, cost_model.DDP_BUCKET)]
-            found = [milliseconds(seconds_of_step(step, layout, NETWORKS[across])) for step in steps]
-            rows.append([name, f"{devices}, {told}", *found])
+            found = [Predicted(seconds_of_step(step, layout, NETWORKS[across]), layout) for step in steps]
+            rows.append([name, f"{devices}, {told}", *map(cell_of_step, found)])
     return as_table(["model", "devices", "4 MiB, ms", "25 MiB, ms"], rows)
 
 
@@ -207,17 +234,20 @@ def needed_table() -> str:
     rows = []
     for name, model in models().items():
         for devices, per_node in ((2, 1), (16, PER_NODE), (64, PER_NODE), (1024, PER_NODE)):
-            needed = [bandwidth_needed(model, column, devices, per_node) for column in ("AdamW, DDP", "SAMPa")]
-            if None not in needed:
-                place = f"{devices}, one per node" if per_node == 1 else f"{devices}, {per_node} per node"
-                rows.append([name, place, *(f"{each / GB:.1f}" for each in needed)])
+            place = f"{devices}, one per node" if per_node == 1 else f"{devices}, {per_node} per node"
+            found = [list(fitting(model, column, devices, per_node)) for column in ("AdamW, DDP", "SAMPa")]
+            if all(found):
+                rows.append([name, place, *(cell_of_bandwidth(model.step, layouts) for layouts in found)])
     return as_table(["model", "devices", "AdamW, DDP, GB/s", "SAMPa, GB/s"], rows)
 
 
-def bandwidth_needed(model: Model, name: str, devices: int, per_node: int) -> float | None:
-    layout, step = layout_of(model, name, devices, per_node), model.step
-    if layout is None:
-        return None
+def cell_of_bandwidth(step: Step, layouts: list[Layout]) -> str:
+    """The least that one of them needs."""
+    needed, layout = min(((bandwidth_needed(step, layout), layout) for layout in layouts), key=lambda each: each[0])
+    return with_layout(f"{needed / GB:.1f}", layout)
+
+
+def bandwidth_needed(step: Step, layout: Layout) -> float:
     across = sum(operation.across for operation in operations(step, layout) if operation.when == "backward")
     return across / (step.overlap * step.backward * step.pass_seconds)
 
@@ -266,35 +296,39 @@ def with_tables(page: str) -> str:
 
 
 def draw() -> Figure:
-    """Steps in units of a pass, by number of devices; a panel for each model."""
+    """Steps in units of a pass, by number of devices; a panel for each model. On one node there is no network: one line for both."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.9), sharey=True, layout="constrained")
     for axes, (name, model) in zip(panels, models().items(), strict=True):
         for method, color in COLORS.items():
             for across, style in (("InfiniBand", "-"), ("Ethernet", "--")):
-                found = {n: fastest(model, method.lower(), n, min(n, PER_NODE), across) for n in DEVICES}
+                devices = DEVICES if across == "InfiniBand" else [n for n in DEVICES if n >= PER_NODE]
+                found = {n: fastest(model, method.lower(), n, min(n, PER_NODE), across) for n in devices}
                 places = [n for n, each in found.items() if each]
-                heights = [found[n] / model.step.pass_seconds for n in places]
+                heights = [found[n].seconds / model.step.pass_seconds for n in places]
                 axes.plot(places, heights, style, color=color, marker="o", markersize=3, label=f"{method}, {across}")
         axes.axvline(PER_NODE, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(DEVICES[::3], map(str, DEVICES[::3]))
         axes.set_xticks([], minor=True)
-        axes.set(xlabel="devices", title=name)
+        axes.set(xlabel="devices, log scale", title=name)
         axes.spines[["top", "right"]].set_visible(False)
     heights = [1, 2, 4, 8, 16]
     panels[0].set_yticks(heights, map(str, heights))
-    panels[0].set_ylabel("step / pass")
+    panels[0].set_ylabel("step / pass, log scale")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def write_picture(path: Path) -> None:
     """The same bytes each time."""
+    drawn = StringIO()
     with plt.rc_context({"svg.hashsalt": "hf_sampa", "svg.fonttype": "path"}):
         figure = draw()
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
         plt.close(figure)
+    # Some viewers refuse sizes in points.
+    path.write_text(re.sub(r'(width|height)="([\d.]+)pt"', r'\1="\2"', drawn.getvalue(), count=2))
 
 
 def main() -> None:
