@@ -9,7 +9,6 @@ The 1797 images of 8 x 8 grey values come with scikit-learn. demo.py runs this o
 from __future__ import annotations
 
 import torch
-from image_data import corrupt_labels
 from image_predictions import compute_accuracy
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -17,7 +16,7 @@ from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification,
 from vit_arguments import ViTTrainingArguments
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.finetuning import BaselineTrainer, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, corrupt_labels, train_and_score
 
 
 LABEL_NOISE = 0.4

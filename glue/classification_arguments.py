@@ -49,12 +49,6 @@ class ClassificationArguments(TextArguments):
     train_split_name: str = field(default="train", metadata={"help": "Its split to train on."})
     validation_split_name: str = field(default="validation", metadata={"help": "Its split to score on."})
     test_split_name: str = field(default="test", metadata={"help": "Its split to predict."})
-    train_val_split: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the training rows, between 0 and 1, to score on and not to train on, drawn by data_seed or seed."
-        },
-    )
     text_column_names: str | None = field(
         default=None,
         metadata={
@@ -104,10 +98,6 @@ class ClassificationArguments(TextArguments):
             got = f"--dataset_name and --{files[0]}" if files else "neither"
             raise ValueError(
                 f"Expected --train_file (or --validation_file, --test_file), or --dataset_name, got {got}. Say where the texts are."
-            )
-        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
-            raise ValueError(
-                f"--train_val_split: expected a share between 0 and 1, got {self.train_val_split:g}. 0.1 takes a tenth of the rows."
             )
         if self.train_val_split is not None and self.validation_file is not None:
             raise ValueError(

@@ -17,15 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_data(task: GlueTask, glue_args: GlueArguments, training_args: FineTuningArguments) -> DatasetDict:
-    """The splits that are trained on, scored and predicted; no others are read.
+    """The splits that are trained on, scored and predicted; no others are read. Of those that are held out, the whole.
 
     Raises:
         FileNotFoundError: a file of such a split is not there.
         ValueError: a file is not in order.
     """
+    scored = is_scored(training_args)
+    held_out = glue_args.train_val_split is not None
     splits = [
-        *(["train"] if training_args.do_train else []),
-        *(task.dev_files if is_scored(training_args) else []),
+        *(["train"] if training_args.do_train or (scored and held_out) else []),
+        *(task.dev_files if scored and not held_out else []),
         *(task.submissions if training_args.do_predict else []),
     ]
     if glue_args.data_dir is not None:

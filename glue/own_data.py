@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from classification_arguments import ClassificationArguments
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, Value, load_dataset
 from datasets import Sequence as ListOf
 from own_files import read_file
 from own_problem import MULTI, SINGLE
@@ -99,61 +97,6 @@ def with_labels(texts: Dataset, encoded: list[Any], problem_type: str, names: Se
     elif problem_type == MULTI:
         feature = ListOf(Value("float32"))
     return texts.add_column("label", encoded, feature=feature)
-
-
-def split_off(data: DatasetDict, share: float, args: FineTuningArguments) -> DatasetDict:
-    """`data` with part of "train" as "validation", drawn of every class alike, and with the rest of it if the run trains.
-
-    Args:
-        data: all of it, if there is a "train" in it.
-        share: of the rows, that go to "validation".
-        args: whether there is training, and the seed by which the rows are drawn.
-
-    Raises:
-        ValueError: there are too few rows of a class, or at all.
-    """
-    others = {split: rows for split, rows in data.items() if split != "train"}
-    if len(others) == len(data):
-        return data
-    rows = data["train"]
-    label = rows.features["label"]
-    classes = isinstance(label, ClassLabel)
-    _check_share(share, len(rows), Counter(label.int2str(list(rows["label"])) if classes else ()))
-    seed = args.seed if args.data_seed is None else args.data_seed
-    parts = rows.train_test_split(share, seed=seed, stratify_by_column="label" if classes else None)
-    for side, doing in (("train", "train"), ("test", "score")):
-        missing = set(rows["label"]) - set(parts[side]["label"]) if classes else ()
-        if missing:
-            logger.warning(
-                "--train_val_split %g: no row of %s is among those to %s on. Add rows of it, or name a --validation_file.",
-                share,
-                quoted(label.int2str(sorted(missing))),
-                doing,
-            )
-    train = {"train": parts["train"]} if args.do_train else {}
-    return DatasetDict({**train, "validation": parts["test"], **others})
-
-
-def _check_share(share: float, rows: int, counts: Counter[str]) -> None:
-    """Raise ValueError if not every class can have a row on both sides; `counts` are of the classes, where there are any."""
-    if single := sorted(name for name, count in counts.items() if count == 1):
-        raise ValueError(
-            f"--train_val_split {share:g}: expected at least two rows of every class, one for each side, got one of {quoted(single)}. "
-            "Add rows of it or take it out, or name a --validation_file."
-        )
-    held_out = math.ceil(share * rows)  # as datasets rounds
-    needed = max(1, len(counts))
-    if min(held_out, rows - held_out) < needed:
-        raise ValueError(
-            f"--train_val_split {share:g}: expected at least {needed} of the {rows} rows on both sides{', one of every class' * (needed > 1)}, "
-            f"got {held_out} to score on. Give a {'larger' if held_out < needed else 'smaller'} share or more rows, or name a --validation_file."
-        )
-
-
-def split_remark(data_args: ClassificationArguments) -> list[str]:
-    """What a model card is to say of ``--train_val_split``."""
-    share = data_args.train_val_split
-    return [] if share is None else [f"scored on {share:.0%} of the training rows, which were not trained on"]
 
 
 def card_facts(data_args: ClassificationArguments) -> dict[str, Any]:

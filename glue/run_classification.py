@@ -33,7 +33,7 @@ from classification_arguments import ClassificationArguments, parse_args
 from datasets import DatasetDict
 from outputs import first_output
 from own_columns import check_texts, find_columns, require
-from own_data import card_facts, load_tables, split_off, split_remark, with_labels
+from own_data import card_facts, load_tables, with_labels
 from own_labels import Labels, read_labels, spelled_as
 from own_metric import find_metrics, make_compute_metrics, score_names
 from own_predictions import write_predictions
@@ -41,7 +41,8 @@ from own_problem import REGRESSION, Problem, encode, find_problem, problem_of_mo
 from own_tables import Table
 from quiet import quiet_other_processes
 from text_inputs import load_tokenizer, longest_input, tokenize
-from text_splits import limit, remarks
+from text_noise import with_noise
+from text_splits import limit, remarks, scored_split, split_off
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -147,11 +148,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         check_trained(classes, words, model_args.model_name_or_path)
     max_length = longest_input(data_args, tokenizer, model.config)
     whole = make_data(tables, texts, labels, problem, classes)
-    if data_args.train_val_split is not None:
-        whole = split_off(whole, data_args.train_val_split, training_args)
+    whole = split_off(whole, data_args.train_val_split, training_args)
     data = DatasetDict()
     with training_args.main_process_first(desc="tokenizing"):
-        for split, rows in limit(whole, data_args).items():
+        for split, rows in with_noise(limit(whole, data_args), data_args.label_noise).items():
             data[split] = tokenize(rows, texts, tokenizer, max_length, data_args.pad_to_max_length)
     if training_args.process_index == 0:
         rows = ", ".join(f"{number} in {split}" for split, number in data.num_rows.items())
@@ -178,8 +178,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         test_dataset=data.get("test"),
         write_predictions=partial(write, problem=problem, names=classes.names),
         tasks="text-classification",
-        dataset_split="validation",
-        remarks=[*remarks(model_args, whole, data, max_length), *split_remark(data_args)],
+        dataset_split=scored_split(data_args, data_args.train_split_name, data_args.validation_split_name),
+        remarks=remarks(model_args, data_args, whole, data, max_length),
         **card_facts(data_args),
     )
 

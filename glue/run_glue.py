@@ -39,7 +39,8 @@ from outputs import first_output
 from quiet import quiet_other_processes
 from tasks import HUB_DATASET, TASKS, GlueTask
 from text_inputs import load_tokenizer, longest_input, map_labels, tokenize
-from text_splits import limit, remarks
+from text_noise import with_noise
+from text_splits import limit, remarks, scored_split, split_off
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.trainer_utils import PredictionOutput
 
@@ -83,8 +84,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args)
     with training_args.main_process_first(desc="loading"):
         whole = load_data(task, glue_args, training_args)
+    whole = split_off(whole, glue_args.train_val_split, training_args)
     limited = limit(whole, glue_args)
     check_labels(limited, task)
+    limited = with_noise(limited, glue_args.label_noise)
     names = task.labels or (task.tsv_label,)
     model, labels = load_model(AutoModelForSequenceClassification, model_args, names)
     if not training_args.do_train:
@@ -103,7 +106,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model=model,
         args=training_args,
         train_dataset=data.get("train"),
-        eval_dataset=select(data, task.dev_files),
+        eval_dataset=select(data, ["validation", *task.dev_files]),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=make_compute_metrics(task, labels.ids),
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     take_loss_for_mean(trainer)  # which the heads return; the plain Trainer thinks otherwise
 
     # 4. Train, save, score and predict
-    card = {"tasks": "text-classification", "dataset_split": "validation"}
+    card = {"tasks": "text-classification", "dataset_split": scored_split(glue_args)}
     if glue_args.data_dir is None:
         card |= {"dataset": f"GLUE {task.name}", "dataset_tags": HUB_DATASET, "dataset_args": task.name}
     else:
@@ -124,7 +127,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         test_dataset=select(data, task.submissions),
         write_predictions=partial(write_predictions, task=task, data=limited, ids=labels.ids),
         prediction_files=tuple(task.submissions.values()),
-        remarks=remarks(model_args, whole, data, max_length),
+        remarks=remarks(model_args, glue_args, whole, data, max_length),
         **card,
     )
 

@@ -25,7 +25,7 @@ class TextArguments:
     """What becomes of the texts, for the data arguments of a script to build on.
 
     Raises:
-        ValueError: a number is not positive.
+        ValueError: a number is not positive, or a share not between 0 and 1.
     """
 
     max_length: int = field(
@@ -43,9 +43,28 @@ class TextArguments:
     max_predict_samples: int | None = field(
         default=None, metadata={"help": "Predict the first so many of each test set."}
     )
+    train_val_split: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the training rows, between 0 and 1, to score on and not to train on, in the place of a dev set: of each "
+            "class the same share, and the same rows whatever --seed is."
+        },
+    )
+    label_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training labels, in [0, 1), replaced by another class (symmetric noise, Table 7 of the SAMPa "
+            "paper): of n rows that are trained on, round(share * n) get a wrong label, the same ones the same labels whatever --seed "
+            "is. Rows that are scored keep theirs."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_length", "max_train_samples", "max_eval_samples", "max_predict_samples"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"--{name}: expected a positive number, got {number}. Leave it out for no limit.")
+        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
+            raise ValueError(
+                f"--train_val_split: expected a share between 0 and 1, got {self.train_val_split:g}. 0.1 takes a tenth of the rows."
+            )

@@ -264,7 +264,8 @@ def test_a_data_set_by_its_name(tiny_bert, tmp_path):
     )
     results = run_classification.main(run(tmp_path / "out", *command, "--validation_split_name", "test"))
     assert results["eval_samples"] == 48
-    assert "trained on the local folder data" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained on the local folder data" in card and "| test | 48 |" in card
 
 
 # Arguments

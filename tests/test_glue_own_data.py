@@ -3,13 +3,11 @@
 import csv
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from own_columns import check_texts, find_columns
-from own_data import split_off, with_labels
 from own_files import read_file
 from own_labels import Labels, read_labels, spelled_as
 from own_metric import decide, find_metrics, make_compute_metrics, score_names
@@ -366,44 +364,6 @@ def test_labels_that_look_like_several_are_warned_of(mark, caplog):
     find_problem(labels_of([f"Lyon{mark} France", f"Rome{mark} Italy", "Oslo"]))
     find_problem(labels_of(["rude", "odd", joined, "fine"]), SINGLE)
     assert caplog.messages == []
-
-
-# Rows that are kept to score on
-
-
-def split_off_rows(share, **rows_of):
-    """`rows_of` classes, so many each."""
-    names = sorted(rows_of)
-    labels = [place for place, name in enumerate(names) for _ in range(rows_of[name])]
-    rows = with_labels(Dataset.from_dict({"text": ["x"] * len(labels)}), labels, SINGLE, names)
-    return split_off(DatasetDict(train=rows), share, SimpleNamespace(seed=0, data_seed=None, do_train=True))
-
-
-def test_a_class_of_a_single_row_is_named_where_rows_are_split_off():
-    with pytest.raises(ValueError) as caught:
-        split_off_rows(0.2, good=20, rare=1, bad=20)
-    assert str(caught.value) == (
-        "--train_val_split 0.2: expected at least two rows of every class, one for each side, got one of 'rare'. Add rows of it or "
-        "take it out, or name a --validation_file."
-    )
-
-
-@pytest.mark.parametrize(("share", "held_out", "other"), [(0.05, 1, "larger"), (0.95, 19, "smaller")])
-def test_a_share_of_fewer_rows_than_classes_is_refused(share, held_out, other):
-    with pytest.raises(ValueError) as caught:
-        split_off_rows(share, good=10, bad=10)
-    assert str(caught.value) == (
-        f"--train_val_split {share}: expected at least 2 of the 20 rows on both sides, one of every class, got {held_out} to score on. "
-        f"Give a {other} share or more rows, or name a --validation_file."
-    )
-
-
-@pytest.mark.parametrize(("share", "to"), [(0.1, "score"), (0.9, "train")])
-def test_a_class_that_is_on_one_side_only_is_named(share, to, caplog):
-    assert split_off_rows(share, good=60, rare=2).num_rows.keys() == {"train", "validation"}
-    assert caplog.messages == [
-        f"--train_val_split {share}: no row of 'rare' is among those to {to} on. Add rows of it, or name a --validation_file."
-    ]
 
 
 # Scores and predictions

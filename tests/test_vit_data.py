@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cifar_files import read_cifar_folder
-from image_data import ImageDataset, LabelledImages, corrupt_labels
+from image_data import ImageDataset, LabelledImages
 from image_transforms import ImageTransform, padded_crop, random_flip, random_window
 from PIL import Image, ImageOps
 
@@ -230,46 +230,6 @@ def test_columns_of_the_hub_repositories(tmp_path, monkeypatch, name, label_colu
     assert task.label_names == ["x", "y"]
     assert task.train.labels.tolist() == [1, 0, 1] and task.evaluation.labels.tolist() == [0]
     assert np.array_equal(np.stack([np.array(image) for image in task.train.images]), random_images(3))
-
-
-# Label noise
-
-
-@pytest.mark.parametrize(("n", "share", "wrong"), [(1000, 0.4, 400), (10, 0.25, 2), (7, 0.5, 4), (5, 0.0, 0)])
-def test_exactly_the_share_of_labels_is_wrong_afterwards(n, share, wrong):
-    labels = np.arange(n) % 10
-    corrupted = corrupt_labels(labels, share, num_classes=10, seed=1)
-    assert (corrupted != labels).sum() == wrong
-    assert corrupted.min() >= 0 and corrupted.max() <= 9
-    assert np.array_equal(labels, np.arange(n) % 10)  # the argument is left as it was
-
-
-def test_label_noise_depends_on_the_seed_alone():
-    labels = np.arange(500) % 10
-    first = corrupt_labels(labels, 0.4, 10, seed=3)
-    np.random.seed(99)
-    assert np.array_equal(first, corrupt_labels(labels, 0.4, 10, seed=3))
-    assert not np.array_equal(first, corrupt_labels(labels, 0.4, 10, seed=4))
-
-
-def test_label_noise_is_symmetric():
-    labels = np.full(90_000, 4)
-    corrupted = corrupt_labels(labels, 0.5, num_classes=10, seed=0)
-    counts = np.bincount(corrupted, minlength=10)
-    assert counts[4] == 45_000
-    # 5000 expected each; 5 standard deviations of a binomial are 333.
-    assert np.abs(np.delete(counts, 4) - 5000).max() < 333
-
-
-@pytest.mark.parametrize("share", [1.0, -0.1, float("nan"), 40])
-def test_a_share_out_of_range_is_refused(share):
-    with pytest.raises(ValueError, match=r"--label_noise: expected a share .* in \[0, 1\), got"):
-        corrupt_labels(np.zeros(4, dtype=int), share, num_classes=10, seed=0)
-
-
-def test_a_label_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="Expected labels from 0 to 9, got 3 to 10"):
-        corrupt_labels(np.array([3, 10]), 0.4, num_classes=10, seed=0)
 
 
 # Augmentation

@@ -1,4 +1,4 @@
-"""Labelled images as arrays, and as the data sets that a trainer reads; which of them are taken; how labels are corrupted.
+"""Labelled images as arrays, and as the data sets that a trainer reads; which of them are taken.
 
 Images are kept as they are stored (an array of bytes, files, or an undecoded column of `datasets`), and read and
 transformed when an item is asked for. A plain torch dataset does that: putting the 50 000 arrays of CIFAR into a `datasets.Dataset`
@@ -91,36 +91,6 @@ def hold_out(data: LabelledImages, share: float, names: Sequence[str]) -> tuple[
         np.arange(len(data.images)), test_size=count, random_state=_DRAW, stratify=data.labels
     )
     return data.take(np.sort(rest)), data.take(np.sort(held_out))
-
-
-def corrupt_labels(labels: np.ndarray, share: float, num_classes: int, seed: int) -> np.ndarray:
-    """Symmetric label noise (SAMPa paper, section 5.4 and Table 7).
-
-    ``round(share * n)`` labels, drawn without replacement, are each replaced by one drawn uniformly from the *other*
-    classes, so that exactly this share is wrong afterwards. Where a draw may return the true label, as in some papers, a
-    share of 0.4 leaves 0.36 of CIFAR-10's labels wrong.
-
-    Args:
-        labels: True labels ``(n,)``, n > 0, from 0 to `num_classes` - 1. Left as they are.
-        share: Share of labels to corrupt, in [0, 1).
-        num_classes: Number of classes, at least 2.
-        seed: Which labels are corrupted, and how, depends on this and on nothing else.
-
-    Raises:
-        ValueError: `share` or a label is out of range.
-    """
-    if not 0 <= share < 1:
-        raise ValueError(f"--label_noise: expected a share of the training labels in [0, 1), got {share}.")
-    low, high = np.min(labels), np.max(labels)
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"Expected labels from 0 to {num_classes - 1}, got {low} to {high}.")
-    generator = np.random.default_rng(seed)
-    chosen = generator.permutation(len(labels))[: round(share * len(labels))]
-    corrupted = np.array(labels)
-    # A shift by 1 to C - 1 classes, round the circle of labels, reaches every other class with the same probability.
-    shifts = generator.integers(1, num_classes, size=len(chosen))
-    corrupted[chosen] = (corrupted[chosen] + shifts) % num_classes
-    return corrupted
 
 
 class ImageDataset(torch.utils.data.Dataset):

@@ -45,7 +45,7 @@ import logging
 from pathlib import Path
 
 from datasets import disable_progress_bars
-from image_data import ImageDataset, corrupt_labels, names_of
+from image_data import ImageDataset, names_of
 from image_predictions import compute_accuracy, only_logits, write_predictions
 from image_sources import open_source
 from image_task import ImageTask, load_image_task
@@ -56,7 +56,7 @@ from vit_arguments import DataArguments, ViTTrainingArguments, parse_args
 from vit_model import load_classifier
 
 from hf_sampa import SAMPaTrainer
-from hf_sampa.finetuning import BaselineTrainer, run_main, train_and_score
+from hf_sampa.finetuning import BaselineTrainer, corrupt_labels, run_main, train_and_score
 
 
 def show_messages(training_args: ViTTrainingArguments) -> None:

@@ -6,6 +6,7 @@ glue/ and vit_finetune/ are made with it; nothing else in this package uses it.
 from .baseline import BaselineTrainer
 from .class_names import ClassNames, check_trained, class_names, same_names
 from .command_line import UNUSED, parse_arguments
+from .label_noise import corrupt_labels
 from .model_arguments import ModelArguments
 from .models import is_without_weights, load_config, load_model
 from .parser import FineTuningParser
@@ -23,6 +24,7 @@ __all__ = [
     "ModelArguments",
     "check_trained",
     "class_names",
+    "corrupt_labels",
     "is_without_weights",
     "load_config",
     "load_model",
