@@ -66,6 +66,8 @@ class SAMPaArgumentsMixin:
             passed over by ``resume_from_checkpoint=True``.
         diagnostics_steps (`int`, defaults to 0):
             Every so many steps, measure and log what is not free: see `hf_sampa.monitoring.diagnostics.DiagnosticsCallback`. 0: never.
+        diagnostics_radius (`float`, *optional*):
+            Radius at which that measures the sharpness on held-out batches, at least 0. By default the run's rho.
 
     Raises:
         ValueError: a setting is out of range, or not to be had together with SAMPa.
@@ -142,6 +144,13 @@ class SAMPaArgumentsMixin:
             "help": "Every so many steps, measure how good the look-ahead is, the sharpness on held-out batches and the largest "
             "Hessian eigenvalue, and log them; the training stays the same. 0: never. In small trials one measurement took as "
             "long as 2 to 12 steps."
+        },
+    )
+    diagnostics_radius: float | None = field(
+        default=None,
+        metadata={
+            "help": "With diagnostics_steps: radius of the sharpness on held-out batches, in the units of the weights, at least 0. None "
+            "stands for rho. Give runs that are compared the same one."
         },
     )
 
@@ -239,6 +248,12 @@ class SAMPaArgumentsMixin:
         steps = self.diagnostics_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {steps!r}.")
+        radius = self.diagnostics_radius
+        is_number = isinstance(radius, int | float) and not isinstance(radius, bool)
+        if radius is not None and not (is_number and 0 <= radius <= LARGEST_RHO):
+            raise ValueError(
+                f"diagnostics_radius: expected a number from 0 to {LARGEST_RHO:.3g}, or None for rho, got {radius!r}."
+            )
         self._check_variant(find(self.variant))
         if self.shard_optimizer and self.save_on_each_node:
             raise ValueError(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import classification_arguments
 import glue_arguments
+import numpy as np
 import pytest
 import run_glue
 import run_vit
@@ -16,7 +17,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainingArguments
-from hf_sampa.finetuning import UNUSED, FineTuningArguments, parse_arguments, train_and_score
+from hf_sampa.finetuning import UNUSED, FineTuningArguments, corrupt_labels, parse_arguments, train_and_score
 from hf_sampa.variants import VARIANTS
 
 
@@ -89,7 +90,9 @@ def test_a_device_batch_size_that_contradicts_is_refused(tmp_path):
 def test_the_docstring_and_the_help_name_what_is_new():
     new = {field.name for field in dataclasses.fields(FineTuningArguments)}
     new -= {field.name for field in dataclasses.fields(SAMPaTrainingArguments)}
-    assert new == {"batch_size", "overwrite_output_dir", "early_stopping_patience", "early_stopping_threshold"}
+    assert new == {
+        *("batch_size", "overwrite_output_dir", "early_stopping_patience", "early_stopping_threshold", "ema_decay")
+    }
     assert all(f"{name} (`" in FineTuningArguments.__doc__ for name in new | {"method"})
     assert set(UNUSED) == set(FineTuningArguments.METHODS)
     text = HfArgumentParser(FineTuningArguments).format_help()
@@ -105,6 +108,11 @@ def test_the_docstring_and_the_help_name_what_is_new():
         (["--method", "sampa", "--rho", "0.3", "--lmbda", "0.1"], None),
         (["--method", "adamw"], None),
         (["--method", "adamw", "--variant", "asam"], "--method adamw does not use --variant asam"),
+        (["--method", "adamw", "--rho", "0.3", "--diagnostics_steps", "9"], None),
+        (
+            ["--method=adamw", "--rho=0.3", "--diagnostics_steps=9", "--diagnostics_radius=0.1"],
+            "--method adamw does not use --rho 0.3",
+        ),
     ],
 )
 def test_a_setting_that_the_method_does_not_use_is_a_warning(given, unused, tmp_path, caplog):
@@ -224,6 +232,46 @@ def test_the_help_says_every_default_once_and_in_one_form(arguments, monkeypatch
         assert options["--train_split_name"].endswith("Its split to train on. (default: train)")
 
 
+# Label noise
+
+
+@pytest.mark.parametrize(("n", "share", "wrong"), [(1000, 0.4, 400), (10, 0.25, 2), (7, 0.5, 4), (5, 0.0, 0)])
+def test_exactly_the_share_of_labels_is_wrong_afterwards(n, share, wrong):
+    labels = np.arange(n) % 10
+    corrupted = corrupt_labels(labels, share, num_classes=10, seed=1)
+    assert (corrupted != labels).sum() == wrong
+    assert corrupted.min() >= 0 and corrupted.max() <= 9
+    assert np.array_equal(labels, np.arange(n) % 10)  # the argument is left as it was
+
+
+def test_label_noise_depends_on_the_seed_alone():
+    labels = np.arange(500) % 10
+    first = corrupt_labels(labels, 0.4, 10, seed=3)
+    np.random.seed(99)
+    assert np.array_equal(first, corrupt_labels(labels, 0.4, 10, seed=3))
+    assert not np.array_equal(first, corrupt_labels(labels, 0.4, 10, seed=4))
+
+
+def test_label_noise_is_symmetric():
+    labels = np.full(90_000, 4)
+    corrupted = corrupt_labels(labels, 0.5, num_classes=10, seed=0)
+    counts = np.bincount(corrupted, minlength=10)
+    assert counts[4] == 45_000
+    # 5000 expected each; 5 standard deviations of a binomial are 333.
+    assert np.abs(np.delete(counts, 4) - 5000).max() < 333
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1, float("nan"), 40])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"--label_noise: expected a share .* in \[0, 1\), got"):
+        corrupt_labels(np.zeros(4, dtype=int), share, num_classes=10, seed=0)
+
+
+def test_a_label_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="Expected labels from 0 to 9, got 3 to 10"):
+        corrupt_labels(np.array([3, 10]), 0.4, num_classes=10, seed=0)
+
+
 # The run
 
 
@@ -235,7 +283,7 @@ class Recorder:
     state = SimpleNamespace(log_history=[])
 
     def __init__(self, folder, **settings):
-        off = {"method": "sam", "overwrite_output_dir": False, "early_stopping_patience": None}
+        off = {"method": "sam", "overwrite_output_dir": False, "early_stopping_patience": None, "ema_decay": None}
         off["metric_for_best_model"] = None
         off["main_process_first"] = lambda **named: nullcontext()
         self.args = SimpleNamespace(resume_from_checkpoint="a/b", output_dir=str(folder), **off, **settings)

@@ -20,7 +20,7 @@ MAIN = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "m
 NOT_OF_THE_COMPUTATION = (
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica", "resume_from_checkpoint"),
     *("do_train", "do_eval", "do_predict", "eval_on_start", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config"),
-    *("overwrite_output_dir", "num_train_epochs", "max_steps", "data_dir", "average_tokens_across_devices", "trackio_space_id", "lmbda", "diagnostics_steps", "ignore_changed_files"),
+    *("overwrite_output_dir", "num_train_epochs", "max_steps", "data_dir", "average_tokens_across_devices", "trackio_space_id", "lmbda", "diagnostics_steps", "diagnostics_radius", "ignore_changed_files"),
     *("optim", "optim_args", "bf16", "fp16", "batch_size"),
     *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
 )  # fmt: skip
@@ -112,6 +112,11 @@ def at_the_end(trainer: Trainer, seconds_per_step: float | None) -> list[str]:
     if step != state.global_step:
         best_by = shown("metric_for_best_model", trainer.args.metric_for_best_model)
         lines.append(f"weights: those of step {step}, the best by {best_by}")
+    if (decay := getattr(trainer.args, "ema_decay", None)) is not None:
+        lines.append(
+            f"the weights are an exponential moving average of those after every update, with decay {decay:g}; a checkpoint has this "
+            "in a file beside the trained ones"
+        )
     training, measured = (_last_up_to(step, state.log_history, name) for name in ("sharpness", "held_out_sharpness"))
     if training is None and step == state.global_step:
         training = {"step": step, **trainer.unlogged_means()}

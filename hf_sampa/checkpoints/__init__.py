@@ -8,9 +8,11 @@ from .resume import Resume, load_missing, load_weights, loading
 from .saved_weights import contiguous
 from .saving import Saving, check_trained
 from .shards import as_any_other, as_saved, optimizer_as_saved, whole_weights
+from .whole import WEIGHT_AVERAGE
 
 
 __all__ = [
+    "WEIGHT_AVERAGE",
     "Resume",
     "Saving",
     "as_any_other",

@@ -23,7 +23,9 @@ from . import dcp
 from .manifest import Recorded
 
 
+WEIGHT_AVERAGE = "weight_average.safetensors"  # of a run with one
 STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "sampa.safetensors", "sampa_recipe.pt", "sampa_trainer.pt")
+STATES += (WEIGHT_AVERAGE,)
 RANDOM_STATES = re.compile(r"rng_state(?:_\d+)?\.pth")
 # As transformers, peft and sentence-transformers name them, alone or in parts, also in subfolders.
 WEIGHTS = re.compile(r"(?:model|pytorch_model|adapter_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")

@@ -4,7 +4,7 @@ Loaders are used as they are given; a sample's randomness belongs to the sample.
 """
 
 from .batches import MicroBatch, Place, UpdateBatch, UpdateStream
-from .loaders import check_samplers, replica_loader, seeded_loader
+from .loaders import check_samplers, prepare_and_remember, replica_loader, seeded_loader
 from .seeded_data import INDICES
 
 
@@ -15,6 +15,7 @@ __all__ = [
     "UpdateBatch",
     "UpdateStream",
     "check_samplers",
+    "prepare_and_remember",
     "replica_loader",
     "seeded_loader",
 ]

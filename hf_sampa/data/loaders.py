@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
@@ -17,6 +17,13 @@ from .seeded_data import SeededCollate, SeededItems
 # Not in_order: batches must not depend on which worker is faster.
 KEPT = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
 KEPT += ("generator", "prefetch_factor", "persistent_workers")
+
+
+def prepare_and_remember(prepare: Callable[..., Iterable], loader: Iterable, *args: Any, **kwargs: Any) -> Iterable:
+    """What accelerate's `prepare` makes of `loader`, with the loader itself, as `unprepared`: it is not one process's part of the data."""
+    prepared = prepare(loader, *args, **kwargs)
+    prepared.unprepared = getattr(loader, "unprepared", loader)
+    return prepared
 
 
 def replica_loader(loader: Iterable, mesh: Mesh, split_batches: bool, data_seed: int | None) -> Iterable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,28 +12,43 @@ from transformers import Trainer
 from ..cards import WithCard
 from ..checkpoints import load_missing, load_weights
 from ..compat import let_trainer_divide
+from ..data import prepare_and_remember
 from ..distributed import whole
 from ..evaluation import ExactEvalLoss
+from ..monitoring import WithDiagnostics
+from ..state import Collected
 
 
-class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
-    """For ``--method adamw``: `Trainer`, whose `eval_loss` is the same on every number of processes, its card true, and its
-    weights whole after a checkpoint was loaded."""
+class BaselineTrainer(ExactEvalLoss, WithCard, WithDiagnostics, Trainer):
+    """For ``--method adamw``: `Trainer`, whose `eval_loss` is the same on every number of processes, its card true, its
+    weights whole after a checkpoint was loaded, and its sharpness measured as SAMPa's is."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # What cards ask a trainer for; all that SAMPa's do besides, this one does not.
         self.continued: list[str] = []
-        self.seconds_per_step = self.sampa = self._recipe = None
+        self.seconds_per_step = self._recipe = None
+        self._add_diagnostics()
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Upstream's lets accelerate divide losses once more, before transformers 5.5.4."""
+        """Upstream's lets accelerate divide losses once more, before transformers 5.5.4, and does not know a loader of all the data."""
         super().create_accelerator_and_postprocess()
         let_trainer_divide(self)
+        accelerator = self.accelerator
+        accelerator.prepare_data_loader = partial(prepare_and_remember, accelerator.prepare_data_loader)
 
     def unlogged_means(self) -> dict[str, float]:
         """As in `SAMPaMixin`: none."""
         return {}
+
+    def lookahead_error(self) -> None:
+        """As in `SAMPaMixin`: none."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """As in `SAMPaMixin`: what the block leaves on the trainer, and in numbers of modules, is undone."""
+        with Collected(self, ("transformers.", "hf_sampa."), exchange=None).aside():
+            yield
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Of a sharded model upstream's is spread, and torch 2.9 would log what this process has of it."""
@@ -43,6 +60,10 @@ class BaselineTrainer(ExactEvalLoss, WithCard, Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _attempt(self, what: str, write: Callable[[], None]) -> None:
+        """As in `SAMPaMixin`; a checkpoint that cannot be written ends the run here, as upstream's does."""
+        write()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Upstream's says of another model's weights every name that does not fit."""

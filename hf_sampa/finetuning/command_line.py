@@ -14,6 +14,7 @@ from ..cards import declare_options
 from ..variants import find
 from .arguments_file import perhaps, without_file
 from .parser import given_by
+from .training_arguments import FineTuningArguments
 
 
 logger = get_logger(__name__)
@@ -57,7 +58,7 @@ def parse_arguments(
     except ValueError as error:
         # Of a setting, whichever library found it: said from here, it is the user's, see `run_main`.
         raise ValueError(str(error)) from error
-    _warn_of_unused(parser, words, parsed[-1].method)
+    _warn_of_unused(parser, words, parsed[-1])
     parsed[-1].check_output_dir()
     return parsed
 
@@ -70,10 +71,12 @@ def _take_defaults_of_variant(parser: HfArgumentParser, name: str) -> None:
         parser.set_defaults(lmbda=0.2 if variant.lmbda is None else variant.lmbda)
 
 
-def _warn_of_unused(parser: HfArgumentParser, words: list[str], method: str) -> None:
+def _warn_of_unused(parser: HfArgumentParser, words: list[str], args: FineTuningArguments) -> None:
+    method, radius_is_rho = args.method, args.diagnostics_steps and args.diagnostics_radius is None
     # argparse leaves alone what a namespace holds already, so that a default does not look as if it had been given.
     given = vars(parser.parse_known_args(words, Namespace(**dict.fromkeys(UNUSED[method])))[0])
-    unused = [f"--{name} {given[name]}" for name in UNUSED[method] if given[name] is not None]
+    names = [name for name in UNUSED[method] if not (name == "rho" and radius_is_rho)]
+    unused = [f"--{name} {given[name]}" for name in names if given[name] is not None]
     if unused:
         logger.warning(
             f"--method {method} does not use {' or '.join(unused)}. Leave out what has no effect, or choose another --method."

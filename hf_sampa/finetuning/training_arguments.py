@@ -32,6 +32,9 @@ class FineTuningArguments(SAMPaTrainingArguments):
             resumed run goes on counting.
         early_stopping_threshold (`float`, defaults to 0.0):
             By how much an evaluation must be better, in the units of the metric.
+        ema_decay (`float`, *optional*):
+            D of an exponential moving average of the weights, above 0 and below 1, by which the run is evaluated, and which is its
+            result; see `hf_sampa.finetuning.weight_average`. By default there is none.
 
     Raises:
         ValueError: the processes and micro-batches cannot share `batch_size` evenly; nothing is to be done; a run is to be
@@ -106,6 +109,15 @@ class FineTuningArguments(SAMPaTrainingArguments):
             "help": "With early_stopping_patience: by how much an evaluation must be better, in the units of the metric."
         },
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Average the trained weights after every update, a = D a + (1 - D) x with this D, above 0 and below 1 (0.999, say). "
+            "Evaluations, the best model, what is saved at the end and predictions are of the average; training goes on from x. It "
+            "starts as the weights after the first update, without bias correction. Buffers, as batch norm's statistics, are those of "
+            "x. Left out: no average."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.resume_from_checkpoint in ("true", "True"):
@@ -116,6 +128,7 @@ class FineTuningArguments(SAMPaTrainingArguments):
         # The base class wants a number, and knows the processes only when it is done.
         self.per_device_train_batch_size = given or self.batch_size
         super().__post_init__()
+        self._check_average()
         devices = self.num_replicas * max(1, self.n_gpu)
         shares = devices * self.gradient_accumulation_steps
         if self.batch_size < 1 or self.batch_size % shares:
@@ -186,6 +199,21 @@ class FineTuningArguments(SAMPaTrainingArguments):
                 )
             # Without the second one, a resumed run would begin to count anew.
             self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
+
+    def _check_average(self) -> None:
+        if self.ema_decay is None:
+            return
+        if not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"--ema_decay: expected a number above 0 and below 1, got {self.ema_decay:g}. 0.999 is usual; leave it out for no average."
+            )
+        if "schedule_free" in self.optim:
+            raise ValueError(
+                f"--ema_decay: expected an optimizer that keeps no average of its own, got --optim {self.optim.value}. Leave one of "
+                "them out."
+            )
+        if not self.do_train:
+            self.ema_decay = None  # of a run that trains nothing
 
     def check_output_dir(self) -> None:
         """Raise FileExistsError for training into an `output_dir` that is not empty, if nothing says that this is meant.

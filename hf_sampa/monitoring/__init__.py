@@ -3,9 +3,9 @@
 Measures, and changes nothing: a run with it and one without end with the same bits.
 """
 
-from .diagnostics import DiagnosticsCallback
+from .diagnostics import DiagnosticsCallback, WithDiagnostics
 from .metrics import RunningMeans, StepClock
 from .progress import show
 
 
-__all__ = ["DiagnosticsCallback", "RunningMeans", "StepClock", "show"]
+__all__ = ["DiagnosticsCallback", "RunningMeans", "StepClock", "WithDiagnostics", "show"]

@@ -15,9 +15,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from ..data import MicroBatch
+from ..distributed import units
 from ..engine import Buckets
 from ..functional import global_norm, perturb
-from ..state import derive_seed, seeded
+from ..state import derive_seed, holding, seeded
 from .curvature import hessian_product, largest_eigenvalue
 
 
@@ -50,7 +51,7 @@ class DiagnosticsCallback(TrainerCallback):
         radius: that of ``held_out_sharpness``, in the units of the weights, at least 0; by default the run's rho.
 
     Raises:
-        ValueError: an argument is of another type or out of range, or `trainer` is not one of SAMPa's.
+        ValueError: an argument is of another type or out of range, or `trainer` is neither one of SAMPa's nor the baseline's.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class DiagnosticsCallback(TrainerCallback):
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}.")
         if not hasattr(trainer, "lookahead_error"):
-            raise ValueError(f"trainer: expected a SAMPaTrainer, got {type(trainer).__name__}.")
+            raise ValueError(f"trainer: expected a SAMPaTrainer or BaselineTrainer, got {type(trainer).__name__}.")
         self.trainer, self.every, self.batches = trainer, every, batches
         self.iterations, self.tolerance, self.radius = iterations, tolerance, radius
         self._held_out: list[MicroBatch] | None = None
@@ -82,7 +83,7 @@ class DiagnosticsCallback(TrainerCallback):
         if dataset is None or (has_length(dataset) and not len(dataset)):
             what = "only the look-ahead is" if args.method == "sampa" else "nothing is"
             logger.warning(f"Diagnostics: {what} measured, since the trainer has no eval_dataset.")
-        elif self._sharded:
+        elif units(self.trainer.model):
             what = "only the look-ahead is" if args.method == "sampa" else "nothing is"
             logger.warning(
                 f"Diagnostics: {what} measured of a model that FSDP has sharded, which has no second derivatives."
@@ -114,7 +115,7 @@ class DiagnosticsCallback(TrainerCallback):
 
     def measure(self) -> dict[str, float]:
         """What there is to say of the weights as they are, on held-out batches; nothing without evaluation data, or of shards."""
-        if self._sharded:
+        if units(self.trainer.model):
             return {}
         with self._aside():
             if not self._batches():
@@ -128,10 +129,6 @@ class DiagnosticsCallback(TrainerCallback):
             del product, start
             return {**self._sharpness(params), "hessian_eigenvalue": eigenvalue}
 
-    @property
-    def _sharded(self) -> bool:
-        return self.trainer.sampa is not None and self.trainer.sampa.weights.sharded
-
     def _sharpness(self, params: list[Tensor]) -> dict[str, float]:
         losses = self._losses()
         loss = sum(losses).item()
@@ -141,7 +138,7 @@ class DiagnosticsCallback(TrainerCallback):
         radius = self.trainer.args.rho if self.radius is None else self.radius
         moved = Buckets(params)
         perturb(params, grads, radius, global_norm(grads), out=moved.views)
-        with self.trainer.sampa.displaced(moved), torch.no_grad():
+        with holding(params, moved.views), torch.no_grad():
             sharpness = sum(self._losses()).item() - loss
         return {"held_out_loss": loss, "held_out_sharpness": sharpness}
 
@@ -194,3 +191,20 @@ class DiagnosticsCallback(TrainerCallback):
         finally:
             for module in training:
                 module.training = True
+
+
+class WithDiagnostics:
+    """Put it above a `Trainer` whose arguments are of a class with `SAMPaArgumentsMixin`: it measures as these ask for."""
+
+    def _add_diagnostics(self) -> None:
+        if self.args.diagnostics_steps:
+            self.add_callback(
+                DiagnosticsCallback(self, self.args.diagnostics_steps, radius=self.args.diagnostics_radius)
+            )
+
+    def add_callback(self, callback):
+        """Diagnostics go first: at the end of the training they log, and trackers before them would have closed their run."""
+        super().add_callback(callback)
+        if isinstance(callback, DiagnosticsCallback):
+            callbacks = self.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop())

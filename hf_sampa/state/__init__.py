@@ -19,7 +19,7 @@ from .randomness import (
     seeded,
     unseeded,
 )
-from .stand_in import stood_in
+from .stand_in import holding, stood_in
 from .undo import Remembered
 
 
@@ -34,6 +34,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_of_bits",
     "fingerprint_of_print",
+    "holding",
     "make_room",
     "other_modules",
     "own_generators",

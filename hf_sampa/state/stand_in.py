@@ -1,10 +1,12 @@
-"""One method of one object, for a while another."""
+"""One method of one object, for a while another; and the weights of a model, for a while others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -18,3 +20,16 @@ def stood_in(owner: Any, method: str, other: Callable) -> Iterator[None]:
         delattr(owner, method)
         if before is not None:
             setattr(owner, method, before)
+
+
+@contextmanager
+def holding(params: Iterable[nn.Parameter], others: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block `params` hold `others`, of their shapes; afterwards what they held, in its memory. Nothing is copied."""
+    own = [(param, param.data) for param in params]
+    try:
+        for (param, _), other in zip(own, others, strict=True):
+            param.data = other
+        yield
+    finally:
+        for param, data in own:
+            param.data = data

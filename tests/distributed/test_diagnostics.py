@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 from transformers import TrainerCallback
 
-from hf_sampa import DiagnosticsCallback, SAMPaTrainer
-from tests import models, tiny
+from hf_sampa import DiagnosticsCallback, SAMPaTrainer, SAMPaTrainingArguments
+from hf_sampa.finetuning import BaselineTrainer, FineTuningArguments
+from tests import models, sharded, tiny
 from tests.division import divided, divided_tuples
 from tests.ranks import run_ranks
 
@@ -32,6 +34,9 @@ CASES = {
     "adapters": {**SENTENCES, "model": models.lora_bert},
     "bf16": {**SENTENCES, "bf16": True},
     "SAM": {**SENTENCES, "method": "sam"},
+    "AdamW": {**SENTENCES, "method": "adamw", "gradient_accumulation_steps": 2},
+    "AdamW, batch norm": {**IMAGES, "method": "adamw", "model": tiny.BatchNormNet},
+    "AdamW, buffers of its own": {**IMAGES, "method": "adamw", "model": models.Drifting},
     "mSAM": {**SENTENCES, "variant": "msam", "variant_args": {"size": 2}},
     "stable SAM": {**SENTENCES, "variant": "stable_sam"},
     "compiled": {**IMAGES, "dataset": tiny.images(16), "model": models.Perceptron, **models.COMPILED},
@@ -44,16 +49,17 @@ def train(folder, case, every, **changes):
     """A run, and apart from it what was measured, by step."""
     settings = {**CASES[case], "diagnostics_steps": every, **changes}
     held_out = settings.pop("held_out")
-    found = tiny.run(
-        folder, settings.pop("model"), settings.pop("dataset"), trainer_kwargs={"eval_dataset": held_out}, **settings
-    )
+    settings["trainer_class"] = BaselineTrainer if settings.get("method") == "adamw" else SAMPaTrainer
+    settings["trainer_kwargs"] = {"eval_dataset": held_out}
+    with patch.object(SAMPaTrainingArguments, "METHODS", FineTuningArguments.METHODS):
+        found = tiny.run(folder, settings.pop("model"), settings.pop("dataset"), **settings)
     measured = [line for line in found["logs"] if line.keys() & (OF_THE_LOOKAHEAD | HELD_OUT)]
     found["logs"] = [line for line in found["logs"] if line not in measured]
     return found, measured
 
 
 # Others have these in them, or as much.
-WHOLE = {"buffers of its own", "adapters", "bf16", "stable SAM"}
+WHOLE = {"buffers of its own", "adapters", "bf16", "stable SAM", "AdamW, buffers of its own"}
 
 
 @pytest.mark.parametrize("case", divided(CASES, WHOLE))
@@ -64,7 +70,7 @@ def test_the_training_is_the_same_bit_for_bit(tmp_path, case):
     assert tiny.differing(tiny.comparable(found), tiny.comparable(plain)) == []
     steps = found["steps"]
     held_out = HELD_OUT if CASES[case]["held_out"] else set()
-    looks_ahead = case not in ("SAM", "mSAM")
+    looks_ahead = case not in ("SAM", "mSAM") and not case.startswith("AdamW")
     expected = [(t, held_out | (OF_THE_LOOKAHEAD if looks_ahead and t else set())) for t in range(0, steps, 3)]
     expected += [(steps, held_out)]
     assert [(line["step"], line.keys() - {"step", "epoch"}) for line in measured] == [e for e in expected if e[1]]
@@ -90,6 +96,53 @@ def test_two_processes_measure_what_one_does_and_train_the_same(tmp_path, case, 
         assert tiny.differing(*of_both) == []
         for line, expected in zip(by_two, measured, strict=True):
             assert line == expected
+
+
+def test_two_processes_of_the_baseline_measure_the_same_and_train_as_without(tmp_path):
+    """On all of the batch, as one process does, and not on the part of it that an evaluation gives each."""
+    run = partial(train, case="AdamW")
+    plain = run_ranks(partial(run, every=0), 2, tmp_path / "plain", folder=tmp_path / "0")
+    measured = run_ranks(partial(run, every=2), 2, tmp_path / "two", folder=tmp_path / "2")
+    _, (before, *_) = run(tmp_path / "one", every=2)
+    for (found, lines), (expected, _) in zip(measured, plain, strict=True):
+        assert tiny.differing(tiny.comparable(found), tiny.comparable(expected)) == []
+        assert lines == measured[0][1] and len(lines) > 2
+        assert lines[0] == before
+
+
+def test_at_one_radius_methods_are_measured_alike(tmp_path):
+    """At the start, where all have the same weights, whatever their rho."""
+    found = {
+        (method, rho, radius): train(
+            tmp_path, "batch norm", 4, method=method, rho=rho, diagnostics_radius=radius, max_steps=1
+        )[1][0]["held_out_sharpness"]
+        for method, rho, radius in [
+            *(("adamw", 0.05, 0.1), ("sam", 0.1, 0.1), ("sampa", 0.2, 0.1)),
+            *(("adamw", 0.1, None), ("sampa", 0.1, None), ("sampa", 0.1, 0.0), ("adamw", 0.1, 0.2)),
+        ]
+    }
+    *alike, none, more = found.values()
+    assert len(set(alike)) == 1 and none == 0 < alike[0] < more
+
+
+def on_shards(folder):
+    """What the baseline logs of a model in shards."""
+    changes = {"method": "adamw", "max_steps": 2, "diagnostics_steps": 1, **sharded.FSDP}
+    with patch.object(SAMPaTrainingArguments, "METHODS", FineTuningArguments.METHODS):
+        args = tiny.arguments(folder, **changes)
+    data = {"train_dataset": tiny.sentences(16), "eval_dataset": tiny.sentences(8, seed=2)}
+    trainer = OnShards(model=tiny.bert(), args=args, **data)
+    trainer.train()
+    return trainer.state.log_history
+
+
+class OnShards(sharded.AsOnGPU, BaselineTrainer): ...
+
+
+@sharded.needs_versions
+def test_of_shards_the_baseline_measures_nothing(tmp_path):
+    for lines in run_ranks(on_shards, 2, tmp_path / "out", folder=tmp_path):
+        assert len(lines) == 3 and not any("held_out_loss" in line for line in lines)
 
 
 def test_replicas_measure_the_whole_update_batch(tmp_path):
@@ -198,7 +251,12 @@ def test_what_cannot_be_measured_is_refused(tmp_path, name):
             ValueError, match="diagnostics_steps: expected a whole number of steps, or 0 for never, got"
         ):
             tiny.arguments(tmp_path, diagnostics_steps=value)
-    with pytest.raises(ValueError, match="trainer: expected a SAMPaTrainer, got int"):
+    for value in (-0.1, "2", True, float("nan"), float("inf"), 1e39):
+        with pytest.raises(
+            ValueError, match="diagnostics_radius: expected a number from 0 to .* or None for rho, got"
+        ):
+            tiny.arguments(tmp_path, diagnostics_radius=value)
+    with pytest.raises(ValueError, match="trainer: expected a SAMPaTrainer or BaselineTrainer, got int"):
         DiagnosticsCallback(3)
 
 
