@@ -11,6 +11,7 @@ from .plan import plan
 USAGE = """usage: python -m hf_sampa launch script.py   start a script as a SAMPa pair; launch --help has its options
        python -m hf_sampa config [NAME]      print the path of a launch configuration, for accelerate launch
        python -m hf_sampa plan MODEL         what a run needs, and how to start it; plan --help has its options
+       python -m hf_sampa.compare CONFIG     several methods, tasks and seeds: which is better, and by how much
        python -m hf_sampa.variants           the catalogue of sharpness-aware methods"""
 
 

@@ -31,6 +31,9 @@ from transformers import BertConfig, BertModel
 import hf_sampa.__main__ as command_line
 import hf_sampa.variants.__main__ as catalogue
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments, launch
+from hf_sampa.compare import command as comparison
+from hf_sampa.compare import config
+from hf_sampa.compare.runs import scored
 from hf_sampa.plan import command as plan
 from hf_sampa.variants import VARIANTS
 from tests import notebooks, tiny
@@ -189,12 +192,22 @@ def check_torchrun(words: list[str]) -> None:
     check_script(launched.training_script, launched.training_script_args)
 
 
+def words_of_a_run(compared: config.Comparison) -> list[str]:
+    """Of the first run that is scored, which has the arguments of all."""
+    run = next(scored(compared, {(task, method): {} for task in compared.tasks for method in compared.methods}, {}))
+    return config.as_words({**run.arguments, "output_dir": "out"})
+
+
 def check_python(words: list[str]) -> None:
     if words[:2] == ["-m", "hf_sampa.variants"]:
         catalogue.main(words[2:])
     elif words[:3] == ["-m", "hf_sampa", "launch"]:
         launched = launch.parser().parse_args(words[3:])
         check_script(launched.training_script, launched.training_script_args)
+    elif words[:2] == ["-m", "hf_sampa.compare"]:
+        if "--help" not in words:
+            compared = config.read(ROOT / comparison.parser().parse_args(words[2:]).config)
+            check_script(str(compared.script.relative_to(ROOT)), words_of_a_run(compared))
     elif words[:3] == ["-m", "hf_sampa", "plan"]:
         plan.parser().parse_args(words[3:])
     elif words[:2] == ["-m", "hf_sampa"]:

@@ -15,7 +15,9 @@ from ..trainer import SAMPaMixin
 from . import learning_curve, output_folder
 from .baseline import BaselineTrainer
 from .early_stopping import EarlyStoppingCallback
+from .step_times import StepTimes
 from .training_arguments import FineTuningArguments
+from .weight_average import WeightAverageCallback, check_averaged
 
 
 # By which a split is asked for.
@@ -50,13 +52,14 @@ def train_and_score(
         The metrics on the evaluation data, and on test data that have labels (``test_...``, ``test_<name>_...``).
 
     Raises:
-        ValueError: no evaluation has the score that `metric_for_best_model` names; or `resume_from_checkpoint` would go on from
-            another run than this, or in its folder, or there is none.
+        ValueError: no evaluation has the score that `metric_for_best_model` names; FSDP shards a model that is to have an average; or
+            `resume_from_checkpoint` would go on from another run than this, or in its folder, or there is none.
     """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     trainer.card_facts = CardFacts(**card)  # for the cards of checkpoints, too
     metrics: dict[str, float] = {}
     _check_best(trainer, scores)
+    check_averaged(trainer)
     _open(trainer, folder, prediction_files)
     if args.do_train:
         _train(trainer, folder)
@@ -113,7 +116,12 @@ def _run(trainer: SAMPaMixin | BaselineTrainer) -> dict[str, Any]:
     """Which run it is, as far as another one may not go on with it."""
     config = trainer.model.config
     model = Path(config._name_or_path).name or config.model_type
-    return {"method": trainer.args.method, "data set": trainer.card_facts.dataset, "model": model}
+    return {
+        "method": trainer.args.method,
+        "data set": trainer.card_facts.dataset,
+        "model": model,
+        "ema_decay": trainer.args.ema_decay or "none",
+    }
 
 
 def _check_continued(args: FineTuningArguments, folder: Path, run: dict[str, Any]) -> None:
@@ -135,11 +143,14 @@ def _train(trainer: SAMPaMixin | BaselineTrainer, folder: Path) -> None:
     args = trainer.args
     if args.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.add_callback(times := StepTimes())
+    averaged = nullcontext() if args.ema_decay is None else WeightAverageCallback(trainer, args.ema_decay).used()
+    with averaged:
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     with _noted(trainer):
         trainer.save_model()
     trainer.save_state()
-    _keep(trainer, "train", result.metrics | _samples("train", trainer.train_dataset))
+    _keep(trainer, "train", result.metrics | times.metrics() | _samples("train", trainer.train_dataset))
     if trainer.is_world_process_zero():
         learning_curve.draw(trainer.state.log_history, folder)
 

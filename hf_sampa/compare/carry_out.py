@@ -1,0 +1,235 @@
+"""Carrying out runs: each as a launched process group of its own, several at a time, from where they were interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..files import in_place_of
+from .config import as_words
+from .provenance import provenance
+from .runs import Run
+
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
+
+SECONDS_TO_END = 20.0  # after which a process that was asked to end is killed
+LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run that ended with an error: its exit code, and the end of its log."""
+
+    run: Run
+    code: int
+    said: str
+
+
+def slots(jobs: int | None = None) -> list[dict[str, str]]:
+    """Environments of runs that share the machine: one for each GPU, or, without any, for each core; or `jobs`."""
+    devices = torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = jobs or devices or cores
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TOKENIZERS_PARALLELISM": "false"}
+    if not devices:
+        return [threads] * count
+    return [{**threads, "CUDA_VISIBLE_DEVICES": str(i % devices)} for i in range(count)]
+
+
+class Executor:
+    """Carries out runs of `script` under `root`; what is done already is left as it is.
+
+    Args:
+        script: a fine-tuning script, which writes ``all_results.json`` and ``trainer_state.json`` into its output folder.
+        root: of the comparison's files.
+        launcher: the command that starts it, before ``launch --config NAME SCRIPT ...``.
+    """
+
+    def __init__(self, script: Path, root: Path, launcher: Sequence[str] = (sys.executable, "-m", "hf_sampa")):
+        self.script, self.root, self.launcher = script, root, launcher
+        self.failed: list[Failed] = []
+        self._going: set[subprocess.Popen] = set()
+        self._lock, self._ending = Lock(), False
+
+    def carry_out(self, runs: Sequence[Run], environments: Sequence[dict[str, str]], what: str) -> None:
+        """All of `runs`, as many at a time as there are `environments`. A run that fails is noted, and the others go on.
+
+        Raises:
+            KeyboardInterrupt: as it came, and SystemExit for a signal to end: once all processes that were started have ended.
+        """
+        due = [run for run in runs if run.result(self.root) is None]
+        free: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for environment in environments:
+            free.put(environment)
+
+        def take(run: Run) -> Failed | None:
+            environment = free.get()
+            try:
+                return self._one(run, environment)
+            finally:
+                free.put(environment)
+
+        pool = ThreadPoolExecutor(len(environments))
+        with tqdm(total=len(runs), initial=len(runs) - len(due), desc=what, unit="run", smoothing=0.1) as bar, pool:
+            try:
+                for run, failed in _as_they_end(pool, take, due):
+                    bar.set_postfix_str(f"{run.task}, {run.method}, seed {run.seed}")
+                    bar.update()
+                    if failed:
+                        self.failed.append(failed)
+                        bar.write(told(failed, self.root), file=sys.stderr)
+            except BaseException:
+                self._end()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _one(self, run: Run, environment: dict[str, str]) -> Failed | None:
+        folder = run.write(self.root)
+        output = folder / "output"
+        with held(folder) as inherited, (folder / "log.txt").open("ab") as log:
+            begun = log.tell()
+            words = ["launch", "--config", run.launch, str(self.script)]
+            words += as_words({**run.arguments, "seed": run.seed, "output_dir": output, **_continuing(output)})
+            started = time.time()
+            code = self._call([*self.launcher, *words], environment, log, inherited)
+            if code is None:
+                return None
+            if code:
+                return Failed(run, code, _end_of(folder / "log.txt", begun))
+            try:
+                found = _found(output, run.metric)
+            except (OSError, ValueError, KeyError) as error:
+                return Failed(run, 0, f"{type(error).__name__}: {error}")
+            result = {**found, **provenance(), "seconds": round(time.time() - started, 1), "command": words}
+            with in_place_of(folder / "result.json") as file:
+                file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            for checkpoint in output.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        return None
+
+    def _call(
+        self, command: list[str], environment: dict[str, str], log: Any, inherited: tuple[int, ...]
+    ) -> int | None:
+        """Its exit code; None where all is to end."""
+        with self._lock:
+            if self._ending:
+                return None
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=inherited,
+                start_new_session=True,
+            )
+            self._going.add(process)
+        code = process.wait()
+        with self._lock:
+            self._going.discard(process)
+            return None if self._ending else code
+
+    def _end(self) -> None:
+        """Ask all that was started to end, and see that it does."""
+        with self._lock:
+            self._ending, going = True, list(self._going)
+        for process in going:
+            _signal(process, signal.SIGTERM)
+        until = time.monotonic() + SECONDS_TO_END
+        for process in going:
+            try:
+                process.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                pass
+            _signal(process, signal.SIGKILL)  # what it started may be there still
+
+
+def told(failed: Failed, root: Path) -> str:
+    """For the person in front of it."""
+    run = failed.run
+    place = run.folder(root)
+    return f"FAILED ({failed.code}): {run.phase}, {run.task}, {run.method}, seed {run.seed}; the end of {place / 'log.txt'}:\n{failed.said}"
+
+
+def _as_they_end(pool: ThreadPoolExecutor, take: Any, runs: Iterable[Run]) -> Iterator[tuple[Run, Failed | None]]:
+    going: dict[Future, Run] = {pool.submit(take, run): run for run in runs}
+    while going:
+        done, _ = wait(going, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield going.pop(future), future.result()
+
+
+def _signal(process: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):  # they have ended
+        pass
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[tuple[int, ...]]:
+    """Within the block nobody else carries out the run of this folder: waits for whoever does.
+
+    Gives file descriptors to pass on: a process that has them holds the folder, too, as it does when this one is killed.
+    """
+    if fcntl is None:
+        yield ()
+        return
+    with (folder / ".held").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"{folder}: a process of an earlier call is at it still; waiting for its end.", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield (file.fileno(),)
+
+
+def _continuing(output: Path) -> dict[str, Any]:
+    """What the script is to be told of an output folder that is there already."""
+    if any(output.glob("checkpoint-*")):
+        return {"resume_from_checkpoint": "true"}
+    return {"overwrite_output_dir": "true"} if output.is_dir() and any(output.iterdir()) else {}
+
+
+def _end_of(log: Path, begun: int) -> str:
+    with log.open("rb") as file:
+        file.seek(begun)
+        lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+    return "\n".join(f"    {line}" for line in lines[-LAST_LINES:])
+
+
+def _found(output: Path, metric: str) -> dict[str, Any]:
+    """What a script left of a run: its metrics, its score, and the score's course."""
+    metrics = json.loads((output / "all_results.json").read_text(encoding="utf-8"))
+    history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    name = metric if metric.startswith(("eval_", "test_")) else f"eval_{metric}"
+    if "eval_loss" in metrics and name not in metrics:
+        scores = ", ".join(each.removeprefix("eval_") for each in metrics if each.startswith("eval_"))
+        raise ValueError(f"metric: expected one of {scores}, got {metric}. Correct it in the configuration.")
+    course = [[line["step"], line[name]] for line in history if name in line]
+    last = {}
+    for line in history:
+        last |= {
+            each: line[each] for each in ("held_out_loss", "held_out_sharpness", "hessian_eigenvalue") if each in line
+        }
+    return {"score": metrics.get(name), "metrics": {**metrics, **last}, "course": course}

@@ -1,0 +1,135 @@
+"""``python -m hf_sampa.compare CONFIG.yaml``: from the file to the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from ..files import in_place_of
+from . import choosing, config, report
+from .carry_out import Executor, slots
+from .config import Comparison
+from .findings import Findings
+from .rows import rows, write_csv, write_dataset
+from .runs import CHOOSE, SCORE, TIME, scored, timed
+from .runs import choosing as choosing_runs
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m hf_sampa.compare",
+        description="Run a script with several methods, tasks and seeds, and report what can be said of them: means, intervals, "
+        "differences on equal seeds, time, sharpness. Interrupted, it continues where it was when it is called again.",
+        epilog=f"CONFIG.yaml:\n\n{config.__doc__.split('code-block:: yaml')[1].rstrip()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what is compared; see below")
+    made.add_argument(
+        "--output_dir", type=Path, help="folder of the runs and the report (default: out/compare/CONFIG)"
+    )
+    made.add_argument(
+        "--jobs", type=_positive, help="runs at a time (default: one for each GPU, or each core of the CPU)"
+    )
+    made.add_argument("--report", action="store_true", help="write the report of what is done, and run nothing")
+    return made
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Carry out the comparison of the command line `argv`, and write its report.
+
+    Raises:
+        SystemExit: the file says something that cannot be run (2); a run failed (1), the others are in the report; or a signal
+            asked for the end.
+    """
+    options = parser().parse_args(argv)
+    try:
+        comparison = config.read(options.config)
+        root = (options.output_dir or Path("out/compare") / comparison.name).resolve()
+        root.mkdir(parents=True, exist_ok=True)
+        with _ended_by_signals():
+            failed = compare(comparison, root, options.jobs, run=not options.report)
+    except (OSError, ValueError) as error:
+        parser().error(str(error))
+    if failed:
+        sys.exit(
+            f"{failed} run{'s' * (failed > 1)} failed; the report names them. Called again, this command tries them once more."
+        )
+
+
+def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bool = True) -> int:
+    """Carry out what is not done yet, and write the report into `root`; how many runs failed."""
+    executor, shared = Executor(comparison.script, root), slots(jobs)
+    if run:
+        _prepare(comparison, root)
+
+    tried = list(choosing_runs(comparison))
+    if run:
+        executor.carry_out(tried, shared, CHOOSE)
+    chosen = choosing.settings(comparison, tried, root)
+
+    rounds = list(timed(comparison, chosen))
+    if run:
+        executor.carry_out([each for runs in rounds for each in runs], slots(1)[:1], TIME)
+    seconds = choosing.seconds_per_step(rounds, root)
+    longer = choosing.longer(comparison, seconds, root)
+
+    compared = list(scored(comparison, chosen, longer))
+    if run:
+        executor.carry_out(compared, shared, SCORE)
+
+    found = rows([*tried, *(each for runs in rounds for each in runs), *compared], comparison.script.name, root)
+    write_csv(found, root / "results.csv")
+    if found:
+        write_dataset(found, root / "results.parquet")
+    sections = Findings(comparison, found, longer, seconds, executor.failed, root).sections()
+    files = report.write(comparison.name, sections, root)
+    print(report.as_markdown(comparison.name, sections))
+    print("\n".join(f"{form}: {file}" for form, file in {**files, "csv": root / "results.csv"}.items()))
+    return len(executor.failed)
+
+
+def _prepare(comparison: Comparison, root: Path) -> None:
+    """Commands that make what the runs need; each once. Raises ValueError for one that fails."""
+    done_file = root / "prepared.json"
+    done = json.loads(done_file.read_text(encoding="utf-8")) if done_file.exists() else []
+    for line in comparison.prepare:
+        if line in done:
+            continue
+        words = shlex.split(line)
+        words = [sys.executable, *words[1:]] if words[0] == "python" else words
+        code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
+        if code:
+            raise ValueError(f"prepare: expected a command that succeeds, got exit code {code} of: {line}")
+        done.append(line)
+        with in_place_of(done_file) as file:
+            file.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within the block a signal to end is an exception, after which all runs are ended, too."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,326 @@
+"""From rows of runs to the sections of a report."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import pictures
+from .carry_out import Failed, told
+from .choosing import is_less_better, ratios
+from .config import Comparison, as_text
+from .figures import Mean, difference, mean, over_tasks, smallest_probability
+from .pictures import Look
+from .report import Picture, Section, Table
+from .runs import CHOOSE, SCORE
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Findings:
+    """What there is to say of a comparison.
+
+    Args:
+        comparison: what was compared.
+        rows: of all runs that are done.
+        longer: further names for the first method, with how many times its epochs; see `choosing.longer`.
+        seconds: per step, by method, a value for each round.
+        failed: the runs that failed.
+        folder: of the pictures, and of the runs.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        rows: Rows,
+        longer: Mapping[str, float],
+        seconds: Mapping[str, list[float]],
+        failed: Sequence[Failed],
+        folder: Path,
+    ):
+        self.comparison, self.longer, self.seconds, self.failed = comparison, longer, seconds, failed
+        self.folder = folder
+        self.scored = [row for row in rows if row["phase"] == SCORE and row["score"] is not None]
+        self.tried = [row for row in rows if row["phase"] == CHOOSE and row["score"] is not None]
+        self.methods = [*comparison.methods, *longer]
+        self.tasks = [task for task in comparison.tasks if any(row["task"] == task for row in self.scored)]
+        self.look = Look(self.methods)
+        every = [row["score"] for row in (*self.scored, *self.tried)]
+        less = any(is_less_better(metric) for metric in comparison.metrics.values())
+        # Shares are read as percentages.
+        self.percent = bool(every) and not less and all(-1 <= each <= 1 for each in every)
+        metrics = dict.fromkeys(comparison.metrics.values())
+        self.unit = (
+            f"{' or '.join(name.removeprefix('eval_').replace('_', ' ') for name in metrics)}{', %' * self.percent}"
+        )
+
+    def sections(self) -> list[Section]:
+        parts = [self._what, self._scores, self._paper, self._times, self._sharpness, self._chosen, self._failures]
+        return [section for part in parts if (section := part()) is not None]
+
+    # ---- Text ----
+
+    def _what(self) -> Section:
+        """What was run, with what."""
+        comparison = self.comparison
+        count = len(comparison.seeds)
+        lines = [
+            f"{comparison.script.name} with {len(comparison.methods)} methods on {len(comparison.tasks)} "
+            f"task{'s' * (len(comparison.tasks) > 1)}, {count} seed{'s' * (count > 1)} each: {len(self.scored)} runs that are scored. "
+            "Every method makes the same number of updates, each on a batch of the same size"
+            + (", but for those that are named by a time." if self.longer else "."),
+            f"Arguments of all runs: {as_text(comparison.arguments)}",
+        ]
+        if self.scored:
+            last = self.scored[-1]
+            versions = ", ".join(f"{name} {last[name]}" for name in ("torch", "transformers", "accelerate"))
+            lines.append(f"Commit {last['commit'] or 'not known'}, Python {last['python']}, {versions}.")
+        rows = [[name, as_text(own)] for name, own in comparison.methods.items()]
+        rows += [
+            [name, f"as {comparison.first}, with {factor:g} times its epochs"] for name, factor in self.longer.items()
+        ]
+        return Section("What was compared", "\n".join(lines), [Table(["method", "arguments"], rows)])
+
+    def _scores(self) -> Section | None:
+        if not self.scored:
+            return Section("Scores", "No run that is scored is done.")
+        means = self._by_task("score")
+        rows, differences = [], []
+        for method in self.methods:
+            if any(method in means[task] for task in self.tasks):
+                rows.append([method, *self._cells(means, method), self._average(means, method)])
+        for method in self.methods[1:]:
+            found = {task: self._difference(task, method) for task in self.tasks}
+            if any(found.values()):
+                differences.append(
+                    [method, *(self._change(found[task]) for task in self.tasks), *self._over_tasks(found)]
+                )
+        several = len(self.tasks) > 1
+        tables = [
+            Table(
+                ["method", *self.tasks, *["mean of tasks"] * several],
+                [row if several else row[:-1] for row in rows],
+                f"{self.unit.capitalize()}: mean ± half of the 95 % interval (Student's t), in brackets the standard deviation over the seeds.",
+            )
+        ]
+        if differences:
+            note = f"Mean difference to {self.comparison.first} on equal seeds, with the 95 % interval: one that has 0 in it is no difference that these runs show."
+            if several:
+                note += (
+                    " Over the tasks: mean difference, on how many tasks better, and p of Wilcoxon's signed-rank test, two-sided; of "
+                    f"{len(self.tasks)} tasks the smallest that it can be is {smallest_probability(len(self.tasks)):.2g}."
+                )
+            tables.append(Table(["method", *self.tasks, *["over the tasks"] * several], differences, note))
+        shown = [self._draw("scores.png", pictures.scores, {t: self._scaled(means[t]) for t in self.tasks}, self.unit)]
+        with_course = {task: self._courses(task) for task in self.tasks if self._courses(task)}
+        if with_course:
+            shown.append(self._draw("courses.png", pictures.courses, with_course, self.unit))
+        return Section("Scores", "", tables, shown)
+
+    def _paper(self) -> Section | None:
+        """The paper's figures, beside what was seen here."""
+        reported = self.comparison.paper.get("rows", {})
+        if not reported:
+            return None
+        means = self._by_task("score") if self.scored else {}
+        tasks = list(self.comparison.tasks)
+        rows = []
+        for method, values in reported.items():
+            rows.append([f"{method} (paper)", *(str(values.get(task, "")) for task in tasks)])
+            if method in self.comparison.methods and self.scored:
+                seen = [self._cell(means[task][method]) if method in means.get(task, {}) else "" for task in tasks]
+                rows.append([f"{method} (here)", *seen])
+        return Section(
+            self.comparison.paper.get("title", "Beside the paper"),
+            self.comparison.paper.get("text", ""),
+            [Table(["method", *tasks], rows)],
+        )
+
+    def _times(self) -> Section | None:
+        if not self.seconds:
+            return None
+        first, ratio = self.comparison.first, ratios(self.seconds, self.comparison.first)
+        rows = [
+            [
+                method,
+                f"{sorted(found)[len(found) // 2]:.3g}",
+                f"{min(found):.3g} - {max(found):.3g}",
+                f"{ratio[method]:.2f}",
+            ]
+            for method, found in self.seconds.items()
+        ]
+        timing = self.comparison.time
+        note = (
+            f"Median over {len(self.seconds[first])} round(s) of {timing.steps} steps, in which the methods take turns and have the machine for "
+            f"themselves, started with {timing.launch}; the ratio is the median of those within each round."
+        )
+        shown = []
+        if self.scored:
+            means = self._by_task("score")
+            factors = {**{method: ratio[method] for method in self.seconds}, **self.longer}
+            points = {
+                task: {m: (mean([factors[m]]), self._scale(found)) for m, found in means[task].items() if m in factors}
+                for task in self.tasks
+            }
+            shown = [self._draw("time.png", pictures.against, points, f"time of a run, of {first}'s", self.unit)]
+        return Section(
+            "Time", "", [Table(["method", "seconds per step", "range", f"of {first}'s"], rows, note)], shown
+        )
+
+    def _sharpness(self) -> Section | None:
+        measured = [row for row in self.scored if row["sharpness"] is not None]
+        if not measured:
+            return None
+        sharp, scores = self._by_task("sharpness"), self._by_task("score")
+        rows = [
+            [m, *(self._plain(sharp[t].get(m)) for t in self.tasks)]
+            for m in self.methods
+            if any(m in sharp[t] for t in self.tasks)
+        ]
+        points = {
+            task: {m: (sharp[task][m], self._scale(scores[task][m])) for m in sharp[task]}
+            for task in self.tasks
+            if sharp[task]
+        }
+        note = "Rise of the loss on held-out batches at the trained weights, by a step of the same length for all methods along their gradient; mean ± half of the 95 % interval."
+        picture = self._draw("sharpness.png", pictures.against, points, "sharpness (rise of the loss)", self.unit)
+        return Section("Sharpness", "", [Table(["method", *self.tasks], rows, note)], [picture])
+
+    def _chosen(self) -> Section | None:
+        """What was chosen, from what."""
+        if not self.tried:
+            return None
+        values = {
+            (row["task"], row["method"]): row["values"]
+            for row in self.scored
+            if row["method"] in self.comparison.methods
+        }
+        rows = [
+            [method, *(values.get((task, method), "-") or "-" for task in self.tasks)]
+            for method in self.comparison.methods
+        ]
+        choice = self.comparison.choose
+        counts = {len(each) for each in choice.values.values()}
+        note = (
+            f"Of {counts.pop()} combinations for every method, by the mean score over {len(choice.seeds)} seed(s) of runs with "
+            f"{as_text(choice.arguments)}: on a part of the training data, which is not scored above."
+        )
+        shown = [self._draw("sweeps.png", pictures.sweeps, sweeps, self.unit)] if (sweeps := self._sweeps()) else []
+        return Section("Chosen settings", "", [Table(["method", *self.tasks], rows, note)], shown)
+
+    def _failures(self) -> Section | None:
+        if not self.failed:
+            return None
+        return Section("Runs that failed", "\n\n".join(told(each, self.folder) for each in self.failed))
+
+    # ---- Figures ----
+
+    def _by_task(self, column: str) -> dict[str, dict[str, Mean]]:
+        values: dict[str, dict[str, list[float]]] = {task: defaultdict(list) for task in self.tasks}
+        for row in self.scored:
+            if row[column] is not None:
+                values[row["task"]][row["method"]].append(row[column])
+        return {task: {method: mean(found) for method, found in of_task.items()} for task, of_task in values.items()}
+
+    def _of(self, task: str, method: str) -> dict[int, float]:
+        return {row["seed"]: row["score"] for row in self.scored if (row["task"], row["method"]) == (task, method)}
+
+    def _difference(self, task: str, method: str) -> Mean | None:
+        return difference(self._of(task, method), self._of(task, self.comparison.first))
+
+    def _over_tasks(self, found: Mapping[str, Mean | None]) -> list[str]:
+        if len(self.tasks) < 2:
+            return []
+        # Of losses less is better.
+        signs = {task: -1 if is_less_better(self.comparison.metrics[task]) else 1 for task in self.tasks}
+        better = [signs[task] * each.value for task, each in found.items() if each is not None]
+        whole = over_tasks(better)
+        if whole is None:
+            return ["-"]
+        scale = 100 if self.percent else 1
+        return [
+            f"{scale * whole.mean:+.{self.digits}f}; better on {whole.better} of {whole.tasks}; p {whole.probability:.2g}"
+        ]
+
+    def _average(self, means: Mapping[str, Mapping[str, Mean]], method: str) -> str:
+        """Over the tasks, where the method has all of them."""
+        found = [means[task][method].value for task in self.tasks if method in means[task]]
+        return self._number(sum(found) / len(found)) if len(found) == len(self.tasks) else "-"
+
+    def _courses(self, task: str) -> dict[str, list[list[list[float]]]]:
+        scale, found = 100 if self.percent else 1, defaultdict(list)
+        for row in self.scored:
+            if row["task"] == task and len(row["course"]) > 1:
+                found[row["method"]].append([[step, scale * score] for step, score in row["course"]])
+        return dict(found)
+
+    def _sweeps(self) -> dict[tuple[str, str], dict[str, list[tuple[float, list[float]]]]]:
+        """Scores by value of each numeric setting that was chosen, over all that was tried with it."""
+        found: dict[tuple[str, str], dict[str, dict[float, list[float]]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(list))
+        )
+        scale = 100 if self.percent else 1
+        for row in self.tried:
+            words = row["values"].split()
+            for name, value in zip(words[::2], words[1::2], strict=True):
+                if _is_number(value):
+                    of_method = found[row["task"], name.removeprefix("--")][row["method"]]
+                    of_method[float(value)].append(scale * row["score"])
+        several = {key: {m: points for m, points in each.items() if len(points) > 1} for key, each in found.items()}
+        return {key: {m: list(points.items()) for m, points in each.items()} for key, each in several.items() if each}
+
+    def _draw(self, name: str, draw: Callable[..., None], what: Any, *labels: str) -> Picture:
+        file = self.folder / name
+        draw(what, self.look, *labels, file)
+        return Picture(file, (draw.__doc__ or "").split("\n")[0])
+
+    # ---- Numbers ----
+
+    @property
+    def digits(self) -> int:
+        return 1 if self.percent else 4
+
+    def _scale(self, each: Mean) -> Mean:
+        scale = 100 if self.percent else 1
+        return Mean(scale * each.value, scale * each.deviation, scale * each.half, each.count)
+
+    def _scaled(self, found: Mapping[str, Mean]) -> dict[str, Mean]:
+        return {method: self._scale(each) for method, each in found.items()}
+
+    def _number(self, value: float) -> str:
+        return f"{(100 if self.percent else 1) * value:.{self.digits}f}"
+
+    def _cells(self, means: Mapping[str, Mapping[str, Mean]], method: str) -> list[str]:
+        return [self._cell(means[task].get(method)) for task in self.tasks]
+
+    def _cell(self, each: Mean | None) -> str:
+        if each is None:
+            return "-"
+        if each.count == 1:
+            return self._number(each.value)
+        return f"{self._number(each.value)} ± {self._number(each.half)} ({self._number(each.deviation)})"
+
+    def _change(self, each: Mean | None) -> str:
+        if each is None:
+            return "-"
+        scaled = self._scale(each)
+        if each.count == 1:
+            return f"{scaled.value:+.{self.digits}f}"
+        low, high = scaled.interval
+        return f"{scaled.value:+.{self.digits}f} ({low:+.{self.digits}f} to {high:+.{self.digits}f})"
+
+    def _plain(self, each: Mean | None) -> str:
+        if each is None:
+            return "-"
+        return f"{each.value:.3g}" if math.isnan(each.half) else f"{each.value:.3g} ± {each.half:.2g}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
