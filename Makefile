@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench bench-scaling bench-memory bench-variants test-gpu docs docs-links wheel test-versions clean
+.PHONY: help demo test test-all test-whole lint bench bench-scaling bench-memory bench-variants test-gpu docs docs-links wheel test-versions clean
 
 help: ## Show the targets
 	@grep -E '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test: lint ## Lint, then a test of every property, two files at a time (under 6 
 
 test-all: lint ## Lint, then all tests that need no GPU: every combination, all optimizers, launchers, benchmarks, the documentation
 	$(BIN)/python -m pytest $(TWO_FILES) -m "not gpu" $(PYTEST_ARGS)
+
+test-whole: .venv ## What test-all has and test has not
+	$(BIN)/python -m pytest $(TWO_FILES) -m "whole and not gpu" $(PYTEST_ARGS)
 
 lint: .venv ## Check style and formatting
 	$(BIN)/ruff check .
