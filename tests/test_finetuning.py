@@ -18,6 +18,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from hf_sampa import SAMPaTrainingArguments
 from hf_sampa.finetuning import UNUSED, FineTuningArguments, corrupt_labels, parse_arguments, train_and_score
+from hf_sampa.finetuning.step_times import StepTimes
 from hf_sampa.variants import VARIANTS
 
 
@@ -292,6 +293,9 @@ class Recorder:
     def is_world_process_zero(self):
         return True
 
+    def add_callback(self, callback):
+        """One that times steps, of which there are none."""
+
     def predict(self, dataset, metric_key_prefix):
         self.calls.append(("predict", dataset))
         return PredictionOutput(None, None, {f"{metric_key_prefix}_accuracy": 0.5})
@@ -302,6 +306,18 @@ class Recorder:
             return {"eval_accuracy": 1.0} if name == "evaluate" else SimpleNamespace(metrics={"train_loss": 0.5})
 
         return call
+
+
+def test_the_time_of_a_step_is_the_median_from_end_to_end(monkeypatch):
+    """Of a first step, an evaluation or a save it says nothing."""
+    times = StepTimes()
+    assert times.metrics() == {}
+    for now in (9.0, 10.0, 11.0, 12.5, 99.0, 100.0):
+        monkeypatch.setattr("time.perf_counter", lambda now=now: now)
+        times.on_step_end()
+    assert times.metrics() == {"train_seconds_per_step": 1.0}
+    times.on_train_begin()
+    assert times.metrics() == {}
 
 
 def kept(split, metrics):

@@ -530,16 +530,10 @@ def test_sizes_that_the_launcher_knows_are_those_of_a_role(on_shards, tmp_path):
 # ---- What is refused, and what fails ----
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (
-            {"fsdp": True, "fsdp_config": sharded.DEFAULTS},
-            "fsdp: expected processes with a device of their own.*got 2 process.* on cpu",
-        ),
-    ],
-)
-def test_shards_on_a_cpu_are_refused(tmp_path, changes, words):
+@pytest.mark.parametrize("sizes", [None, ParallelismConfig(dp_replicate_size=1, dp_shard_size=1)], ids=["", "sizes"])
+def test_shards_on_a_cpu_are_refused(tmp_path, sizes):
+    changes = {"fsdp": True, "fsdp_config": sharded.DEFAULTS, "parallelism_config": sizes}
+    words = "fsdp: expected processes with a GPU each, got 2 process.* on cpu.* as --config cpu_2_processes"
     with pytest.raises(RankFailed, match=words):
         run_ranks(trained_plainly, 2, tmp_path, changes, folder=tmp_path / "ranks")
 
