@@ -15,10 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import run_glue
+import torch
 import yaml
+from make_sample import make_tiny_bert
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from hf_sampa.compare import choosing, command, config, figures
+from hf_sampa.compare import choosing, command, config, figures, landscape
 from hf_sampa.compare.carry_out import Executor, slots
 from hf_sampa.compare.runs import choosing as choosing_runs
 from hf_sampa.compare.runs import scored, timed
@@ -201,6 +205,49 @@ def test_over_tasks_by_the_signed_rank_test():
 # ---- Carried out ----
 
 
+def test_a_search_finds_again_what_it_found(tmp_path, stubbed):
+    """By ranges: all methods have as many trials, and a second call runs nothing."""
+    ranges = {"low": 0.001, "high": 0.1, "log": True}
+    choose = {
+        "arguments": {"train_val_split": 0.2},
+        "seeds": [7, 8],
+        "trials": 4,
+        "values": {
+            "AdamW": {"learning_rate": ranges},
+            "SAM": {"rho": {"low": 0, "high": 1}},
+            "SAMPa": {"rho": ranges},
+        },
+    }
+    file = written(tmp_path, choose=choose, tasks={"A": {}}, seeds=[1])
+    stubbed(file, "--search", "4")
+    of_choosing = [call for call in calls(tmp_path / "out") if "train_val_split" in call]
+    assert len(of_choosing) == 3 * 4 * 2
+    rates = {float(call["learning_rate"]) for call in of_choosing if call["method"] == "adamw"}
+    assert len(rates) == 4 and all(0.001 <= rate <= 0.1 for rate in rates)
+    scored_with = [call for call in calls(tmp_path / "out") if "train_val_split" not in call]
+    # The stub's score grows with the learning rate.
+    assert float(next(c for c in scored_with if c["method"] == "adamw")["learning_rate"]) == max(rates)
+    assert "Of 4 trials for every method" in (tmp_path / "out" / "report.md").read_text()
+    before = len(calls(tmp_path / "out"))
+    stubbed(written(tmp_path, choose={**choose, "trials": 4}, tasks={"A": {}}, seeds=[1]))
+    assert len(calls(tmp_path / "out")) == before
+
+
+@pytest.mark.parametrize(
+    ("ranges", "words"),
+    [
+        ([1, 2], "choose: values: SAM: rho: expected names with values"),
+        ({"low": 1, "high": 1}, "rho: expected low below high, and above 0 with log"),
+        ({"low": 0, "high": 1, "log": True}, "rho: expected low below high, and above 0 with log"),
+    ],
+)
+def test_ranges_that_are_none(tmp_path, ranges, words):
+    methods = {"SAM": {"method": "sam"}}
+    choose = {"arguments": {}, "seeds": [1], "trials": 2, "values": {"SAM": {"rho": ranges}}}
+    with pytest.raises(ValueError, match=words):
+        config.read(written(tmp_path, methods=methods, choose=choose))
+
+
 @pytest.fixture
 def stubbed(monkeypatch):
     """Comparisons in this process whose runs are the stub's."""
@@ -333,3 +380,52 @@ def test_what_a_command_line_says_wrong_is_told(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main([str(tmp_path / "none.yaml")])
     assert stop.value.code == 2 and "none.yaml" in capsys.readouterr().err
+
+
+# ---- Around the weights ----
+
+
+def test_directions_have_the_lengths_of_the_filters():
+    own = {"w": torch.tensor([[3.0, 4.0], [0.0, 2.0]]), "b": torch.ones(2), "ids": torch.arange(2)}
+    one, other = landscape.random_directions(own, 2)
+    assert one.keys() == {"w"}
+    assert one["w"].norm(dim=1).tolist() == pytest.approx([5, 2])
+    assert not torch.equal(one["w"], other["w"])
+    again, _ = landscape.random_directions({**own, "w": 2 * own["w"]}, 2)
+    torch.testing.assert_close(again["w"], 2 * one["w"])
+    assert torch.equal(landscape.mixed(own, {**own, "b": torch.zeros(2)}, 0.25)["b"], torch.full((2,), 0.75))
+
+
+def test_losses_between_and_around(tmp_path):
+    weights = {"A": torch.tensor([[1.0, 0.0]]), "B": torch.tensor([[0.0, 1.0]])}
+    for method, w in weights.items():
+        (tmp_path / method).mkdir()
+        save_file({"w": w}, tmp_path / method / "model.safetensors")
+    job = {"folders": {method: str(tmp_path / method) for method in weights}, "points": 8, "directions": 2}
+    found = landscape.losses(job, lambda weights, folder: weights["w"].square().sum().item())
+    assert found["methods"] == ["A", "B"]
+    assert found["way"][2] == 0 and found["way"][6] == 1 and found["distances"][4] == 0
+    assert found["between"][2] == found["between"][6] == 1 and found["between"][4] == pytest.approx(0.5)
+    for lines in found["around"].values():
+        assert len(lines) == 2 and all(line[4] == pytest.approx(1) for line in lines)
+        # |x + d| and |x - d| of a direction as long as x.
+        assert all(line[0] + line[8] == pytest.approx(4) for line in lines)
+
+
+def test_a_script_scores_moved_weights(tmp_path):
+    """The real one, at its own weights and at others."""
+    root = Path(__file__).parents[1]
+    make_tiny_bert(tmp_path / "bert")
+    arguments = {"task_name": "sst2", "data_dir": root / "glue" / "sample", "max_eval_samples": 40, "use_cpu": True}
+    trained = {
+        "model_name_or_path": tmp_path / "bert",
+        "max_train_samples": 40,
+        "num_train_epochs": 1,
+        "save_strategy": "no",
+    }
+    metrics = run_glue.main(config.as_words({**arguments, **trained, "output_dir": tmp_path / "A", "method": "adamw"}))
+    loss_at = landscape.script_at(root / "glue" / "run_glue.py", {**arguments, "do_train": False})
+    weights = load_file(tmp_path / "A" / "model.safetensors")
+    assert loss_at(weights, tmp_path / "A") == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    moved = landscape.moved(weights, next(landscape.random_directions(weights, 1)), 1.0)
+    assert loss_at(moved, tmp_path / "A") != pytest.approx(metrics["eval_loss"], rel=1e-3)

@@ -223,9 +223,11 @@ def _found(output: Path, metric: str) -> dict[str, Any]:
     metrics = json.loads((output / "all_results.json").read_text(encoding="utf-8"))
     history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     name = metric if metric.startswith(("eval_", "test_")) else f"eval_{metric}"
-    if "eval_loss" in metrics and name not in metrics:
-        scores = ", ".join(each.removeprefix("eval_") for each in metrics if each.startswith("eval_"))
-        raise ValueError(f"metric: expected one of {scores}, got {metric}. Correct it in the configuration.")
+    scores = [each.removeprefix("eval_") for each in metrics if each.startswith("eval_")]
+    if scores and name not in metrics:
+        raise ValueError(
+            f"metric: expected one of {', '.join(scores)}, got {metric}. Correct it in the configuration."
+        )
     course = [[line["step"], line[name]] for line in history if name in line]
     last = {}
     for line in history:

@@ -8,19 +8,20 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from ..files import in_place_of
-from . import choosing, config, report
+from . import choosing, config, landscape, report
 from .carry_out import Executor, slots
 from .config import Comparison
 from .findings import Findings
 from .rows import rows, write_csv, write_dataset
-from .runs import CHOOSE, SCORE, TIME, scored, timed
+from .runs import CHOOSE, SCORE, TIME, Run, scored, timed
 from .runs import choosing as choosing_runs
+from .search import search
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--jobs", type=_positive, help="runs at a time (default: one for each GPU, or each core of the CPU)"
+    )
+    made.add_argument(
+        "--search", type=_positive, metavar="TRIALS", help="choose settings by so many trials within ranges"
     )
     made.add_argument("--report", action="store_true", help="write the report of what is done, and run nothing")
     return made
@@ -59,12 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = parser().parse_args(argv)
     try:
-        comparison = config.read(options.config)
+        comparison = config.read(options.config, options.search)
         root = (options.output_dir or Path("out/compare") / comparison.name).resolve()
         root.mkdir(parents=True, exist_ok=True)
         with _ended_by_signals():
             failed = compare(comparison, root, options.jobs, run=not options.report)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         parser().error(str(error))
     if failed:
         sys.exit(
@@ -78,9 +82,14 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
     if run:
         _prepare(comparison, root)
 
-    tried = list(choosing_runs(comparison))
-    if run:
-        executor.carry_out(tried, shared, CHOOSE)
+    def try_out(runs: Sequence[Run]) -> None:
+        if run:
+            executor.carry_out(runs, shared, CHOOSE)
+
+    if comparison.choose and comparison.choose.trials:
+        tried = [each for _, runs in search(comparison, try_out, root) for each in runs]
+    else:
+        try_out(tried := list(choosing_runs(comparison)))
     chosen = choosing.settings(comparison, tried, root)
 
     rounds = list(timed(comparison, chosen))
@@ -93,11 +102,13 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
     if run:
         executor.carry_out(compared, shared, SCORE)
 
+    around = landscape.measure(comparison, compared, root, run)
+
     found = rows([*tried, *(each for runs in rounds for each in runs), *compared], comparison.script.name, root)
     write_csv(found, root / "results.csv")
     if found:
         write_dataset(found, root / "results.parquet")
-    sections = Findings(comparison, found, longer, seconds, executor.failed, root).sections()
+    sections = Findings(comparison, found, longer, seconds, executor.failed, root, around).sections()
     files = report.write(comparison.name, sections, root)
     print(report.as_markdown(comparison.name, sections))
     print("\n".join(f"{form}: {file}" for form, file in {**files, "csv": root / "results.csv"}.items()))

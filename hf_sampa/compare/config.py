@@ -16,14 +16,15 @@
     choose:                             # settings that are chosen for each method and task, before anything is scored
       arguments: {train_val_split: 0.2} # which make the script score on a part of the training data
       seeds: [101]
-      values:                           # as many combinations for each method
-        AdamW: {learning_rate: [1e-5, 2e-5, 5e-5]}
-        SAMPa: {rho: [0.01, 0.05, 0.1]}
+      values:                           # as many combinations for each method; or, with trials: 8, ranges for a search
+        AdamW: {learning_rate: [1.0e-5, 2.0e-5, 5.0e-5]}
+        SAMPa: {rho: [0.01, 0.05, 0.1]} # with trials: {rho: {low: 0.01, high: 0.2, log: true}}
     time:                               # seconds per step, of runs that have the machine for themselves
       launch: cpu_2_processes
       steps: 20
       rounds: 3
     equal_time: SAMPa                   # the first method once more, with as many epochs as take the time of this one
+    landscape: {task: SST-2, seed: 1}   # the loss between the first and the last method's weights, and around each
     launch: one_process                 # of all other runs
 """
 
@@ -48,12 +49,26 @@ OWN = ("output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir")
 
 
 @dataclass(frozen=True)
+class Range:
+    """Of the values of a setting, both ends among them; `log`: as likely between 0.01 and 0.1 as between 0.1 and 1."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
 class Choice:
-    """Of settings, by what a method scores with them on a part of the training data."""
+    """Of settings, by what a method scores with them on a part of the training data.
+
+    Either of combinations of values, or by so many trials within ranges.
+    """
 
     arguments: Arguments
     seeds: tuple[int, ...]
-    values: Mapping[str, tuple[Arguments, ...]]  # combinations by method
+    values: Mapping[str, tuple[Arguments, ...]] = field(default_factory=dict)  # combinations by method
+    ranges: Mapping[str, Mapping[str, Range]] = field(default_factory=dict)  # by method and setting
+    trials: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,17 @@ class Timing:
     steps: int = 20
     rounds: int = 3
     arguments: Arguments = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Of which runs the loss is looked at around the weights; `arguments` with which the script scores these, None for none."""
+
+    task: str
+    seed: int
+    points: int = 12
+    directions: int = 2
+    arguments: Mapping[str, Value | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +107,7 @@ class Comparison:
     choose: Choice | None = None
     time: Timing | None = None
     equal_time: str | None = None
+    landscape: Landscape | None = None
     prepare: tuple[str, ...] = ()
     paper: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,8 +117,8 @@ class Comparison:
         return next(iter(self.methods))
 
 
-def read(file: Path) -> Comparison:
-    """The comparison that a YAML file describes.
+def read(file: Path, trials: int | None = None) -> Comparison:
+    """The comparison that a YAML file describes; with `trials`, by a search within the ranges under choose.
 
     Raises:
         ValueError: the file is no YAML, or says something that cannot be run or would not be fair.
@@ -101,20 +128,24 @@ def read(file: Path) -> Comparison:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: expected YAML, got something else: {error}") from error
-    return _Reader(file).comparison(given)
+    return _Reader(file, trials).comparison(given)
 
 
 class _Reader:
     """Takes a file's content apart; every complaint names the file and the place in it."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, trials: int | None = None):
+        self.file, self.trials = file, trials
 
     def comparison(self, given: Any) -> Comparison:
         needed = ("script", "tasks", "methods", "metric", "seeds")
-        others = ("arguments", "launch", "choose", "time", "equal_time", "prepare", "paper")
+        others = ("arguments", "launch", "choose", "time", "equal_time", "landscape", "prepare", "paper")
         given = self._section(given, "", needed, others)
         tasks, methods = (self._named(given[name], name) for name in ("tasks", "methods"))
+        if self.trials and not given.get("choose"):
+            self._fail(
+                "choose", "ranges for a search", None, "Add the section; see python -m hf_sampa.compare --help."
+            )
         choose = self._choice(given["choose"], methods) if given.get("choose") else None
         made = Comparison(
             name=self.file.stem,
@@ -128,6 +159,7 @@ class _Reader:
             choose=choose,
             time=self._timing(given["time"]) if given.get("time") else None,
             equal_time=given.get("equal_time"),
+            landscape=self._landscape(given["landscape"], tasks, given["seeds"]) if given.get("landscape") else None,
             prepare=tuple(self._list(given.get("prepare") or [], "prepare")),
             paper=given.get("paper") or {},
         )
@@ -139,14 +171,15 @@ class _Reader:
         raise ValueError(f"{self.file}: {place}: expected {expected}, got {got!r}. {way_out}")
 
     def _section(self, given: Any, place: str, needed: tuple[str, ...], others: tuple[str, ...]) -> dict[str, Any]:
+        where = place.removesuffix(": ") or "the file"
         if not isinstance(given, dict):
-            self._fail(place or "the file", "names with values", given, "See python -m hf_sampa.compare --help.")
+            self._fail(where, "names with values", given, "See python -m hf_sampa.compare --help.")
         for name in needed:
             if name not in given:
                 self._fail(f"{place}{name}", "a value", None, "Add it.")
         unknown = [name for name in given if name not in needed + others]
         if unknown:
-            self._fail(place or "the file", f"only {', '.join(needed + others)}", unknown[0], "Leave it out.")
+            self._fail(where, f"only {', '.join(needed + others)}", unknown[0], "Leave it out.")
         return given
 
     def _named(self, given: Any, place: str) -> dict[str, Arguments]:
@@ -197,20 +230,43 @@ class _Reader:
         return given
 
     def _choice(self, given: Any, methods: Mapping[str, Arguments]) -> Choice:
-        given = self._section(given, "choose: ", ("arguments", "seeds", "values"), ())
-        values = given["values"]
+        given = self._section(given, "choose: ", ("arguments", "seeds", "values"), ("trials",))
+        values, trials = given["values"], self.trials or given.get("trials", 0)
         if not isinstance(values, dict) or values.keys() != methods.keys():
             self._fail("choose: values", f"values for each of {', '.join(methods)}", values, "Give each its own.")
+        if type(trials) is not int or trials < 0:
+            self._fail("choose: trials", "a whole number", trials, "Correct it.")
+        common = (
+            self._arguments(given["arguments"], "choose: arguments"),
+            self._seeds(given["seeds"], "choose: seeds"),
+        )
+        if trials:
+            return Choice(
+                *common, ranges={name: self._ranges(each, name) for name, each in values.items()}, trials=trials
+            )
         combinations = {name: tuple(self._combinations(each, name)) for name, each in values.items()}
         counts = {name: len(each) for name, each in combinations.items()}
         if len(set(counts.values())) > 1:
             way_out = "Who may try more finds more by chance: give every method as many combinations."
             self._fail("choose: values", "as many combinations for every method", counts, way_out)
-        return Choice(
-            self._arguments(given["arguments"], "choose: arguments"),
-            self._seeds(given["seeds"], "choose: seeds"),
-            combinations,
-        )
+        return Choice(*common, combinations)
+
+    def _ranges(self, given: Any, name: str) -> dict[str, Range]:
+        place = f"choose: values: {name}"
+        if not isinstance(given, dict) or not given:
+            self._fail(place, "ranges by argument", given, "Write for example rho: {low: 0.01, high: 0.2, log: true}.")
+        found = {}
+        for argument, each in given.items():
+            each = self._section(each, f"{place}: {argument}: ", ("low", "high"), ("log",))
+            ends = (each["low"], each["high"])
+            if (
+                not all(type(end) in (int, float) for end in ends)
+                or not ends[0] < ends[1]
+                or (each.get("log") and ends[0] <= 0)
+            ):
+                self._fail(f"{place}: {argument}", "low below high, and above 0 with log", each, "Correct it.")
+            found[argument] = Range(**each)
+        return found
 
     def _combinations(self, given: Any, name: str) -> Iterator[dict[str, Value]]:
         place = f"choose: values: {name}"
@@ -228,6 +284,23 @@ class _Reader:
             if type(getattr(made, name)) is not int or getattr(made, name) < 1:
                 self._fail(f"time: {name}", "a whole number of at least 1", getattr(made, name), "Correct it.")
         self._arguments(made.arguments, "time: arguments")
+        return made
+
+    def _landscape(self, given: Any, tasks: Mapping[str, Arguments], seeds: list[int]) -> Landscape:
+        given = self._section(given, "landscape: ", (), ("task", "seed", "points", "directions", "arguments"))
+        made = Landscape(**{"task": next(iter(tasks)), "seed": seeds[0], **given})
+        if made.task not in tasks:
+            self._fail("landscape: task", f"one of {', '.join(tasks)}", made.task, "Correct it.")
+        if made.seed not in seeds:
+            self._fail("landscape: seed", f"one of the seeds {', '.join(map(str, seeds))}", made.seed, "Correct it.")
+        for name, least in (("points", 4), ("directions", 1)):
+            if type(getattr(made, name)) is not int or getattr(made, name) < least or getattr(made, name) % least:
+                self._fail(
+                    f"landscape: {name}", f"a whole number of at least {least}", getattr(made, name), "Correct it."
+                )
+        self._arguments(
+            {name: each for name, each in made.arguments.items() if each is not None}, "landscape: arguments"
+        )
         return made
 
     def _check_equal_time(self, made: Comparison) -> None:

@@ -31,6 +31,7 @@ class Findings:
         seconds: per step, by method, a value for each round.
         failed: the runs that failed.
         folder: of the pictures, and of the runs.
+        landscape: from `landscape.measure`.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Findings:
         seconds: Mapping[str, list[float]],
         failed: Sequence[Failed],
         folder: Path,
+        landscape: Mapping[str, Any] | None = None,
     ):
         self.comparison, self.longer, self.seconds, self.failed = comparison, longer, seconds, failed
-        self.folder = folder
+        self.folder, self.landscape = folder, landscape
         self.scored = [row for row in rows if row["phase"] == SCORE and row["score"] is not None]
         self.tried = [row for row in rows if row["phase"] == CHOOSE and row["score"] is not None]
         self.methods = [*comparison.methods, *longer]
@@ -59,7 +61,16 @@ class Findings:
         )
 
     def sections(self) -> list[Section]:
-        parts = [self._what, self._scores, self._paper, self._times, self._sharpness, self._chosen, self._failures]
+        parts = [
+            self._what,
+            self._scores,
+            self._paper,
+            self._times,
+            self._sharpness,
+            self._landscape,
+            self._chosen,
+            self._failures,
+        ]
         return [section for part in parts if (section := part()) is not None]
 
     # ---- Text ----
@@ -190,6 +201,19 @@ class Findings:
         picture = self._draw("sharpness.png", pictures.against, points, "sharpness (rise of the loss)", self.unit)
         return Section("Sharpness", "", [Table(["method", *self.tasks], rows, note)], [picture])
 
+    def _landscape(self) -> Section | None:
+        """The loss around the weights."""
+        if self.landscape is None:
+            return None
+        asked = self.comparison.landscape
+        text = (
+            f"Of {asked.task}, seed {asked.seed}: the loss on the evaluation data between the weights of {' and '.join(self.landscape['methods'])}, "
+            "and along random directions, normalised by filter, the same ones for all methods."
+        )
+        return Section(
+            "Around the weights", text, [], [self._draw("landscape.png", pictures.landscape, self.landscape)]
+        )
+
     def _chosen(self) -> Section | None:
         """What was chosen, from what."""
         if not self.tried:
@@ -204,9 +228,9 @@ class Findings:
             for method in self.comparison.methods
         ]
         choice = self.comparison.choose
-        counts = {len(each) for each in choice.values.values()}
+        count = choice.trials or len(choice.values[self.comparison.first])
         note = (
-            f"Of {counts.pop()} combinations for every method, by the mean score over {len(choice.seeds)} seed(s) of runs with "
+            f"Of {count} {'trials' if choice.trials else 'combinations'} for every method, by the mean score over {len(choice.seeds)} seed(s) of runs with "
             f"{as_text(choice.arguments)}: on a part of the training data, which is not scored above."
         )
         shown = [self._draw("sweeps.png", pictures.sweeps, sweeps, self.unit)] if (sweeps := self._sweeps()) else []

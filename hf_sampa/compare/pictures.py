@@ -113,6 +113,27 @@ def sweeps(
     figure.savefig(file)
 
 
+def landscape(found: Mapping[str, Any], look: Look, file: Path) -> None:
+    """The loss between the weights of two methods, and along random directions from those of each, a thin line for each direction."""
+    first, last = found["methods"]
+    figure, (between, around) = _panels(["between two methods", "along random directions"], height=3.0)
+    between.plot(found["way"], found["between"], color="#555555", marker=".", linewidth=1.2)
+    for place, method in ((0, first), (1, last)):
+        between.axvline(place, color=look.of(method)["color"], linewidth=1, linestyle="--")
+    between.set(xlabel=f"0: {first}, 1: {last}", ylabel="evaluation loss")
+    for method, lines in found["around"].items():
+        for line in lines:
+            around.plot(found["distances"], line, color=look.of(method)["color"], linewidth=0.6, alpha=0.5)
+        means = [mean(values).value for values in zip(*lines, strict=True)]
+        around.plot(found["distances"], means, linewidth=1.8, markersize=4, **look.of(method))
+    around.set(xlabel="distance, of each filter's length", ylabel="evaluation loss")
+    for axes in (between, around):
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    _legend(figure, [around])
+    figure.savefig(file)
+
+
 def _panels(titles: Sequence[str], height: float = 2.6) -> tuple[Figure, list[Axes]]:
     across = min(WIDE, math.ceil(math.sqrt(len(titles))))
     down = -(-len(titles) // across)

@@ -54,12 +54,18 @@ class Run:
 
 
 def choosing(comparison: Comparison) -> Iterator[Run]:
-    """Those by which settings are chosen."""
+    """Those by which settings are chosen from lists of values."""
     choice = comparison.choose
     for task, method in _pairs(comparison):
         for values in choice.values[method] if choice else ():
-            for seed in choice.seeds:
-                yield _run(comparison, CHOOSE, task, method, seed, {**choice.arguments, **values}, values=values)
+            yield from tried_with(comparison, task, method, values)
+
+
+def tried_with(comparison: Comparison, task: str, method: str, values: Arguments) -> Iterator[Run]:
+    """Those that try `values`, one for each seed that settings are chosen with."""
+    choice = comparison.choose
+    for seed in choice.seeds:
+        yield _run(comparison, CHOOSE, task, method, seed, {**choice.arguments, **values}, values=values)
 
 
 def timed(comparison: Comparison, chosen: Mapping[tuple[str, str], Arguments]) -> Iterator[list[Run]]:

@@ -111,6 +111,7 @@ class Gradients:
         self._trial = TRIAL_STEPS if overlap else 0
         self.first_pass, self._overlap = True, overlap  # the first pass shows how gradients come
         self._displacement: float | Tensor = 0.0  # ||x~_t - x_t||
+        self._on_their_way: dict[int, int] = {}  # buckets, with their versions
 
     def buckets(self) -> Buckets:
         """Room for one number per trained weight; the model's and others in buckets of their own, with norms of their own."""
@@ -184,7 +185,7 @@ class Gradients:
         taken for constants, their gradient for zero. A `local` gradient is neither averaged nor sent. On trial, a weight becomes NaN as soon
         as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
         """
-        sums = Sums(only)
+        sums, self._on_their_way = Sums(only), {}
         listening = self._listen()
         on_full = partial(self._send, role=role, into=into, weights=weights, x=x, local=local, sums=sums)
         self._recorder.start(into)
@@ -195,6 +196,7 @@ class Gradients:
                 last = i + 1 == len(micro_batches)
                 with self._recorder.record(into, on_full if last else None), self.weights.adding_up(not last):
                     losses.append(backward(micro_batch, role))
+        self._check_left_alone(into)
         for start in sums.held_back:
             start()
         self.exchange.finish()
@@ -261,6 +263,17 @@ class Gradients:
             sums.held_back.append(start)
         else:
             start()
+            # What goes on by itself changes gradients when another one starts, and not between the last one and the end of a pass.
+            self._on_their_way = {i: into.flats[i]._version for i in (*self._on_their_way, bucket)}
+
+    def _check_left_alone(self, grads: Buckets) -> None:
+        """Raise RuntimeError where gradients were changed after backward, which others have as they were before."""
+        changed = any(grads.flats[i]._version != version for i, version in self._on_their_way.items())
+        if changed and self.exchange.mesh.world_size > 1:
+            raise RuntimeError(
+                "overlap_exchange: expected gradients that training_step changes from the first step on, or never, but it began to in this "
+                "step, when they were on their way to the other processes. Set overlap_exchange=False, which sends them after backward."
+            )
 
     @contextmanager
     def _frozen(self, only: Sequence[bool] | None) -> Iterator[None]:

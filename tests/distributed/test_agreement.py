@@ -131,3 +131,27 @@ def test_ranks_that_drift_apart_end_the_run_within_a_step(tmp_path, change, mess
 def test_weights_that_differ_after_the_last_step_end_the_run(tmp_path):
     with pytest.raises(RankFailed, match=r"rank\(s\) 1 hold others than rank 0"):
         run_ranks(drift, 2, tmp_path, one_bit, 2, folder=tmp_path, timeout=60)
+
+
+class ChangesLate(SAMPaTrainer):
+    """Gradients after backward, from some step on."""
+
+    def training_step(self, *given, **named):
+        loss = super().training_step(*given, **named)
+        if self.state.global_step >= 5:
+            for param in self.model.parameters():
+                if param.grad is not None:
+                    param.grad.mul_(0.5)
+        return loss
+
+
+def changed_late(folder, changes):
+    args = tiny.arguments(folder, max_steps=8, **changes)
+    ChangesLate(model=tiny.bert(), args=args, train_dataset=tiny.sentences(64)).train()
+
+
+@pytest.mark.parametrize("changes", [{}, {"shard_optimizer": True}, {"method": "sam"}], ids=str)
+def test_gradients_that_are_changed_from_some_step_on_are_refused(tmp_path, changes):
+    with pytest.raises(RankFailed, match="but it began to in this step, .* Set overlap_exchange=False"):
+        run_ranks(changed_late, 2, tmp_path, changes, folder=tmp_path / "ranks")
+    run_ranks(changed_late, 2, tmp_path, {**changes, "overlap_exchange": False}, folder=tmp_path / "after")

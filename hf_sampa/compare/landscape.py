@@ -1,0 +1,163 @@
+"""The loss around trained weights: between those of two methods, and along random directions from those of each.
+
+Directions are normalised by filter (Li et al. 2018, arXiv 1712.09913, section 4): Gaussian, every row of a matrix scaled to the length of
+the weights' row; biases and norms stay. The script itself computes each loss, on its evaluation data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..files import in_place_of
+from .config import Comparison, as_words
+from .runs import Run
+
+
+WEIGHTS = "model.safetensors"
+Weights = dict[str, Tensor]
+
+
+def measure(comparison: Comparison, runs: Sequence[Run], root: Path, run: bool = True) -> dict[str, Any] | None:
+    """What ``landscape.json`` has: losses ``between`` the first and the last method, and ``around`` each, with the places.
+
+    Args:
+        comparison: its section landscape says of which task and seed.
+        runs: those that are scored; None comes of it while one of these is not done.
+        root: of the comparison's files.
+        run: whether to compute what is not there.
+
+    Raises:
+        RuntimeError: the script could not compute a loss.
+    """
+    asked = comparison.landscape
+    if asked is None:
+        return None
+    of = {each.method: each for each in runs if (each.task, each.seed) == (asked.task, asked.seed)}
+    of = {method: of[method] for method in comparison.methods if method in of and of[method].result(root)}
+    if len(of) < len(comparison.methods):
+        return None
+    job = {
+        "script": str(comparison.script),
+        "arguments": {name: value for name, value in _arguments(comparison).items() if value is not None},
+        "folders": {method: str(each.folder(root) / "output") for method, each in of.items()},
+        "points": asked.points,
+        "directions": asked.directions,
+    }
+    digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
+    file = root / "landscape.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if found.get("of") == digest:
+        return found
+    if not run:
+        return None
+    # In a process of its own, as the script's modules and what it sets are the script's.
+    ended = subprocess.run(
+        [sys.executable, "-m", "hf_sampa.compare.landscape"], input=json.dumps(job), stdout=subprocess.PIPE, text=True
+    )
+    if ended.returncode:
+        raise RuntimeError(
+            f"landscape: expected losses of trained models from {comparison.script.name}, got exit code {ended.returncode}; what it said "
+            "stands above. Set what it needs to score a folder of trained weights under landscape: arguments (null leaves an argument out)."
+        )
+    found = {"of": digest, **json.loads(ended.stdout)}
+    with in_place_of(file) as partial:
+        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def _arguments(comparison: Comparison) -> dict[str, Any]:
+    """With which the script scores trained weights."""
+    asked = comparison.landscape
+    return {**comparison.arguments, **comparison.tasks[asked.task], "do_train": False, **asked.arguments}
+
+
+def losses(job: Mapping[str, Any], loss_at: Callable[[Weights, Path], float]) -> dict[str, Any]:
+    """See `measure`. `loss_at` computes the loss of weights, like those in a folder."""
+    folders = {method: Path(folder) for method, folder in job["folders"].items()}
+    weights = {method: load_file(folder / WEIGHTS) for method, folder in folders.items()}
+    first, *_, last = folders
+    half = job["points"] // 2
+    way = [i / half - 0.5 for i in range(2 * half + 1)]  # -0.5 to 1.5, with 0 and 1 among them where half is even
+    distances = [i / half - 1 for i in range(2 * half + 1)]
+    total = len(way) + len(folders) * job["directions"] * len(distances)
+    with tqdm(total=total, desc="landscape", unit="loss") as bar:
+
+        def at(moved: Weights, folder: Path) -> float:
+            bar.update()
+            return loss_at(moved, folder)
+
+        between = [at(mixed(weights[first], weights[last], t), folders[first]) for t in way]
+        around = {
+            method: [
+                [at(moved(own, direction, r), folders[method]) for r in distances]
+                for direction in random_directions(own, job["directions"])
+            ]
+            for method, own in weights.items()
+        }
+    return {"methods": [first, last], "way": way, "between": between, "distances": distances, "around": around}
+
+
+def mixed(one: Weights, other: Weights, t: float) -> Weights:
+    """(1 - t) one + t other; what is no floating point number is `one`'s."""
+    return {
+        name: torch.lerp(value, other[name], t) if value.is_floating_point() else value for name, value in one.items()
+    }
+
+
+def moved(own: Weights, direction: Weights, distance: float) -> Weights:
+    return {name: value + distance * direction[name] if name in direction else value for name, value in own.items()}
+
+
+def random_directions(own: Weights, count: int) -> Iterator[Weights]:
+    """The same ones for all methods, but for the lengths."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        direction = {}
+        for name in sorted(own):
+            if own[name].is_floating_point() and own[name].ndim > 1:
+                drawn = torch.randn(own[name].shape, generator=generator).flatten(1)
+                rows = own[name].float().flatten(1).norm(dim=1, keepdim=True)
+                drawn *= rows / drawn.norm(dim=1, keepdim=True)
+                direction[name] = drawn.view(own[name].shape).to(own[name].dtype)
+        yield direction
+
+
+def script_at(script: Path, arguments: Mapping[str, Any]) -> Callable[[Weights, Path], float]:
+    """What lets the script's ``main`` compute the evaluation loss of weights."""
+    sys.path.insert(0, str(script.parent))
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def loss_at(weights: Weights, like: Path) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            model = Path(folder) / "model"
+            shutil.copytree(like, model, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint-*", "_*", "*.png"))
+            save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
+            given = {**arguments, "model_name_or_path": model, "output_dir": Path(folder) / "out"}
+            with redirect_stdout(sys.stderr):
+                metrics = module.main([*as_words(given), "--disable_tqdm", "true"])
+        found = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("loss")]
+        return sum(found) / len(found)
+
+    return loss_at
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    sys.stdout.write(json.dumps(losses(given, script_at(Path(given["script"]), given["arguments"]))))
