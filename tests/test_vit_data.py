@@ -6,6 +6,7 @@ import re
 import struct
 
 import datasets
+import make_digits
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cifar_files import read_cifar_folder
 from image_data import ImageDataset, LabelledImages
 from image_transforms import ImageTransform, padded_crop, random_flip, random_window
 from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
 
 from hf_sampa import compat
 from tests.image_tasks import load_task
@@ -335,3 +337,14 @@ def test_an_image_processor_that_keeps_shapes_is_refused():
 def test_one_label_per_image():
     with pytest.raises(ValueError, match="Expected one label per image, got 3 images and 2 labels"):
         ImageDataset(LabelledImages(random_images(3), np.arange(2)), transform=lambda image: image)
+
+
+def test_digits_are_written_as_images(tmp_path):
+    make_digits.main(["--output_dir", str(tmp_path)])
+    counts = {part: len(list((tmp_path / part).glob("*/*.png"))) for part in ("train", "validation")}
+    assert counts == {"train": 1000, "validation": 797}
+    first = next((tmp_path / "train" / "0").iterdir())
+    digits = load_digits()
+    i = int(first.stem)
+    assert digits.target[i] == 0
+    assert (np.asarray(Image.open(first)) == (digits.images[i] * 255 / 16).round()).all()

@@ -1,6 +1,6 @@
 r"""Write a small image data set that needs no network: the 1797 handwritten digits of 8 x 8 grey values of scikit-learn.
 
-    python vit_finetune/make_sample.py --output_dir out/digits
+    python vit_finetune/make_digits.py --output_dir out/digits
     python vit_finetune/run_vit.py --train_dir out/digits/train --validation_dir out/digits/validation \
         --from_scratch --image_size 8 --patch_size 4 --hidden_size 64 --num_hidden_layers 2 --augment false \
         --learning_rate 1e-3 --num_train_epochs 10 --output_dir out/digits-sampa
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 
-def make_sample(folder: Path) -> None:
+def make_digits(folder: Path) -> None:
     """Write ``train/`` and ``validation/`` into `folder`, the same files every time."""
     digits = load_digits()
     images = (digits.images * 255 / 16).round().astype(np.uint8)
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="where to write the images")
     folder = parser.parse_args(argv).output_dir
-    make_sample(folder)
+    make_digits(folder)
     print(f"Wrote 1000 training and 797 validation images to {folder}.")
 
 
