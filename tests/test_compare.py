@@ -159,7 +159,8 @@ def test_chosen_by_the_mean_over_the_seeds(tmp_path):
 
 
 def test_the_first_method_gets_the_epochs_that_take_the_time_of_another(tmp_path):
-    comparison = config.read(written(tmp_path, time={"steps": 5, "rounds": 3}, equal_time="SAM"))
+    arguments = {"num_train_epochs": 2, "diagnostics_steps": 10}
+    comparison = config.read(written(tmp_path, arguments=arguments, time={"steps": 5, "rounds": 3}, equal_time="SAM"))
     seconds = {"AdamW": [1.0, 2.0, 4.0], "SAM": [2.0, 3.0, 10.0], "SAMPa": [1.0, 2.2, 4.4]}
     assert choosing.ratios(seconds, "AdamW") == pytest.approx({"AdamW": 1, "SAM": 2, "SAMPa": 1.1})
     longer = choosing.longer(comparison, seconds, tmp_path)
@@ -174,6 +175,7 @@ def test_the_first_method_gets_the_epochs_that_take_the_time_of_another(tmp_path
     rounds = list(timed(comparison, {}))
     assert [[run.method for run in each] for each in rounds] == [["AdamW", "SAM", "SAMPa"]] * 3
     assert {run.launch for each in rounds for run in each} == {"cpu_2_processes"}
+    assert all("diagnostics_steps" not in run.arguments for each in rounds for run in each)
 
 
 # ---- What is said ----

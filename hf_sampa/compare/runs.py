@@ -74,7 +74,8 @@ def timed(comparison: Comparison, chosen: Mapping[tuple[str, str], Arguments]) -
     task = next(iter(comparison.tasks))
     for number in range(timing.rounds if timing else 0):
         # Nothing of these runs is kept but how long their steps took.
-        brief = {"max_steps": timing.steps, "save_strategy": "no", "eval_strategy": "no", **timing.arguments}
+        brief = {"max_steps": timing.steps, "save_strategy": "no", "eval_strategy": "no", "diagnostics_steps": None}
+        brief |= timing.arguments
         yield [
             _run(comparison, TIME, task, method, number, {**chosen.get((task, method), {}), **brief}, timing.launch)
             for method in comparison.methods
@@ -130,7 +131,8 @@ def _run(
     values: Arguments | None = None,
 ) -> Run:
     of_method = comparison.methods.get(method, comparison.methods[comparison.first])
-    arguments = {**comparison.arguments, **comparison.tasks[task], **of_method, **own}
+    given = {**comparison.arguments, **comparison.tasks[task], **of_method, **own}
+    arguments = {name: value for name, value in given.items() if value is not None}
     return Run(
         phase, task, method, seed, arguments, launch or comparison.launch, values or {}, comparison.metrics[task]
     )
