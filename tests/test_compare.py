@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from hf_sampa.compare import choosing, command, config, figures, landscape
-from hf_sampa.compare.carry_out import Executor, slots
+from hf_sampa.compare.carry_out import Executor, alone, slots
 from hf_sampa.compare.runs import choosing as choosing_runs
 from hf_sampa.compare.runs import scored, timed
 
@@ -369,6 +369,13 @@ def _stubs(out: Path) -> list[int]:
 
 def test_as_many_at_a_time_as_there_are_places(tmp_path):
     assert [each["OMP_NUM_THREADS"] for each in slots(2)] == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2
+
+
+def test_a_run_that_is_timed_has_all_devices_and_its_launcher_s_threads(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in slots()] == ["0", "1"]
+    (environment,) = alone()
+    assert environment.keys().isdisjoint({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"})
 
 
 def test_help_answers(capsys):

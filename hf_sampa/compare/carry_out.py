@@ -56,6 +56,11 @@ def slots(jobs: int | None = None) -> list[dict[str, str]]:
     return [{**threads, "CUDA_VISIBLE_DEVICES": str(i % devices)} for i in range(count)]
 
 
+def alone() -> list[dict[str, str]]:
+    """That of a run which has the machine for itself: all devices, and as many threads as its launcher gives each process."""
+    return [{"TOKENIZERS_PARALLELISM": "false"}]
+
+
 class Executor:
     """Carries out runs of `script` under `root`; what is done already is left as it is.
 

@@ -15,7 +15,7 @@ from types import FrameType
 
 from ..files import in_place_of
 from . import choosing, config, landscape, report
-from .carry_out import Executor, slots
+from .carry_out import Executor, alone, slots
 from .config import Comparison
 from .findings import Findings
 from .rows import rows, write_csv, write_dataset
@@ -94,7 +94,7 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
 
     rounds = list(timed(comparison, chosen))
     if run:
-        executor.carry_out([each for runs in rounds for each in runs], slots(1)[:1], TIME)
+        executor.carry_out([each for runs in rounds for each in runs], alone(), TIME)
     seconds = choosing.seconds_per_step(rounds, root)
     longer = choosing.longer(comparison, seconds, root)
 
