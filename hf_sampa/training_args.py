@@ -68,6 +68,8 @@ class SAMPaArgumentsMixin:
             Every so many steps, measure and log what is not free: see `hf_sampa.monitoring.diagnostics.DiagnosticsCallback`. 0: never.
         diagnostics_radius (`float`, *optional*):
             Radius at which that measures the sharpness on held-out batches, at least 0. By default the run's rho.
+        diagnostics_iterations (`int`, defaults to 20):
+            Products with the Hessian, at most, for its largest eigenvalue; they are most of what measuring costs. 0: it is left out.
 
     Raises:
         ValueError: a setting is out of range, or not to be had together with SAMPa.
@@ -151,6 +153,13 @@ class SAMPaArgumentsMixin:
         metadata={
             "help": "With diagnostics_steps: radius of the sharpness on held-out batches, in the units of the weights, at least 0. None "
             "stands for rho. Give runs that are compared the same one."
+        },
+    )
+    diagnostics_iterations: int = field(
+        default=20,
+        metadata={
+            "help": "With diagnostics_steps: products with the Hessian, at most, for its largest eigenvalue; they are most of what measuring "
+            "costs. 0: the eigenvalue is left out."
         },
     )
 
@@ -253,6 +262,11 @@ class SAMPaArgumentsMixin:
         if radius is not None and not (is_number and 0 <= radius <= LARGEST_RHO):
             raise ValueError(
                 f"diagnostics_radius: expected a number from 0 to {LARGEST_RHO:.3g}, or None for rho, got {radius!r}."
+            )
+        iterations = self.diagnostics_iterations
+        if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 0:
+            raise ValueError(
+                f"diagnostics_iterations: expected a whole number of products, or 0 for no eigenvalue, got {iterations!r}."
             )
         self._check_variant(find(self.variant))
         if self.shard_optimizer and self.save_on_each_node:

@@ -20,7 +20,7 @@ MAIN = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "m
 NOT_OF_THE_COMPUTATION = (
     *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "log_level", "log_level_replica", "resume_from_checkpoint"),
     *("do_train", "do_eval", "do_predict", "eval_on_start", "deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config"),
-    *("overwrite_output_dir", "num_train_epochs", "max_steps", "data_dir", "average_tokens_across_devices", "trackio_space_id", "lmbda", "diagnostics_steps", "diagnostics_radius", "ignore_changed_files"),
+    *("overwrite_output_dir", "num_train_epochs", "max_steps", "data_dir", "average_tokens_across_devices", "trackio_space_id", "lmbda", "diagnostics_steps", "diagnostics_radius", "diagnostics_iterations", "ignore_changed_files"),
     *("optim", "optim_args", "bf16", "fp16", "batch_size"),
     *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
 )  # fmt: skip

@@ -46,7 +46,8 @@ class DiagnosticsCallback(TrainerCallback):
         trainer: whose run it is; ``trainer.add_callback(DiagnosticsCallback(trainer))``.
         every: steps between two measurements, at least 1.
         batches: how many evaluation batches to measure on, the first ones of the dataset; at least 1.
-        iterations: products of the Hessian with a vector, at most so many, twice as many where it is indefinite.
+        iterations: products of the Hessian with a vector, at most so many, twice as many where it is indefinite. They are most of
+            what measuring costs; 0: there is no ``hessian_eigenvalue``.
         tolerance: relative change of the eigenvalue at which to stop earlier.
         radius: that of ``held_out_sharpness``, in the units of the weights, at least 0; by default the run's rho.
 
@@ -63,9 +64,9 @@ class DiagnosticsCallback(TrainerCallback):
         tolerance: float = 0.01,
         radius: float | None = None,
     ):
-        for name, value in {"every": every, "batches": batches, "iterations": iterations}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        for name, value, least in (("every", every, 1), ("batches", batches, 1), ("iterations", iterations, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}.")
         for name, value in {"tolerance": tolerance, "radius": 0.0 if radius is None else radius}.items():
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}.")
@@ -121,13 +122,15 @@ class DiagnosticsCallback(TrainerCallback):
             if not self._batches():
                 return {}
             params = [param for param in self.trainer.model.parameters() if param.requires_grad]
-            generator = torch.Generator().manual_seed(derive_seed(self.trainer.args.seed, "hessian"))
-            start = [torch.randn(param.shape, generator=generator).to(param) for param in params]
-            with sdpa_kernel(SDPBackend.MATH):
-                product = hessian_product(self._losses(), params)
-                eigenvalue = largest_eigenvalue(product, start, self.iterations, self.tolerance)
-            del product, start
-            return {**self._sharpness(params), "hessian_eigenvalue": eigenvalue}
+            curvature = {"hessian_eigenvalue": self._eigenvalue(params)} if self.iterations else {}
+            return {**self._sharpness(params), **curvature}
+
+    def _eigenvalue(self, params: list[Tensor]) -> float:
+        generator = torch.Generator().manual_seed(derive_seed(self.trainer.args.seed, "hessian"))
+        start = [torch.randn(param.shape, generator=generator).to(param) for param in params]
+        with sdpa_kernel(SDPBackend.MATH):
+            product = hessian_product(self._losses(), params)
+            return largest_eigenvalue(product, start, self.iterations, self.tolerance)
 
     def _sharpness(self, params: list[Tensor]) -> dict[str, float]:
         losses = self._losses()
@@ -198,8 +201,11 @@ class WithDiagnostics:
 
     def _add_diagnostics(self) -> None:
         if self.args.diagnostics_steps:
+            args = self.args
             self.add_callback(
-                DiagnosticsCallback(self, self.args.diagnostics_steps, radius=self.args.diagnostics_radius)
+                DiagnosticsCallback(
+                    self, args.diagnostics_steps, iterations=args.diagnostics_iterations, radius=args.diagnostics_radius
+                )
             )
 
     def add_callback(self, callback):

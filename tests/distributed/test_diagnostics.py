@@ -125,6 +125,14 @@ def test_at_one_radius_methods_are_measured_alike(tmp_path):
     assert len(set(alike)) == 1 and none == 0 < alike[0] < more
 
 
+@pytest.mark.parametrize("method", ["adamw", "sampa"])
+def test_without_the_eigenvalue_all_else_is_measured_the_same(tmp_path, method):
+    run = partial(train, case="batch norm", every=2, method=method, max_steps=4)
+    (whole, lines), (left_out, others) = run(tmp_path / "20"), run(tmp_path / "0", diagnostics_iterations=0)
+    assert others == [{name: line[name] for name in line if name != "hessian_eigenvalue"} for line in lines] != lines
+    assert tiny.differing(tiny.comparable(whole), tiny.comparable(left_out)) == []
+
+
 def on_shards(folder):
     """What the baseline logs of a model in shards."""
     changes = {"method": "adamw", "max_steps": 2, "diagnostics_steps": 1, **sharded.FSDP}
@@ -242,8 +250,9 @@ def test_sharpness_and_eigenvalue_are_those_of_the_model_in_evaluation_mode(tmp_
 def test_what_cannot_be_measured_is_refused(tmp_path, name):
     trainer = SAMPaTrainer(model=tiny.bert(), args=tiny.arguments(tmp_path), train_dataset=tiny.sentences(4))
     whole = name in ("every", "batches", "iterations")
-    expected = "a whole number of at least 1" if whole else "a finite number of at least 0"
-    for value in (0, 1.5, "2", True) if whole else (-0.1, "2", True, float("nan"), float("inf")):
+    least = 0 if name == "iterations" else 1
+    expected = f"a whole number of at least {least}" if whole else "a finite number of at least 0"
+    for value in (least - 1, 1.5, "2", True) if whole else (-0.1, "2", True, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"{name}: expected {expected}, got {value!r}"):
             DiagnosticsCallback(trainer, **{name: value})
     for value in (-1, 1.5, "2", True):
@@ -251,6 +260,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path, name):
             ValueError, match="diagnostics_steps: expected a whole number of steps, or 0 for never, got"
         ):
             tiny.arguments(tmp_path, diagnostics_steps=value)
+        with pytest.raises(ValueError, match="diagnostics_iterations: expected a whole number of products, or 0 for"):
+            tiny.arguments(tmp_path, diagnostics_iterations=value)
     for value in (-0.1, "2", True, float("nan"), float("inf"), 1e39):
         with pytest.raises(
             ValueError, match="diagnostics_radius: expected a number from 0 to .* or None for rho, got"
