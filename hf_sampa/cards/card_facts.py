@@ -126,9 +126,11 @@ def at_the_end(trainer: Trainer, seconds_per_step: float | None) -> list[str]:
             f"{training['step']}: {training['sharpness']:.4g}"
         )
     if measured:
+        eigenvalue = measured.get("hessian_eigenvalue")
         lines.append(
             f"on held-out batches, at the weights of step {_weights_step(measured)}: sharpness{_radius(trainer)} "
-            f"{measured['held_out_sharpness']:.4g}, largest Hessian eigenvalue {measured['hessian_eigenvalue']:.4g}"
+            f"{measured['held_out_sharpness']:.4g}"
+            + ("" if eigenvalue is None else f", largest Hessian eigenvalue {eigenvalue:.4g}")
         )
     if seconds_per_step is not None:
         lines.append(f"seconds per step: {seconds_per_step:.4g}")

@@ -204,7 +204,10 @@ class WithDiagnostics:
             args = self.args
             self.add_callback(
                 DiagnosticsCallback(
-                    self, args.diagnostics_steps, iterations=args.diagnostics_iterations, radius=args.diagnostics_radius
+                    self,
+                    args.diagnostics_steps,
+                    iterations=args.diagnostics_iterations,
+                    radius=args.diagnostics_radius,
                 )
             )
 
