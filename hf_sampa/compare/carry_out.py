@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..files import in_place_of
 from .config import as_words
 from .provenance import provenance
+from .rows import MEASURED
 from .runs import Run
 
 
@@ -236,7 +237,5 @@ def _found(output: Path, metric: str) -> dict[str, Any]:
     course = [[line["step"], line[name]] for line in history if name in line]
     last = {}
     for line in history:
-        last |= {
-            each: line[each] for each in ("held_out_loss", "held_out_sharpness", "hessian_eigenvalue") if each in line
-        }
+        last |= {name: value for name, value in line.items() if name in MEASURED.values()}
     return {"score": metrics.get(name), "metrics": {**metrics, **last}, "course": course}

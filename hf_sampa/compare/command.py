@@ -108,7 +108,7 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
     write_csv(found, root / "results.csv")
     if found:
         write_dataset(found, root / "results.parquet")
-    sections = Findings(comparison, found, longer, seconds, executor.failed, root, around).sections()
+    sections = Findings(comparison, found, chosen, longer, seconds, executor.failed, root, around).sections()
     files = report.write(comparison.name, sections, root)
     print(report.as_markdown(comparison.name, sections))
     print("\n".join(f"{form}: {file}" for form, file in {**files, "csv": root / "results.csv"}.items()))

@@ -11,7 +11,7 @@ from typing import Any
 from . import pictures
 from .carry_out import Failed, told
 from .choosing import is_less_better, ratios
-from .config import Comparison, as_text
+from .config import Arguments, Comparison, as_text
 from .figures import Mean, difference, mean, over_tasks, smallest_probability
 from .pictures import Look
 from .report import Picture, Section, Table
@@ -27,6 +27,7 @@ class Findings:
     Args:
         comparison: what was compared.
         rows: of all runs that are done.
+        chosen: settings by task and method; see `choosing.settings`.
         longer: further names for the first method, with how many times its epochs; see `choosing.longer`.
         seconds: per step, by method, a value for each round.
         failed: the runs that failed.
@@ -38,13 +39,15 @@ class Findings:
         self,
         comparison: Comparison,
         rows: Rows,
+        chosen: Mapping[tuple[str, str], Arguments],
         longer: Mapping[str, float],
         seconds: Mapping[str, list[float]],
         failed: Sequence[Failed],
         folder: Path,
         landscape: Mapping[str, Any] | None = None,
     ):
-        self.comparison, self.longer, self.seconds, self.failed = comparison, longer, seconds, failed
+        self.comparison, self.chosen, self.longer, self.seconds = comparison, chosen, longer, seconds
+        self.failed = failed
         self.folder, self.landscape = folder, landscape
         self.scored = [row for row in rows if row["phase"] == SCORE and row["score"] is not None]
         self.tried = [row for row in rows if row["phase"] == CHOOSE and row["score"] is not None]
@@ -218,13 +221,9 @@ class Findings:
         """What was chosen, from what."""
         if not self.tried:
             return None
-        values = {
-            (row["task"], row["method"]): row["values"]
-            for row in self.scored
-            if row["method"] in self.comparison.methods
-        }
+        tasks = list(self.comparison.tasks)
         rows = [
-            [method, *(values.get((task, method), "-") or "-" for task in self.tasks)]
+            [method, *(as_text(self.chosen.get((task, method), {})) or "-" for task in tasks)]
             for method in self.comparison.methods
         ]
         choice = self.comparison.choose
@@ -234,7 +233,7 @@ class Findings:
             f"{as_text(choice.arguments)}: on a part of the training data, which is not scored above."
         )
         shown = [self._draw("sweeps.png", pictures.sweeps, sweeps, self.unit)] if (sweeps := self._sweeps()) else []
-        return Section("Chosen settings", "", [Table(["method", *self.tasks], rows, note)], shown)
+        return Section("Chosen settings", "", [Table(["method", *tasks], rows, note)], shown)
 
     def _failures(self) -> Section | None:
         if not self.failed:
@@ -324,9 +323,12 @@ class Findings:
     def _cell(self, each: Mean | None) -> str:
         if each is None:
             return "-"
-        if each.count == 1:
-            return self._number(each.value)
-        return f"{self._number(each.value)} ± {self._number(each.half)} ({self._number(each.deviation)})"
+        of_all = len(self.comparison.seeds)
+        fewer = [] if each.count == of_all else [f"{each.count} of {of_all} seeds"]
+        spread = [] if each.count == 1 else [self._number(each.deviation)]
+        interval = "" if each.count == 1 else f" ± {self._number(each.half)}"
+        brackets = f" ({'; '.join([*spread, *fewer])})" if spread or fewer else ""
+        return f"{self._number(each.value)}{interval}{brackets}"
 
     def _change(self, each: Mean | None) -> str:
         if each is None:

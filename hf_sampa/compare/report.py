@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,11 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Of each column, whether its cells are numbers, or begin with one, or are empty."""
+        return [all(re.match(r"[-+]?\d|-?$", cell) for cell in column) for column in zip(*self.rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def as_markdown(title: str, sections: Iterable[Section]) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    lines = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
+    lines = [table.columns, ["---:" if numeric else "---" for numeric in table.numeric], *table.rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

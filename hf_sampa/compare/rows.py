@@ -13,9 +13,15 @@ from .config import as_text
 from .runs import Run
 
 
+# Columns of what `DiagnosticsCallback` logged last, with its names.
+MEASURED = {
+    "sharpness": "held_out_sharpness",
+    "hessian_eigenvalue": "hessian_eigenvalue",
+    "displacement_length": "displacement_length",
+    "displacement_cosine": "displacement_cosine",
+}
 COLUMNS = (
-    "phase", "task", "method", "seed", "values", "metric", "score", "loss", "sharpness", "hessian_eigenvalue", "epochs",
-    "seconds_per_step", "seconds", "launch", "commit", "python", "torch", "transformers", "accelerate", "command", "folder",
+    "phase", "task", "method", "seed", "values", "metric", "score", "loss", *MEASURED, "epochs", "seconds_per_step", "seconds", "launch", "commit", "python", "torch", "transformers", "accelerate", "command", "folder",
 )  # fmt: skip
 
 
@@ -35,8 +41,7 @@ def _row(run: Run, script: str, result: dict[str, Any], root: Path) -> dict[str,
         "metric": run.metric,
         "score": result["score"],
         "loss": metrics.get("eval_loss"),
-        "sharpness": metrics.get("held_out_sharpness"),
-        "hessian_eigenvalue": metrics.get("hessian_eigenvalue"),
+        **{column: metrics.get(name) for column, name in MEASURED.items()},
         "epochs": metrics.get("epoch"),
         "seconds_per_step": metrics.get("train_seconds_per_step"),
         "seconds": result["seconds"],

@@ -20,6 +20,7 @@ from ..engine import Buckets
 from ..functional import global_norm, perturb
 from ..state import derive_seed, holding, seeded
 from .curvature import hessian_product, largest_eigenvalue
+from .rounding import Rounded, left_of_displacement
 
 
 logger = get_logger(__name__)
@@ -28,16 +29,18 @@ logger = get_logger(__name__)
 class DiagnosticsCallback(TrainerCallback):
     """Logs every so many steps, of the weights x_t, and at the end, of the trained ones:
 
-    ======================  ==========================================================================================
-    ``lookahead_cosine``    between grad f(y_t; B_t), which perturbs, and grad f(x_t; B_t), which it stands for
-    ``lookahead_distance``  Euclidean, between the same (Xie, Pethick, Cevher 2024, Figure 4)
-    ``held_out_loss``       f(x_t) on batches of the evaluation data, in evaluation mode, as all of the following
-    ``held_out_sharpness``  f(x_t + rho g / ||g||) - f(x_t), g = grad f(x_t) on these batches
-    ``hessian_eigenvalue``  the largest one of the Hessian of f at x_t
-    ======================  ==========================================================================================
+    =======================  =========================================================================================
+    ``lookahead_cosine``     between grad f(y_t; B_t), which perturbs, and grad f(x_t; B_t), which it stands for
+    ``lookahead_distance``   Euclidean, between the same (Xie, Pethick, Cevher 2024, Figure 4)
+    ``held_out_loss``        f(x_t) on batches of the evaluation data, in evaluation mode, as all of the following
+    ``held_out_sharpness``   f(x_t + rho g / ||g||) - f(x_t), g = grad f(x_t) on these batches
+    ``hessian_eigenvalue``   the largest one of the Hessian of f at x_t
+    ``displacement_length``  of rho g / ||g||, what mixed precision leaves of it where it rounds the weights: of its length,
+    ``displacement_cosine``  and the cosine between the two
+    =======================  =========================================================================================
 
     The first two are those of SAMPa's timing, from its second step on; the others need an evaluation dataset with labels,
-    of several the first. The training is the same without it, bit for bit. While it measures, a process holds two or three
+    of several the first. The last two are those of autocast to half precision. The training is the same without it, bit for bit. While it measures, a process holds two or three
     numbers per trainable weight more, and the graph of the held-out losses, which grows with the evaluation batch.
 
     Where the best weights were loaded at the end, the last line is of those, and ``weights_step`` names their step.
@@ -141,9 +144,14 @@ class DiagnosticsCallback(TrainerCallback):
         radius = self.trainer.args.rho if self.radius is None else self.radius
         moved = Buckets(params)
         perturb(params, grads, radius, global_norm(grads), out=moved.views)
-        with holding(params, moved.views), torch.no_grad():
+        with holding(params, moved.views), torch.no_grad(), Rounded(moved.views) as rounded:
             sharpness = sum(self._losses()).item() - loss
-        return {"held_out_loss": loss, "held_out_sharpness": sharpness}
+        found = {"held_out_loss": loss, "held_out_sharpness": sharpness}
+        if rounded.to:
+            x, displaced = ([each[i] for i in rounded.to] for each in (params, moved.views))
+            length, cosine = left_of_displacement(x, displaced, list(rounded.to.values()))
+            found |= {"displacement_length": length, "displacement_cosine": cosine}
+        return found
 
     def _losses(self) -> list[Tensor]:
         """Each batch's share of the mean loss over all of them."""

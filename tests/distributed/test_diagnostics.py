@@ -133,6 +133,17 @@ def test_without_the_eigenvalue_all_else_is_measured_the_same(tmp_path, method):
     assert tiny.differing(tiny.comparable(whole), tiny.comparable(left_out)) == []
 
 
+@pytest.mark.parametrize("case", ["bf16", "SAM"])
+def test_what_half_precision_leaves_of_the_displacement_is_measured_where_there_is_half_precision(tmp_path, case):
+    """The toy has weights few enough for it to be nearly all."""
+    _, lines = train(tmp_path, case, 2)
+    for line in lines:
+        if case == "bf16":
+            assert 0.98 < line["displacement_cosine"] < 1 and line["displacement_length"] == pytest.approx(1, abs=0.02)
+        else:
+            assert not line.keys() & {"displacement_cosine", "displacement_length"}
+
+
 def on_shards(folder):
     """What the baseline logs of a model in shards."""
     changes = {"method": "adamw", "max_steps": 2, "diagnostics_steps": 1, **sharded.FSDP}
