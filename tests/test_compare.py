@@ -104,8 +104,9 @@ def test_no_yaml(tmp_path):
 def test_the_files_of_the_project_can_be_read():
     """And what the help shows of such a file."""
     root = Path(__file__).parents[1]
-    for file in [*root.glob("glue/*.yaml"), *root.glob("vit_finetune/*.yaml")]:
-        assert config.read(file).script.is_file()
+    for folder in ("glue", "vit_finetune", "benchmarks/evidence"):
+        for file in root.glob(f"{folder}/*.yaml"):
+            assert config.read(file).script.is_file()
     shown = config.__doc__.split("code-block:: yaml")[1]
     of_page = re.search(r"```yaml\n(.*?)```", (root / "docs" / "comparing.md").read_text(), re.DOTALL)[1]
     for text in (shown, of_page):
