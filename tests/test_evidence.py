@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from make_sample import make_tiny_bert
-
 from benchmarks.evidence import prepare, rounding
+from make_sample import make_tiny_bert
 
 
 SAMPLE = Path(__file__).parents[1] / "glue" / "sample"
