@@ -131,6 +131,17 @@ def test_every_method_has_the_same_seeds_and_no_other_arguments(tmp_path):
     assert len({run.folder(tmp_path) for run in runs}) == len(runs)
 
 
+def test_an_argument_of_all_runs_can_be_left_out_where_settings_are_chosen(tmp_path):
+    """As the folder of validation images, where they are held out of the training images instead."""
+    choose = {**CHOOSE, "arguments": {"num_train_epochs": None, "train_val_split": 0.2}}
+    comparison = config.read(written(tmp_path, choose=choose))
+    for run in choosing_runs(comparison):
+        assert "num_train_epochs" not in run.arguments and run.arguments["train_val_split"] == 0.2
+    assert config.as_text(comparison.choose.arguments) == "--train_val_split 0.2"
+    with pytest.raises(ValueError, match="arguments: num_train_epochs: expected one value, got None"):
+        config.read(written(tmp_path, arguments={"num_train_epochs": None}))
+
+
 def test_other_arguments_are_another_run(tmp_path):
     first = next(scored(config.read(written(tmp_path)), {("A", "AdamW"): {}}, {}))
     again = next(scored(config.read(written(tmp_path)), {("A", "AdamW"): {}}, {}))

@@ -32,6 +32,7 @@ RULES = {
     "aesam": serial.AESAM,
     "stable_sam": serial.StableSAM,
     "gsam": serial.GSAM,
+    "lesam": serial.LESAM,
 }
 
 

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,6 +213,16 @@ class GSAM(SAM):
     def mix(self, t, g, g_tilde):
         along = torch.dot(g, unit(g_tilde)) * unit(g_tilde)
         return g_tilde - self.alpha * (g - along)
+
+
+class LESAM(SAM):
+    """A run of few steps: the first one is all of the warm-up, and the last two the decay."""
+
+    def eps(self, t, g, x):
+        gone = t / self.steps
+        sigma = self.rho if gone <= 0.8 else self.rho * 0.5 * (1 + np.cos(np.pi * (gone - 0.8) / 0.2))
+        sigma = 0.0 if t == 0 else sigma
+        return min(sigma / g.norm(), self.rho / 0.001) * unit(g)
 
 
 class ReusePSF(SAM):

@@ -14,7 +14,7 @@
       SAMPa: {method: sampa, lmbda: 0.1}
     seeds: [1, 2, 3]
     choose:                             # settings that are chosen for each method and task, before anything is scored
-      arguments: {train_val_split: 0.2} # which make the script score on a part of the training data
+      arguments: {train_val_split: 0.2} # which make the script score on a part of the training data; null leaves one of all runs out
       seeds: [101]
       values:                           # as many combinations for each method; or, with trials: 8, ranges for a search
         AdamW: {learning_rate: [1.0e-5, 2.0e-5, 5.0e-5]}
@@ -64,7 +64,7 @@ class Choice:
     Either of combinations of values, or by so many trials within ranges.
     """
 
-    arguments: Arguments
+    arguments: Mapping[str, Value | None]  # None for none
     seeds: tuple[int, ...]
     values: Mapping[str, tuple[Arguments, ...]] = field(default_factory=dict)  # combinations by method
     ranges: Mapping[str, Mapping[str, Range]] = field(default_factory=dict)  # by method and setting
@@ -78,7 +78,7 @@ class Timing:
     launch: str = "cpu_2_processes"
     steps: int = 20
     rounds: int = 3
-    arguments: Arguments = field(default_factory=dict)
+    arguments: Mapping[str, Value | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,14 @@ class _Reader:
                 self._fail(place, "names that can be those of folders", name, "Choose another one.")
         return {name: self._arguments(each or {}, f"{place}: {name}") for name, each in given.items()}
 
-    def _arguments(self, given: Any, place: str) -> dict[str, Value]:
+    def _arguments(self, given: Any, place: str, none: bool = False) -> dict[str, Any]:
+        """With `none`, a value may be None: the argument is left out where it was given before."""
         if not isinstance(given, dict):
             self._fail(place, "arguments of the script by name", given, "Write name: value.")
         for name, value in given.items():
             if name in OWN:
                 self._fail(place, "arguments that no comparison sets itself", name, "Leave it out.")
-            if not isinstance(value, Value):
+            if not (isinstance(value, Value) or (none and value is None)):
                 self._fail(f"{place}: {name}", "one value", value, "Several values belong under choose.")
         return given
 
@@ -237,7 +238,7 @@ class _Reader:
         if type(trials) is not int or trials < 0:
             self._fail("choose: trials", "a whole number", trials, "Correct it.")
         common = (
-            self._arguments(given["arguments"], "choose: arguments"),
+            self._arguments(given["arguments"], "choose: arguments", none=True),
             self._seeds(given["seeds"], "choose: seeds"),
         )
         if trials:
@@ -283,7 +284,7 @@ class _Reader:
         for name in ("steps", "rounds"):
             if type(getattr(made, name)) is not int or getattr(made, name) < 1:
                 self._fail(f"time: {name}", "a whole number of at least 1", getattr(made, name), "Correct it.")
-        self._arguments(made.arguments, "time: arguments")
+        self._arguments(made.arguments, "time: arguments", none=True)
         return made
 
     def _landscape(self, given: Any, tasks: Mapping[str, Arguments], seeds: list[int]) -> Landscape:
@@ -298,9 +299,7 @@ class _Reader:
                 self._fail(
                     f"landscape: {name}", f"a whole number of at least {least}", getattr(made, name), "Correct it."
                 )
-        self._arguments(
-            {name: each for name, each in made.arguments.items() if each is not None}, "landscape: arguments"
-        )
+        self._arguments(made.arguments, "landscape: arguments", none=True)
         return made
 
     def _check_equal_time(self, made: Comparison) -> None:
@@ -322,11 +321,11 @@ class _Reader:
                 )
 
 
-def as_words(arguments: Arguments) -> list[str]:
+def as_words(arguments: Mapping[str, Value | None]) -> list[str]:
     """As on a command line."""
-    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in arguments.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def as_text(arguments: Arguments) -> str:
+def as_text(arguments: Mapping[str, Value | None]) -> str:
     """For a person, who may copy it."""
     return shlex.join(as_words(arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,6 +34,35 @@ class ScheduledRadius(Direction):
 
     def radius(self, now: Moment) -> float:
         return self.low + (1 - self.low) * now.lr_fraction
+
+
+class LossBudget(Direction):
+    """eps_t = rho_t g_t / ||g_t||, rho_t = sigma_t / max(||g_t||, floor) (LE-SAM, Wang et al. 2026): to first order the loss rises by sigma_t.
+
+    sigma_t rises to `rho` on a line, stays there, and falls to 0 as half a cosine; here in every step, in the authors' code after
+    every epoch. There rho_t is bounded, which `floor` does: it is at most rho / floor.
+
+    Args:
+        floor: gradient norms below it count as it, >= 0.
+        warmup: what part of the run sigma_t rises in, in [0, 1].
+        decay: what part of the run, at its end, sigma_t falls in, in [0, 1].
+    """
+
+    on_shards, unit = True, False
+
+    def __init__(self, floor: float, warmup: float, decay: float):
+        self.floor, self.warmup, self.decay = floor, warmup, decay
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> float | Tensor:
+        return norm * (norm.clamp(min=self.floor) if isinstance(norm, Tensor) else max(norm, self.floor))
+
+    def radius(self, now: Moment) -> float:
+        gone = now.step / now.max_steps
+        if gone < self.warmup:
+            return gone / self.warmup
+        if gone <= 1 - self.decay:
+            return 1.0
+        return (1 + math.cos(math.pi * (gone - (1 - self.decay)) / self.decay)) / 2
 
 
 class Adaptive(Direction):

@@ -215,6 +215,12 @@ def gsam(alpha: NonNegative = 0.4, low: Fraction = 1.0) -> Recipe:
     return Recipe(direction=directions.ScheduledRadius(low), mixing=mixing.SurrogateGap(alpha))
 
 
+@variant(source="Wang et al. 2026, arXiv 2605.10183", passes="2", memory="0", rho=0.35)
+def lesam(floor: NonNegative = 0.001, warmup: Fraction = 0.05, decay: Fraction = 0.2) -> Recipe:
+    """LE-SAM: not the radius is fixed, but by how much the loss rises, to first order: `rho`. It follows a schedule."""
+    return Recipe(direction=directions.LossBudget(floor, warmup, decay))
+
+
 @variant(source="Sun et al. 2023, arXiv 2303.00565", passes="2", memory="1", optimizer={"amsgrad": True})
 def adasam() -> Recipe:
     """AdaSAM: SAM around AMSGrad, whose second moment never falls; torch's, with bias correction. Needs Adam or AdamW of torch."""
