@@ -131,6 +131,14 @@ def test_every_method_has_the_same_seeds_and_no_other_arguments(tmp_path):
     assert len({run.folder(tmp_path) for run in runs}) == len(runs)
 
 
+def test_files_of_one_name_have_folders_of_their_own(tmp_path):
+    """The project has two that are called quick.yaml."""
+    for folder in ("glue", "vit"):
+        (tmp_path / folder).mkdir()
+    names = [config.read(written(tmp_path / folder)).name for folder in ("glue", "vit")]
+    assert names == ["glue/few", "vit/few"]
+
+
 def test_an_argument_of_all_runs_can_be_left_out_where_settings_are_chosen(tmp_path):
     """As the folder of validation images, where they are held out of the training images instead."""
     choose = {**CHOOSE, "arguments": {"num_train_epochs": None, "train_val_split": 0.2}}

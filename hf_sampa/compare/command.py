@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what is compared; see below")
     made.add_argument(
-        "--output_dir", type=Path, help="folder of the runs and the report (default: out/compare/CONFIG)"
+        "--output_dir",
+        type=Path,
+        help="folder of the runs and the report (default: out/compare/FOLDER/CONFIG, by the names of the file and its folder)",
     )
     made.add_argument(
         "--jobs", type=_positive, help="runs at a time (default: one for each GPU, or each core of the CPU)"

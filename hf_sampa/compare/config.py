@@ -148,7 +148,8 @@ class _Reader:
             )
         choose = self._choice(given["choose"], methods) if given.get("choose") else None
         made = Comparison(
-            name=self.file.stem,
+            # Files of one name in several folders are several comparisons.
+            name=f"{self.file.resolve().parent.name}/{self.file.stem}",
             script=self._script(given["script"]),
             arguments=self._arguments(given.get("arguments") or {}, "arguments"),
             tasks=tasks,

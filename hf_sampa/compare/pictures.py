@@ -128,7 +128,9 @@ def landscape(found: Mapping[str, Any], look: Look, file: Path) -> None:
         around.plot(found["distances"], means, linewidth=1.8, markersize=4, **look.of(method))
     around.set(xlabel="distance, of each filter's length", ylabel="evaluation loss")
     for axes in (between, around):
-        axes.set_yscale("log")
+        low, high = axes.dataLim.intervaly
+        if 0 < 10 * low < high:  # over less, a logarithm's ticks cannot be read
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
     _legend(figure, [around])
     figure.savefig(file)
