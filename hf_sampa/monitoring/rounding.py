@@ -41,9 +41,8 @@ def left_of_displacement(
 ) -> tuple[float, float]:
     """Of eps = `displaced` - `weights` what is left, r(displaced) - r(weights), where r rounds each `to` its precision.
 
-    Returns:
-        Its Euclidean length, of that of eps, at least 0; and its cosine with eps, -1 to 1. Their product is its length along eps: 1 on
-        average, as rounding errors of many weights cancel. 0 and 0 where nothing is left.
+    Gives its Euclidean length, at least 0, that of eps being 1, and its cosine with eps, -1 to 1; 0 and 0 where nothing is left. Their
+    product is its length along eps, 1 on average, as the errors of many weights cancel.
     """
     eps = [moved - own for own, moved in zip(weights, displaced, strict=True)]
     left = [
