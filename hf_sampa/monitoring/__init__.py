@@ -1,4 +1,4 @@
-"""What one watches while a run goes on: means for the log, the progress bar, sharpness and curvature.
+"""What one watches while a run goes on: means for the log, the progress bar, sharpness, curvature and rounding.
 
 Measures, and changes nothing: a run with it and one without end with the same bits.
 """
