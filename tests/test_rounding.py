@@ -37,6 +37,28 @@ def test_those_are_rounded_that_autocast_multiplies(dtype):
     assert none.to == {}
 
 
+class Wrapper(torch.Tensor):
+    """A weight without memory of its own, as quantized ones are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*(each.inner if isinstance(each, cls) else each for each in args), **(kwargs or {}))
+
+
+def test_weights_without_memory_are_let_through():
+    weight = torch.ones(3)
+    with torch.no_grad(), Rounded([weight]) as rounded:
+        assert Wrapper(torch.ones(3)).to(torch.bfloat16).dtype == weight.to(torch.bfloat16).dtype
+    assert rounded.to == {0: torch.bfloat16}
+
+
 def test_of_numbers_that_can_be_looked_at():
     """Bfloat16 has 7 bits after the first: above 1 its numbers are 1/128 apart."""
     apart = 2.0**-7

@@ -50,6 +50,11 @@ def copy_rows(source: Path, target: Path, count: int | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = parser().parse_args(argv)
+    for file in (options.glue / task / "train.tsv" for task in ("RTE", "MRPC", "SST-2")):
+        if not file.is_file():
+            parser().error(
+                f"--glue: expected the official files of RTE, MRPC and SST-2, but there is no {file}. Correct it."
+            )
     for task in ("RTE", "MRPC"):
         copy_rows(options.glue / task, options.output_dir / task, None)
     for part, (task, count) in PARTS.items():

@@ -40,8 +40,9 @@ class DiagnosticsCallback(TrainerCallback):
     =======================  =========================================================================================
 
     The first two are those of SAMPa's timing, from its second step on; the others need an evaluation dataset with labels,
-    of several the first. The last two are those of autocast to half precision. The training is the same without it, bit for bit. While it measures, a process holds two or three
-    numbers per trainable weight more, and the graph of the held-out losses, which grows with the evaluation batch.
+    of several the first. The last two are those of autocast to half precision. The training is the same without it, bit for bit.
+    While it measures, a process holds two or three numbers per trainable weight more, and the graph of the held-out losses, which
+    grows with the evaluation batch.
 
     Where the best weights were loaded at the end, the last line is of those, and ``weights_step`` names their step.
 
