@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..functional import global_norm, inner, ratio
 
 
 HALF = (torch.bfloat16, torch.float16)
-# Others, as quantized weights, may have no memory of their own to be known by.
-PLAIN = (Tensor, nn.Parameter)
 
 
 class Rounded(TorchDispatchMode):
@@ -30,7 +28,7 @@ class Rounded(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in HALF and type(args[0]) in PLAIN:
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in HALF:
             place = self._places.get(args[0].data_ptr())
             if place is not None:
                 self.to[place] = kwargs["dtype"]
