@@ -137,12 +137,18 @@ def random_directions(own: Weights, count: int) -> Iterator[Weights]:
         yield direction
 
 
-def script_at(script: Path, arguments: Mapping[str, Any]) -> Callable[[Weights, Path], float]:
-    """What lets the script's ``main`` compute the evaluation loss of weights."""
+def main_of(script: Path) -> Callable[[list[str]], dict[str, float]]:
+    """A script's ``main``, which takes a command line and gives metrics."""
     sys.path.insert(0, str(script.parent))
     spec = importlib.util.spec_from_file_location(script.stem, script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module.main
+
+
+def script_at(script: Path, arguments: Mapping[str, Any]) -> Callable[[Weights, Path], float]:
+    """What lets the script's ``main`` compute the evaluation loss of weights."""
+    main = main_of(script)
 
     def loss_at(weights: Weights, like: Path) -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +157,7 @@ def script_at(script: Path, arguments: Mapping[str, Any]) -> Callable[[Weights, 
             save_file(weights, model / WEIGHTS, metadata={"format": "pt"})
             given = {**arguments, "model_name_or_path": model, "output_dir": Path(folder) / "out"}
             with redirect_stdout(sys.stderr):
-                metrics = module.main([*as_words(given), "--disable_tqdm", "true"])
+                metrics = main([*as_words(given), "--disable_tqdm", "true"])
         found = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("loss")]
         return sum(found) / len(found)
 
