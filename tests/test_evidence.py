@@ -150,7 +150,6 @@ def trained_small(root, data, methods):
 
 
 def test_weights_are_rounded_and_trained_further(tmp_path, capsys):
-    pytest.importorskip("torchao")
     data, root = tmp_path / "data", tmp_path / "runs-of"
     make_digits(data)
     expected = trained_small(root, data, {"AdamW": {"method": "adamw"}, "SAM": {"method": "sam", "rho": 0.05}})
@@ -180,7 +179,6 @@ def test_weights_are_rounded_and_trained_further(tmp_path, capsys):
 
 
 def test_rounded_weights_have_as_many_values_as_the_bits_allow(tmp_path):
-    pytest.importorskip("torchao")
     make_tiny_bert(tmp_path / "bert")
     config = AutoConfig.from_pretrained(tmp_path / "bert")
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "bert")
@@ -195,6 +193,18 @@ def test_rounded_weights_have_as_many_values_as_the_bits_allow(tmp_path):
                 assert len(row.unique()) <= 2**bits
                 step = exact.abs().max() / (2 ** (bits - 1) - 1)
                 assert (row - exact).abs().max() <= 0.51 * step + 1e-7
+
+
+def test_weights_are_rounded_as_by_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+    granularity = pytest.importorskip("torchao.quantization.granularity")
+    torch.manual_seed(0)
+    for bits in (8, 4, 3):
+        layer = torch.nn.Linear(64, 32)
+        own = afterwards.rounded(layer.weight.detach(), bits)
+        asked = quantization.IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), granularity.PerAxis(0))
+        quantization.quantize_(layer, asked)
+        assert torch.equal(own, layer.weight.dequantize())
 
 
 def test_a_folder_without_a_report_is_named(tmp_path, capsys):

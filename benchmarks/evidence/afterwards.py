@@ -3,8 +3,8 @@
     python -m hf_sampa.compare benchmarks/evidence/digits.yaml
     python benchmarks/evidence/afterwards.py benchmarks/evidence/afterwards/digits.yaml
 
-Rounded are the weights of all linear layers, by torchao, each row with a scale of its own. Needs ``pip install torchao``. Called again,
-it goes on with what is not in the CSV file yet.
+Rounded are the weights of all linear layers, each row with a scale of its own, as torchao's ``IntxWeightOnlyConfig`` does it. Called
+again, it goes on with what is not in the CSV file yet.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
+from torch import Tensor
 from tqdm import tqdm
 
 from hf_sampa.compare import config, figures, provenance
 from hf_sampa.compare.landscape import main_of
 
 
-COLUMNS = ("task", "method", "seed", "what", "score", "commit", "torch", "transformers", "torchao")
+COLUMNS = ("task", "method", "seed", "what", "score", "commit", "torch", "transformers")
 TRAINED, NEW, OLD = "trained", "further: new task", "further: old task"
 
 
@@ -77,26 +77,29 @@ def scores(
                 found = main(config.as_words({name: value for name, value in given.items() if value is not None}))
             return found[f"eval_{run.metric}"]
 
-        scored, further, rounded = (Path(place) / name for name in ("scored", "further", "rounded"))
+        scored, further, coarse = (Path(place) / name for name in ("scored", "further", "coarse"))
         yield TRAINED, score(run.folder, do_train=False, output_dir=scored)
         for bits in asked["bits"]:
-            write_rounded(run.folder, bits, rounded)
-            yield f"{bits} bits", score(rounded, do_train=False, output_dir=scored)
+            write_rounded(run.folder, bits, coarse)
+            yield f"{bits} bits", score(coarse, do_train=False, output_dir=scored)
         yield NEW, score(run.folder, output_dir=further, **asked["further"])
         yield OLD, score(further, do_train=False, output_dir=scored)
 
 
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """Every row to integers of `bits` bits, times a scale that fits its largest entry; bit for bit what torchao's tensor stands for."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).eps) / ((high - low) / 2)
+    return (weight * (1 / scale)).round().clamp(low, high) * scale
+
+
 def write_rounded(source: Path, bits: int, target: Path) -> None:
     """A folder like `source`, with the weights of linear layers as `bits` bits would hold them, in fp32."""
-    from torchao.quantization import IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerAxis
-
     (architecture,) = transformers.AutoConfig.from_pretrained(source).architectures
     model = getattr(transformers, architecture).from_pretrained(source, dtype=torch.float32)
-    quantize_(model, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerAxis(0)))
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            module.weight = torch.nn.Parameter(module.weight.dequantize())
+            module.weight = torch.nn.Parameter(rounded(module.weight.detach(), bits))
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint-*", "_*", "*.png"), dirs_exist_ok=True)
     model.save_pretrained(target)
 
@@ -149,7 +152,6 @@ def main(argv: list[str] | None = None) -> None:
     done = {(row["task"], row["method"], row["seed"]) for row in rows}
     of_all = provenance.provenance()
     versions = {"commit": of_all["commit"], **{name: of_all["versions"][name] for name in ("torch", "transformers")}}
-    versions["torchao"] = version("torchao")
     script = main_of(comparison.script)
     for run in tqdm([run for run in runs if (run.task, run.method, str(run.seed)) not in done], unit="run"):
         of_run = {"task": run.task, "method": run.method, "seed": run.seed}
