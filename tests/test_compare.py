@@ -22,7 +22,7 @@ from make_sample import make_tiny_bert
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from hf_sampa.compare import choosing, command, config, figures, landscape
+from hf_sampa.compare import choosing, command, config, figures, landscape, pictures
 from hf_sampa.compare.carry_out import Executor, alone, slots
 from hf_sampa.compare.runs import choosing as choosing_runs
 from hf_sampa.compare.runs import scored, timed
@@ -320,6 +320,27 @@ def test_from_the_file_to_the_report(tmp_path, stubbed, capsys):
     before = len(calls(out))
     stubbed(file)
     assert len(calls(out)) == before == len(rows)
+
+
+def test_methods_are_told_apart_by_colour_and_mark():
+    look = pictures.Look([f"method {i}" for i in range(20)])
+    assert len({(own["color"], own["marker"]) for own in map(look.of, look.methods)}) == 20
+
+
+@pytest.mark.parametrize(("tasks", "longest"), [(1, 8), (1, 30), (1, 60), (4, 30)])
+def test_a_legend_stays_within_the_picture(tmp_path, monkeypatch, tasks, longest):
+    figures_made = []
+    plain = pictures._panels
+    monkeypatch.setattr(
+        pictures, "_panels", lambda *given, **more: figures_made.append(made := plain(*given, **more)) or made
+    )
+    look = pictures.Look([f"method {i} ".ljust(longest, "x") for i in range(9)])
+    runs = {method: [[(1, 0.1 * i), (2, 0.2 * i)]] for i, method in enumerate(look.methods)}
+    pictures.courses({f"task {i}": runs for i in range(tasks)}, look, "accuracy, %", tmp_path / "courses.png")
+    (figure, _), (legend,) = figures_made[0], figures_made[0][0].legends
+    box = legend.get_window_extent()
+    assert [each.get_text() for each in legend.get_texts()] == look.methods
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.width and 0 <= box.y0
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, stubbed, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -21,14 +22,15 @@ WIDE = 3  # panels beside each other
 
 
 class Look:
-    """Colour and mark of each method."""
+    """Colour and mark of each method, no two alike: where colours begin anew, they have another mark."""
 
     def __init__(self, methods: Sequence[str]):
         self.methods = list(methods)
 
     def of(self, method: str) -> dict[str, Any]:
         i = self.methods.index(method)
-        return {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)], "label": method}
+        mark = MARKS[(i + i // len(COLORS)) % len(MARKS)]
+        return {"color": COLORS[i % len(COLORS)], "marker": mark, "label": method}
 
 
 def scores(by_task: Mapping[str, Mapping[str, Mean]], look: Look, unit: str, file: Path) -> None:
@@ -150,9 +152,19 @@ def _panels(titles: Sequence[str], height: float = 2.6) -> tuple[Figure, list[Ax
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """Of all methods that any panel has."""
+    """Of all methods that any panel has, in as many columns as the picture is wide enough for."""
     of_methods = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(of_methods.values(), of_methods.keys(), loc="outside lower center", ncols=4, frameon=False)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in (4, 3, 2, 1):
+        legend = figure.legend(
+            of_methods.values(), of_methods.keys(), loc="outside lower center", ncols=columns, frameon=False
+        )
+        width = legend.get_window_extent(renderer).width
+        if width <= figure.bbox.width:
+            return
+        if columns > 1:
+            legend.remove()
+    figure.set_figwidth(1.05 * width / figure.dpi)  # for names longer than the picture was wide
 
 
 def _finite(half: float) -> float | None:
