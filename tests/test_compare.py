@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -400,7 +401,10 @@ def test_killed_it_continues_from_the_checkpoints(tmp_path, number):
         "command.main(sys.argv[1:])"
     )
     words = [sys.executable, "-c", program, str(file), "--output_dir", str(out), "--jobs", "2"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]) as process:
+    # What a shell starts in the background ignores SIGINT, and so does all that it starts.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, cwd=root, preexec_fn=heard) as process:
         until = time.monotonic() + 240
         while len(list(out.rglob("checkpoint-1"))) < 2 and time.monotonic() < until:
             time.sleep(0.05)
