@@ -142,6 +142,7 @@ def trained_small(root, data, methods):
         given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
         metrics = run_vit.main(as_words({**given, "seed": 1, "output_dir": folder / "output"}))
         run = {"task": "digits", "method": method, "seed": 1, "metric": "accuracy", "arguments": given}
+        run |= {"phase": "score", "launch": "one_process", "values": {}}
         (folder / "run.json").write_text(json.dumps(run))
         lines.append(f"score,{folder.relative_to(root)}")
         found[method] = metrics["eval_accuracy"]

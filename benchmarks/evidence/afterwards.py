@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,41 +30,29 @@ from tqdm import tqdm
 
 from hf_sampa.compare import config, figures, provenance
 from hf_sampa.compare.landscape import main_of
+from hf_sampa.compare.runs import Run
+from hf_sampa.files import in_place_of
 
 
 COLUMNS = ("task", "method", "seed", "what", "score", "commit", "torch", "transformers")
 TRAINED, NEW, OLD = "trained", "further: new task", "further: old task"
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A run of the comparison: what it was, its arguments, and the folder of its weights."""
-
-    task: str
-    method: str
-    seed: int
-    metric: str
-    arguments: Mapping[str, Any]
-    folder: Path
-
-
-def trained_by(root: Path) -> list[Trained]:
-    """All runs that were scored. Raises ValueError where there is no report that names them."""
+def trained_by(root: Path) -> list[tuple[Run, Path]]:
+    """All runs that were scored, each with the folder of its weights. Raises ValueError where there is no report that names them."""
     if not (root / "results.csv").exists():
         raise ValueError(
             f"--folder: expected that of a comparison with results.csv, but {root} has none. Run it first."
         )
     with (root / "results.csv").open(encoding="utf-8") as lines:
         folders = [root / row["folder"] for row in csv.DictReader(lines) if row["phase"] == "score"]
-    runs = [(folder, json.loads((folder / "run.json").read_text(encoding="utf-8"))) for folder in folders]
     return [
-        Trained(*(run[name] for name in ("task", "method", "seed", "metric", "arguments")), folder / "output")
-        for folder, run in runs
+        (Run(**json.loads((folder / "run.json").read_text(encoding="utf-8"))), folder / "output") for folder in folders
     ]
 
 
 def scores(
-    run: Trained, asked: Mapping[str, Any], main: Callable[[list[str]], dict[str, float]]
+    run: Run, weights: Path, asked: Mapping[str, Any], main: Callable[[list[str]], dict[str, float]]
 ) -> Iterator[tuple[str, float]]:
     """What was done to the weights, and what they score then."""
     with tempfile.TemporaryDirectory() as place:
@@ -78,11 +65,11 @@ def scores(
             return found[f"eval_{run.metric}"]
 
         scored, further, coarse = (Path(place) / name for name in ("scored", "further", "coarse"))
-        yield TRAINED, score(run.folder, do_train=False, output_dir=scored)
+        yield TRAINED, score(weights, do_train=False, output_dir=scored)
         for bits in asked["bits"]:
-            write_rounded(run.folder, bits, coarse)
+            write_rounded(weights, bits, coarse)
             yield f"{bits} bits", score(coarse, do_train=False, output_dir=scored)
-        yield NEW, score(run.folder, output_dir=further, **asked["further"])
+        yield NEW, score(weights, output_dir=further, **asked["further"])
         yield OLD, score(further, do_train=False, output_dir=scored)
 
 
@@ -139,8 +126,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="file to write (default: out/CONFIG.csv)")
     options = parser.parse_args(argv)
     asked = yaml.safe_load(options.config.read_text(encoding="utf-8"))
-    comparison = config.read(options.config.parent / asked["comparison"])
     try:
+        comparison = config.read(options.config.parent / asked["comparison"])
         runs = trained_by(options.folder or Path("out/compare") / comparison.name)
     except ValueError as error:
         parser.error(str(error))
@@ -153,10 +140,13 @@ def main(argv: list[str] | None = None) -> None:
     of_all = provenance.provenance()
     versions = {"commit": of_all["commit"], **{name: of_all["versions"][name] for name in ("torch", "transformers")}}
     script = main_of(comparison.script)
-    for run in tqdm([run for run in runs if (run.task, run.method, str(run.seed)) not in done], unit="run"):
+    due = [each for each in runs if (each[0].task, each[0].method, str(each[0].seed)) not in done]
+    for run, weights in tqdm(due, unit="run"):
         of_run = {"task": run.task, "method": run.method, "seed": run.seed}
-        rows += [{**of_run, "what": what, "score": score, **versions} for what, score in scores(run, asked, script)]
-        with file.open("w", newline="", encoding="utf-8") as written:
+        rows += [
+            {**of_run, "what": what, "score": score, **versions} for what, score in scores(run, weights, asked, script)
+        ]
+        with in_place_of(file) as partial, partial.open("w", newline="", encoding="utf-8") as written:
             writer = csv.DictWriter(written, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
