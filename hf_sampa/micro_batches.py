@@ -15,7 +15,7 @@ from .compat import divided_by
 from .data import INDICES, MicroBatch, UpdateBatch
 from .distributed import Role
 from .engine import check_classes, logits_of, recipe_loss
-from .state import OwnGenerator, derive_seed, other_modules, seed_own, seeded, stood_in
+from .state import OwnGenerator, derive_seed, is_generator, other_modules, seed_own, seeded, stood_in
 from .variants import Moment
 
 
@@ -163,12 +163,15 @@ class MicroBatches:
     def _own_randomness(self, micro_batch: MicroBatch):
         args, replica = self.trainer.args, self.exchange.mesh.replica
         seed = derive_seed(args.seed, micro_batch.update, micro_batch.position, replica)
-        modules = (part for each in self.steps.engine.forward_state.modules.values() for part in each.modules())
-        for holder in (self.trainer, *modules):  # generators of one's own, for mixup perhaps
-            for value in vars(holder).values():
-                if isinstance(value, OwnGenerator):
-                    seed_own(seed, value)
+        for generator in self.own_generators():
+            seed_own(seed, generator)
         return seeded(seed, args.device)
+
+    def own_generators(self) -> list[OwnGenerator]:
+        """Those that the trainer and modules keep, for mixup perhaps."""
+        modules = (part for each in self.steps.engine.forward_state.modules.values() for part in each.modules())
+        holders = (self.trainer, *modules)
+        return [value for each in holders for value in vars(each).values() if is_generator(value)]
 
     # ---- Forward alone, for variants that look at single samples ----
 

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,16 @@ def unseeded() -> Iterator[None]:
 
 MOST_PARTS = 32  # of a list that are looked into: loaders or transforms are few, samples are many
 OwnGenerator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+@cache
+def _generates(kind: type) -> bool:
+    return issubclass(kind, OwnGenerator)
+
+
+def is_generator(value: Any) -> bool:
+    """Whether a value is a random generator; for many values, of few types, many times faster than isinstance."""
+    return _generates(type(value))
 
 
 def own_generators(owner: Any, depth: int = 3) -> list[OwnGenerator]:
