@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -27,6 +29,16 @@ def in_place_of(file: Path) -> Iterator[Path]:
         with suppress(OSError):  # what went wrong is on its way
             partial.unlink(missing_ok=True)
         raise
+
+
+def read_json(file: Path) -> Any:
+    """What a file that this package wrote holds. Raises ValueError, with its name, where it is no JSON any more."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: expected what was written there, got something else: {error}. Delete it."
+        ) from error
 
 
 def partial_of(file: Path) -> Path:

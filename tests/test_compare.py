@@ -29,6 +29,7 @@ from hf_sampa.compare.runs import choosing as choosing_runs
 from hf_sampa.compare.runs import scored, timed
 
 
+ROOT = Path(__file__).parents[1]
 STUB = (sys.executable, "-S", str(Path(__file__).with_name("compare_stub.py")))
 GIVEN = {
     "script": "script.py",
@@ -83,6 +84,34 @@ def written(folder: Path, **changes) -> Path:
             {"choose": {**CHOOSE, "values": {"SAM": {"rho": [1]}}}},
             "choose: values: expected values for each of AdamW, SAM, SAMPa",
         ),
+        ({"choose": {**CHOOSE, "arguments": {}}}, "choose: arguments: expected those with which .* held out, got {}"),
+        ({"choose": {**CHOOSE, "arguments": {"method": "adamw"}}}, "choose: arguments: .* no other place, got 'method'"),
+        ({"choose": {**CHOOSE, "values": dict.fromkeys(CHOOSE["values"], {"task_name": ["a", "b"]})}}, "no other place, got 'task_name'"),
+        ({"choose": {**CHOOSE, "values": dict.fromkeys(CHOOSE["values"], {"x": []})}}, r"AdamW: x: expected values, each once, got \[\]"),
+        ({"choose": {**CHOOSE, "values": dict.fromkeys(CHOOSE["values"], {"x": [1, 1]})}}, "x: expected values, each once"),
+        ({"choose": {}}, "choose: arguments: expected a value, got None"),
+        ({"time": []}, r"time: expected names with values, got \[\]"),
+        ({"seeds": [[1]]}, "seeds: expected whole numbers"),
+        ({"launch": ["x"]}, r"launch: expected one of .*, got \['x'\]"),
+        ({"metric": ""}, "metric: expected one name"),
+        ({"better": "most"}, "better: expected more or less, got 'most'"),
+        ({"tasks": {"A": []}}, r"tasks: A: expected arguments of the script by name, got \[\]"),
+        ({"tasks": {"A": {}, "B": {}}}, "tasks: expected something else under every name, got 'A and B'"),
+        ({"methods": {"AdamW": {"x": 1}, "SAM": {"x": 1}}}, "methods: expected something else under every name"),
+        ({"methods": {"..": {}}}, "methods: expected names that can be those of folders, got '..'"),
+        ({"methods": {"_x": {}}}, "names that can be those of folders"),
+        ({"methods": {"$x$": {}}}, "names that can be those of folders"),
+        ({"methods": {"a" * 101: {}}}, "names that can be those of folders"),
+        ({"methods": {"a\tb": {}}}, "names that can be those of folders"),
+        ({"arguments": {1: 2}}, "arguments: expected names of arguments, got 1"),
+        ({"equal_time": "SAM", "time": {}, "arguments": {}}, "equal_time: expected num_train_epochs among the arguments of A"),
+        ({"equal_time": "SAM", "time": {}, "methods": {**GIVEN["methods"], "AdamW, time of SAM": {}}}, "got 'AdamW, time of SAM'"),
+        ({"landscape": {"points": 6}}, "landscape: points: expected a multiple of 4, got 6"),
+        ({"landscape": {}, "methods": {"AdamW": {}}}, "landscape: expected two methods"),
+        ({"prepare": [""]}, "prepare: expected commands, got ''"),
+        ({"prepare": ["python 'x"]}, "prepare: expected commands"),
+        ({"paper": "x"}, "paper: expected names with values, got 'x'"),
+        ({"paper": {"rows": {"SAM": {"C": 1}}}}, "paper: SAM: expected what was reported by task, of A, B"),
     ],
     ids=str,
 )  # fmt: skip
@@ -96,6 +125,9 @@ def test_no_yaml(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("a: [")
     with pytest.raises(ValueError, match="expected YAML, got something else"):
+        config.read(file)
+    file.write_text("seeds: [1]\nmethods: {A: {}, A: {x: 1}}\n")
+    with pytest.raises(ValueError, match="expected YAML, got something else: 'A' is there twice"):
         config.read(file)
     file.write_text("words")
     with pytest.raises(ValueError, match="the file: expected names with values, got 'words'"):
@@ -168,15 +200,40 @@ def test_chosen_by_the_mean_over_the_seeds(tmp_path):
         # The middle value is the best one, but for B with SAM, of whose first value one run is missing.
         value = list(run.values.values())[-1]
         good = value in (0.03, 0.05, 0.1) and not (run.method == "SAM" and value == 0.1)
-        folder = run.write(tmp_path)
+        run.folder(tmp_path).mkdir(parents=True)
         if (run.task, run.method, value, run.seed) != ("B", "SAM", 0.05, 8):
-            (folder / "result.json").write_text(json.dumps({"score": 0.6 + 0.1 * good + (run.seed == 8) * 0.3}))
+            score = 0.6 + 0.1 * good + (run.seed == 8) * 0.3
+            run.write(tmp_path, "result.json", {"metrics": {"eval_accuracy": score}})
     chosen = choosing.settings(comparison, runs, tmp_path)
     assert chosen["A", "AdamW"] == chosen["B", "AdamW"] == {"learning_rate": 0.03}
     assert chosen["A", "SAM"] == {"rho": 0.05}
     assert chosen["B", "SAM"] == {"rho": 0.01}  # the first of two that are equal
     assert chosen["A", "SAMPa"] == {"rho": 0.01, "lmbda": 0.1}
-    assert choosing.is_less_better("eval_loss") and not choosing.is_less_better("accuracy")
+
+
+@pytest.mark.parametrize(
+    ("metric", "better", "less"),
+    [("eval_loss", None, True), ("accuracy", None, False), ("wer", None, True), ("error_rate", None, True)]
+    + [("loss", "more", False), ("distance", "less", True)],
+)
+def test_which_score_is_the_better_one(tmp_path, metric, better, less):
+    assert config.read(written(tmp_path, metric=metric, better=better)).is_less_better("A") == less
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path, stubbed):
+    methods = {"AdamW": {"method": "adamw", "nan_at": 0.03}}
+    choose = {**CHOOSE, "values": {"AdamW": {"learning_rate": [0.03, 0.02, 0.01]}}}
+    stubbed(written(tmp_path, methods=methods, choose=choose, seeds=[1]))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| AdamW | --learning_rate 0.02 | --learning_rate 0.02 |" in report
+    assert "2 of these 6 runs have no score, and their combinations were left out" in report
+
+
+def test_a_score_that_is_no_number_is_left_out_of_the_means(tmp_path, stubbed):
+    stubbed(written(tmp_path, tasks={"A": {"nan_at": 2}}))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| SAM | 50.2 ± 1.3 (0.1; 2 of 3 seeds) |" in report
+    assert "| SAM | +0.0 (+0.0 to +0.0; 2 of 3 seeds) |" in report
 
 
 def test_the_first_method_gets_the_epochs_that_take_the_time_of_another(tmp_path):
@@ -184,16 +241,18 @@ def test_the_first_method_gets_the_epochs_that_take_the_time_of_another(tmp_path
     comparison = config.read(written(tmp_path, arguments=arguments, time={"steps": 5, "rounds": 3}, equal_time="SAM"))
     seconds = {"AdamW": [1.0, 2.0, 4.0], "SAM": [2.0, 3.0, 10.0], "SAMPa": [1.0, 2.2, 4.4]}
     assert choosing.ratios(seconds, "AdamW") == pytest.approx({"AdamW": 1, "SAM": 2, "SAMPa": 1.1})
-    longer = choosing.longer(comparison, seconds, tmp_path)
+    rounds = list(timed(comparison, {}))
+    longer = choosing.longer(comparison, rounds, seconds, tmp_path)
     assert longer == {"AdamW, time of SAM": 2.0}
-    # What has been said is kept: the runs that follow from it would be others.
-    assert choosing.longer(comparison, {**seconds, "SAM": [9.0, 9.0, 9.0]}, tmp_path) == longer
+    # What has been said is kept, as long as the same is timed: the runs that follow from it would be others.
+    slower = {**seconds, "SAM": [9.0, 9.0, 9.0]}
+    assert choosing.longer(comparison, rounds, slower, tmp_path) == longer
+    assert choosing.longer(comparison, rounds[:2], slower, tmp_path) == {"AdamW, time of SAM": 4.5}
     runs = [
         run for run in scored(comparison, choosing.settings(comparison, [], tmp_path), longer) if run.method in longer
     ]
     assert [run.arguments["num_train_epochs"] for run in runs] == [4] * 6
     assert all(run.arguments["method"] == "adamw" for run in runs)
-    rounds = list(timed(comparison, {}))
     assert [[run.method for run in each] for each in rounds] == [["AdamW", "SAM", "SAMPa"]] * 3
     assert {run.launch for each in rounds for run in each} == {"cpu_2_processes"}
     assert all("diagnostics_steps" not in run.arguments for each in rounds for run in each)
@@ -218,11 +277,21 @@ def test_differences_are_of_equal_seeds():
 
 def test_over_tasks_by_the_signed_rank_test():
     found = figures.over_tasks([0.1, 0.2, 0.3, 0.4, 0.5, -0.05])
-    assert (found.better, found.tasks) == (5, 6)
+    assert found.tasks == 6
     assert found.probability == pytest.approx(2 * 2 / 2**6)
     assert figures.over_tasks([1.0, 2.0, 3.0]).probability == pytest.approx(figures.smallest_probability(3))
     assert figures.over_tasks([0.0, 0.0]).probability == 1
     assert figures.over_tasks([0.1]) is None
+
+
+def test_equal_gains_and_losses_are_no_difference():
+    """In floating point their sum is 4e-17."""
+    own, first = ({seed: k / 277 for seed, k in enumerate(each)} for each in ((194, 241, 182), (192, 242, 183)))
+    found = figures.difference(own, first)
+    assert found.value == 0 and found.deviation > 0
+    assert figures.over_tasks([found.value, 0.01, 0.02, 0.03, 0.04]).probability == pytest.approx(0.125)
+    # And equal ones have one rank.
+    assert figures.over_tasks([0.3, 0.1 + 0.2, -0.1, 0.5]).probability == stats.wilcoxon([0.3, 0.3, -0.1, 0.5]).pvalue
 
 
 # ---- Carried out ----
@@ -262,11 +331,14 @@ def test_a_search_finds_again_what_it_found(tmp_path, stubbed):
         ([1, 2], "choose: values: SAM: rho: expected names with values"),
         ({"low": 1, "high": 1}, "rho: expected low below high, and above 0 with log"),
         ({"low": 0, "high": 1, "log": True}, "rho: expected low below high, and above 0 with log"),
+        ({"low": "1e-3", "high": 1}, "rho: expected low and high as numbers, .*Write 1.0e-3, and not 1e-3"),
+        ({"low": 0, "high": float("inf")}, "rho: expected low and high as numbers"),
+        ({"low": 0, "high": 1, "log": "no"}, "rho: log: expected true or false, got 'no'"),
     ],
 )
 def test_ranges_that_are_none(tmp_path, ranges, words):
     methods = {"SAM": {"method": "sam"}}
-    choose = {"arguments": {}, "seeds": [1], "trials": 2, "values": {"SAM": {"rho": ranges}}}
+    choose = {"arguments": {"x": 1}, "seeds": [1], "trials": 2, "values": {"SAM": {"rho": ranges}}}
     with pytest.raises(ValueError, match=words):
         config.read(written(tmp_path, methods=methods, choose=choose))
 
@@ -280,6 +352,16 @@ def stubbed(monkeypatch):
         command.main([str(file), "--output_dir", str(file.parent / "out"), *words])
 
     return run
+
+
+def command_line(file: Path, out: Path, *words: str) -> list[str]:
+    """Of a process of its own whose runs are the stub's."""
+    program = (
+        "import sys; from hf_sampa.compare import command; from hf_sampa.compare.carry_out import Executor\n"
+        f"command.Executor = lambda script, root: Executor(script, root, {STUB!r})\n"
+        "command.main(sys.argv[1:])"
+    )
+    return [sys.executable, "-c", program, str(file), "--output_dir", str(out), *words]
 
 
 def calls(folder: Path) -> list[dict]:
@@ -314,7 +396,8 @@ def test_from_the_file_to_the_report(tmp_path, stubbed, capsys):
     from datasets import Dataset
 
     table = Dataset.from_parquet(str(out / "results.parquet"), cache_dir=tmp_path / "cache")
-    assert table["score"] == pytest.approx([float(row["score"]) for row in rows])
+    assert table["score"] == [float(row["score"]) if row["score"] else None for row in rows]
+    assert all((row["score"] == "") == (row["phase"] == "time") for row in rows)
     assert table["course"][-1][0] == pytest.approx([1, table["score"][-1] - 0.1])
 
     # Called again it runs nothing.
@@ -383,11 +466,165 @@ def test_settings_are_told_as_soon_as_they_are_chosen(tmp_path, stubbed):
     assert "| AdamW | --learning_rate 0.03 | --learning_rate 0.03 |" in report
 
 
-def test_a_score_that_is_not_there_is_named(tmp_path, stubbed):
+def test_a_score_that_is_not_there_is_named(tmp_path, stubbed, capsys):
     file = written(tmp_path, metric="f1", seeds=[1], tasks={"A": {}}, methods={"AdamW": {"method": "adamw"}})
     with pytest.raises(SystemExit):
         stubbed(file)
-    assert "metric: expected one of accuracy, loss, got f1" in (tmp_path / "out" / "report.md").read_text()
+    assert "metric: expected one of accuracy, loss, got f1" in capsys.readouterr().err
+    # Corrected, nothing is trained once more.
+    stubbed(written(tmp_path, seeds=[1], tasks={"A": {}}, methods={"AdamW": {"method": "adamw"}}))
+    assert len(calls(tmp_path / "out")) == 1 and "| AdamW | 50.1 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_script_without_scores_is_told_after_one_run(tmp_path, stubbed, capsys):
+    with pytest.raises(SystemExit):
+        stubbed(written(tmp_path, arguments={"silent": 1}), "--jobs", "1")
+    assert "expected one of those that the script computes, which are none, got accuracy" in capsys.readouterr().err
+    assert len(calls(tmp_path / "out")) == 1
+
+
+def test_another_metric_is_not_the_old_one_under_a_new_name(tmp_path, stubbed):
+    stubbed(written(tmp_path, seeds=[1]))
+    stubbed(written(tmp_path, seeds=[1], metric="loss"))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Loss (less is better)" in report and "| SAM | 0.1000 | 0.1000 | 0.1000 |" in report
+    assert len(calls(tmp_path / "out")) == 6
+
+
+def test_another_script_has_runs_of_its_own(tmp_path, stubbed):
+    stubbed(written(tmp_path, seeds=[1]))
+    (tmp_path / "other.py").touch()
+    stubbed(written(tmp_path, seeds=[1], script="other.py"))
+    assert len(calls(tmp_path / "out")) == 12
+
+
+def test_a_folder_is_one_comparison_s(tmp_path, stubbed, capsys):
+    stubbed(written(tmp_path, seeds=[1]))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(SystemExit):
+        command.main([str(written(tmp_path / "b")), "--output_dir", str(tmp_path / "out")])
+    assert re.search(
+        r"--output_dir: expected a folder for .*b/few.yaml, but .*out has the runs of", capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        command.main([str(written(tmp_path)), "--output_dir", str(tmp_path / "typo"), "--report"])
+    assert "--report: expected the folder of a comparison" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_methods_that_differ_in_their_updates_are_named(tmp_path, stubbed):
+    stubbed(
+        written(tmp_path, seeds=[1], methods={"AdamW": {"method": "adamw"}, "SAM": {"method": "sam", "batch_size": 8}})
+    )
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "**The methods differ in batch_size**" in report and "same number of updates" not in report
+
+
+def test_scores_of_several_kinds_have_no_mean(tmp_path, stubbed):
+    stubbed(written(tmp_path, seeds=[1], metric={"A": "accuracy", "B": "loss"}))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| method | A | B |\n" in report and "mean of tasks" not in report
+    assert "better on 0 of 2 |" in report and "; p " not in report
+
+
+def test_differences_of_losses_have_one_sign(tmp_path, stubbed):
+    tasks = {"A": {"learning_rate": 0}, "B": {"learning_rate": 0.1}}
+    methods = {"AdamW": {"method": "adamw"}, "SAM": {"method": "sam", "loss": 0.05}}
+    stubbed(written(tmp_path, tasks=tasks, methods=methods, metric="loss", seeds=[1, 2]))
+    assert "-0.0500; better on 2 of 2" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_report_names_what_failed_before_and_every_commit(tmp_path, stubbed):
+    methods = {"AdamW": {"method": "adamw"}, "SAM": {"method": "sam", "fail": 9}}
+    file = written(tmp_path, methods=methods, tasks={"A": {}}, seeds=[1, 2])
+    with pytest.raises(SystemExit):
+        stubbed(file)
+    result = next((tmp_path / "out").rglob("seed-2-*/result.json"))
+    result.write_text(json.dumps({**json.loads(result.read_text()), "commit": "0123abc"}))
+    with pytest.raises(SystemExit):
+        stubbed(file, "--report")
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "FAILED (1): score, A, SAM, seed 1" in report
+    assert "Commit 0123abc, Python" in report and report.count("\nCommit ") == 2
+
+
+def test_a_wrong_argument_is_told_once(tmp_path, stubbed, capsys):
+    file = written(tmp_path, arguments={"fail": 1, "say": "error: unrecognized arguments: --lerning_rate"})
+    with pytest.raises(SystemExit):
+        stubbed(file, "--jobs", "1")
+    said = capsys.readouterr().err
+    assert "script.py takes no such argument" in said and "--lerning_rate" in said
+    assert len(calls(tmp_path / "out")) == 1
+
+
+def test_a_damaged_result_is_named(tmp_path, stubbed, capsys):
+    file = written(tmp_path, seeds=[1], tasks={"A": {}})
+    stubbed(file)
+    result = next((tmp_path / "out").rglob("result.json"))
+    result.write_text(result.read_text()[:30])
+    with pytest.raises(SystemExit):
+        stubbed(file)
+    assert f"{result}: expected what was written there, got something else" in capsys.readouterr().err
+
+
+def test_two_calls_at_once_run_everything_once(tmp_path):
+    file = written(tmp_path, arguments={"brief": 0.3}, tasks={"A": {}})
+    both = [subprocess.Popen(command_line(file, tmp_path / "out", "--jobs", "1"), cwd=ROOT) for _ in range(2)]
+    assert [each.wait(240) for each in both] == [0, 0]
+    assert len(calls(tmp_path / "out")) == 9
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_call_that_waits_for_another_one_can_be_ended(tmp_path):
+    file = written(tmp_path, seeds=[1], tasks={"A": {"sleep": 60}}, methods={"AdamW": {"method": "adamw"}})
+    out, said = tmp_path / "out", tmp_path / "said.txt"
+    with subprocess.Popen(command_line(file, out), cwd=ROOT) as first, said.open("w") as stderr:
+        until = time.monotonic() + 240
+        while not list(out.rglob("checkpoint-1")) and time.monotonic() < until:
+            time.sleep(0.05)
+        with subprocess.Popen(command_line(file, out), cwd=ROOT, stderr=stderr) as second:
+            while "is at it; waiting" not in said.read_text() and time.monotonic() < until:
+                time.sleep(0.05)
+            begun = time.monotonic()
+            second.terminate()
+            assert second.wait(30) == 128 + signal.SIGTERM and time.monotonic() - begun < 20
+        first.terminate()
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path, stubbed):
+    """It could never be resumed from."""
+    file = written(
+        tmp_path, seeds=[1], tasks={"A": {"torn": 1, "sleep": 0.1, "fail": 1}}, methods={"AdamW": {"method": "adamw"}}
+    )
+    with pytest.raises(SystemExit):
+        stubbed(file)
+    output = next((tmp_path / "out").rglob("output"))
+    (output / "checkpoint-1").mkdir()
+    stubbed(file)
+    assert [call.get("resume_from_checkpoint") for call in calls(tmp_path / "out")] == [None, None]
+
+
+def test_preparations_are_those_of_a_folder(tmp_path, stubbed, monkeypatch, capsys):
+    file = written(tmp_path, seeds=[1], prepare=["python -c \"open('made', 'a').write('x')\""])
+    for folder in ("one", "one", "two"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        stubbed(file)
+    assert [(tmp_path / folder / "made").read_text() for folder in ("one", "two")] == ["x", "x"]
+    for line, words in (
+        ("python -c 1/0", "got exit code 1 of: python -c 1/0. It was called in"),
+        ("nosuch", "can be started"),
+    ):
+        with pytest.raises(SystemExit):
+            stubbed(written(tmp_path, seeds=[1], prepare=[line]))
+        assert words in capsys.readouterr().err
+
+
+def test_without_a_landscape_there_is_a_report(tmp_path, stubbed):
+    with pytest.raises(SystemExit, match="1 run failed"):
+        stubbed(written(tmp_path, seeds=[1], landscape={}))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "landscape: expected losses of trained models from script.py" in report and "| SAM | 50.1 |" in report
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -395,16 +632,10 @@ def test_a_score_that_is_not_there_is_named(tmp_path, stubbed):
 def test_killed_it_continues_from_the_checkpoints(tmp_path, number):
     file = written(tmp_path, seeds=[1, 2], tasks={"A": {"sleep": 600}}, methods={"AdamW": {"method": "adamw"}})
     out = tmp_path / "out"
-    program = (
-        "import sys; from hf_sampa.compare import command; from hf_sampa.compare.carry_out import Executor\n"
-        f"command.Executor = lambda script, root: Executor(script, root, {STUB!r})\n"
-        "command.main(sys.argv[1:])"
-    )
-    words = [sys.executable, "-c", program, str(file), "--output_dir", str(out), "--jobs", "2"]
+    words = command_line(file, out, "--jobs", "2")
     # What a shell starts in the background ignores SIGINT, and so does all that it starts.
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    root = Path(__file__).parents[1]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, cwd=root, preexec_fn=heard) as process:
+    with subprocess.Popen(words, stderr=subprocess.PIPE, cwd=ROOT, preexec_fn=heard) as process:
         until = time.monotonic() + 240
         while len(list(out.rglob("checkpoint-1"))) < 2 and time.monotonic() < until:
             time.sleep(0.05)
@@ -413,13 +644,13 @@ def test_killed_it_continues_from_the_checkpoints(tmp_path, number):
     # Killed, it cannot end its runs: they hold their folders, for which the next call waits.
     assert len(_stubs(out)) == (2 if number == signal.SIGKILL else 0)
     said = tmp_path / "said.txt"
-    with said.open("w") as stderr, subprocess.Popen(words, stderr=stderr, cwd=Path(__file__).parents[1]) as again:
-        while _stubs(out) and "an earlier call is at it still" not in said.read_text() and time.monotonic() < until:
+    with said.open("w") as stderr, subprocess.Popen(words, stderr=stderr, cwd=ROOT) as again:
+        while _stubs(out) and "another call is at it" not in said.read_text() and time.monotonic() < until:
             time.sleep(0.05)
         for stub in _stubs(out):
             os.kill(stub, signal.SIGKILL)
         assert again.wait(120) == 0, said.read_text()
-    assert ("an earlier call is at it still" in said.read_text()) == (number == signal.SIGKILL)
+    assert ("another call is at it" in said.read_text()) == (number == signal.SIGKILL)
     assert [call.get("resume_from_checkpoint") for call in calls(out)] == [None, "true"] * 2
     assert len(list(out.rglob("result.json"))) == 2 and not list(out.rglob("checkpoint-*"))
 
@@ -440,7 +671,13 @@ def test_as_many_at_a_time_as_there_are_places(tmp_path):
 
 def test_a_run_that_is_timed_has_all_devices_and_its_launcher_s_threads(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [each["CUDA_VISIBLE_DEVICES"] for each in slots()] == ["0", "1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,6,7")
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in slots()] == ["2", "3", "6", "7"]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in slots(processes=2)] == ["2,3", "6,7"]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in slots(3, processes=2)] == ["2,3", "6,7", "2,3"]
     (environment,) = alone()
     assert environment.keys().isdisjoint({"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"})
 

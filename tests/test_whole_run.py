@@ -155,6 +155,18 @@ def test_the_weights_of_a_run_that_was_killed_while_it_saved_them_are_moved_asid
     assert {each.name for each in tmp_path.iterdir()} == {"_run.json", "_replaced-1"}
 
 
+@pytest.mark.parametrize("method", ["adamw", "sam"])
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path, method, caplog):
+    """By AdamW, too, of which upstream takes the last one as it is."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Killed(3), method=method, save_strategy="steps", save_steps=1)
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / "config.json").write_text("{}")
+    trainer = run(tmp_path, method=method, save_strategy="steps", save_steps=1, resume_from_checkpoint=True)
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3, 4]
+    assert "Passing over a checkpoint" in caplog.text and "checkpoint-9" in caplog.text
+
+
 RUN = {"method": "sampa", "data set": "GLUE rte", "model": "bert-tiny"}
 
 

@@ -3,6 +3,7 @@
 `checkpoint.py` says what is written; `saving.py` when; `resume.py` how a run goes on.
 """
 
+from .checkpoint import inspect, is_whole, last_whole, steps_in
 from .in_parts import no_weights, remove_no_weights
 from .resume import Resume, load_missing, load_weights, loading
 from .saved_weights import contiguous
@@ -19,11 +20,15 @@ __all__ = [
     "as_saved",
     "check_trained",
     "contiguous",
+    "inspect",
+    "is_whole",
+    "last_whole",
     "load_missing",
     "load_weights",
     "loading",
     "no_weights",
     "optimizer_as_saved",
     "remove_no_weights",
+    "steps_in",
     "whole_weights",
 ]

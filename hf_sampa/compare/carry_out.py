@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..files import in_place_of
+from ..checkpoints import is_whole
 from .config import as_words
 from .provenance import provenance
 from .rows import MEASURED
-from .runs import Run
+from .runs import TIME, Failed, Run
 
 
 try:
@@ -33,28 +33,32 @@ try:
 except ImportError:  # Windows has none
     fcntl = None
 
+SECONDS_BETWEEN_LOOKS = 0.5  # at a run that another process is at
 SECONDS_TO_END = 20.0  # after which a process that was asked to end is killed
 LAST_LINES = 12
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A run that ended with an error: its exit code, and the end of its log."""
+def slots(jobs: int | None = None, processes: int = 1) -> list[dict[str, str]]:
+    """Environments of runs that share the machine: one for each GPU, or, without any, for each core; or `jobs`.
 
-    run: Run
-    code: int
-    said: str
-
-
-def slots(jobs: int | None = None) -> list[dict[str, str]]:
-    """Environments of runs that share the machine: one for each GPU, or, without any, for each core; or `jobs`."""
-    devices = torch.cuda.device_count()
+    Of GPUs, those that this process sees, each run gets as many as it has `processes`.
+    """
+    devices = _visible_devices()
+    places = max(1, len(devices) // processes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = jobs or devices or cores
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // count)), "TOKENIZERS_PARALLELISM": "false"}
+    count = jobs or (places if devices else max(1, cores // processes))
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // (count * processes))), "TOKENIZERS_PARALLELISM": "false"}
     if not devices:
         return [threads] * count
-    return [{**threads, "CUDA_VISIBLE_DEVICES": str(i % devices)} for i in range(count)]
+    of_place = [devices[i * processes : (i + 1) * processes] for i in range(places)]
+    return [{**threads, "CUDA_VISIBLE_DEVICES": ",".join(of_place[i % places])} for i in range(count)]
+
+
+def _visible_devices() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    named = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    return named[:count] if named else [str(i) for i in range(count)]
 
 
 def alone() -> list[dict[str, str]]:
@@ -73,7 +77,6 @@ class Executor:
 
     def __init__(self, script: Path, root: Path, launcher: Sequence[str] = (sys.executable, "-m", "hf_sampa")):
         self.script, self.root, self.launcher = script, root, launcher
-        self.failed: list[Failed] = []
         self._going: set[subprocess.Popen] = set()
         self._lock, self._ending = Lock(), False
 
@@ -81,6 +84,7 @@ class Executor:
         """All of `runs`, as many at a time as there are `environments`. A run that fails is noted, and the others go on.
 
         Raises:
+            ValueError: a run that is done has no such score, or the script takes no such argument, as in all others.
             KeyboardInterrupt: as it came, and SystemExit for a signal to end: once all processes that were started have ended.
         """
         due = [run for run in runs if run.result(self.root) is None]
@@ -102,7 +106,6 @@ class Executor:
                     bar.set_postfix_str(f"{run.task}, {run.method}, seed {run.seed}")
                     bar.update()
                     if failed:
-                        self.failed.append(failed)
                         bar.write(told(failed, self.root), file=sys.stderr)
             except BaseException:
                 self._end()
@@ -110,28 +113,68 @@ class Executor:
                 raise
 
     def _one(self, run: Run, environment: dict[str, str]) -> Failed | None:
-        folder = run.write(self.root)
+        folder = run.folder(self.root)
+        folder.mkdir(parents=True, exist_ok=True)
         output = folder / "output"
-        with held(folder) as inherited, (folder / "log.txt").open("ab") as log:
-            begun = log.tell()
+        with self._held(folder) as inherited, (folder / "log.txt").open("ab") as log:
+            if self._ending or run.result(self.root) is not None:  # by another call, which had it until now
+                return None
+            run.write(self.root, "run.json", asdict(run))
+            (folder / "failed.json").unlink(missing_ok=True)
+            begun, continuing = log.tell(), _continuing(output)
             words = ["launch", "--config", run.launch, str(self.script)]
-            words += as_words({**run.arguments, "seed": run.seed, "output_dir": output, **_continuing(output)})
+            words += as_words({**run.arguments, "seed": run.seed, "output_dir": output, **continuing})
             started = time.time()
             code = self._call([*self.launcher, *words], environment, log, inherited)
             if code is None:
                 return None
             if code:
-                return Failed(run, code, _end_of(folder / "log.txt", begun))
+                return self._failed(run, code, _end_of(folder / "log.txt", begun))
             try:
-                found = _found(output, run.metric)
+                found = _found(output)
             except (OSError, ValueError, KeyError) as error:
-                return Failed(run, 0, f"{type(error).__name__}: {error}")
-            result = {**found, **provenance(), "seconds": round(time.time() - started, 1), "command": words}
-            with in_place_of(folder / "result.json") as file:
-                file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                return self._failed(run, 0, f"{type(error).__name__}: {error}")
+            # Of a run that went on there are more, which nobody has counted.
+            seconds = None if "resume_from_checkpoint" in continuing else round(time.time() - started, 1)
+            run.write(self.root, "result.json", {**found, **provenance(), "seconds": seconds, "command": words})
             for checkpoint in output.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
+        if run.phase == TIME and found["seconds_per_step"] is None:
+            raise ValueError(
+                "time: expected train_seconds_per_step or train_steps_per_second in all_results.json of the script, got neither. Leave time out."
+            )
+        if run.phase != TIME:
+            run.score(self.root)
         return None
+
+    def _failed(self, run: Run, code: int, said: str) -> Failed:
+        run.write(self.root, "failed.json", {"code": code, "said": said})
+        if "unrecognized arguments" in said:
+            raise ValueError(f"{self.script.name} takes no such argument:\n{said}\nCorrect the configuration.")
+        return Failed(run, code, said)
+
+    @contextmanager
+    def _held(self, folder: Path) -> Iterator[tuple[int, ...]]:
+        """Within the block nobody else carries out the run of this folder: waits for whoever does, unless all is to end.
+
+        Gives file descriptors to pass on: a process that has them holds the folder, too, as it does when this one is killed.
+        """
+        if fcntl is None:
+            yield ()
+            return
+        with (folder / ".held").open("w") as file:
+            waiting = False
+            while not self._ending:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not waiting:
+                        words = f"{folder}: a process of another call is at it; waiting for its end."
+                        tqdm.write(words, file=sys.stderr)
+                    waiting = True
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+            yield (file.fileno(),)
 
     def _call(
         self, command: list[str], environment: dict[str, str], log: Any, inherited: tuple[int, ...]
@@ -192,26 +235,11 @@ def _signal(process: subprocess.Popen, number: int) -> None:
         pass
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[tuple[int, ...]]:
-    """Within the block nobody else carries out the run of this folder: waits for whoever does.
-
-    Gives file descriptors to pass on: a process that has them holds the folder, too, as it does when this one is killed.
-    """
-    if fcntl is None:
-        yield ()
-        return
-    with (folder / ".held").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            tqdm.write(f"{folder}: a process of an earlier call is at it still; waiting for its end.", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield (file.fileno(),)
-
-
 def _continuing(output: Path) -> dict[str, Any]:
-    """What the script is to be told of an output folder that is there already."""
+    """What the script is to be told of an output folder that is there already; checkpoints that were being written are removed."""
+    for checkpoint in output.glob("checkpoint-*"):
+        if not is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
     if any(output.glob("checkpoint-*")):
         return {"resume_from_checkpoint": "true"}
     return {"overwrite_output_dir": "true"} if output.is_dir() and any(output.iterdir()) else {}
@@ -224,18 +252,14 @@ def _end_of(log: Path, begun: int) -> str:
     return "\n".join(f"    {line}" for line in lines[-LAST_LINES:])
 
 
-def _found(output: Path, metric: str) -> dict[str, Any]:
-    """What a script left of a run: its metrics, its score, and the score's course."""
+def _found(output: Path) -> dict[str, Any]:
+    """What a script left of a run: its metrics, their course, and how long a step took."""
     metrics = json.loads((output / "all_results.json").read_text(encoding="utf-8"))
     history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    name = metric if metric.startswith(("eval_", "test_")) else f"eval_{metric}"
-    scores = [each.removeprefix("eval_") for each in metrics if each.startswith("eval_")]
-    if scores and name not in metrics:
-        raise ValueError(
-            f"metric: expected one of {', '.join(scores)}, got {metric}. Correct it in the configuration."
-        )
-    course = [[line["step"], line[name]] for line in history if name in line]
+    evaluations = [line for line in history if any(name.startswith("eval_") for name in line)]
     last = {}
     for line in history:
         last |= {name: value for name, value in line.items() if name in MEASURED.values()}
-    return {"score": metrics.get(name), "metrics": {**metrics, **last}, "course": course}
+    per_second = metrics.get("train_steps_per_second")
+    seconds = metrics.get("train_seconds_per_step", 1 / per_second if per_second else None)
+    return {"metrics": {**metrics, **last}, "evaluations": evaluations, "seconds_per_step": seconds}

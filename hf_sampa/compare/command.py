@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..files import in_place_of
+import yaml
+
+from ..files import in_place_of, read_json
+from ..launch import configurations
 from . import choosing, config, landscape, report
-from .carry_out import Executor, alone, slots
+from .carry_out import Executor, alone, slots, told
 from .config import Comparison
 from .findings import Findings
 from .rows import rows, write_csv, write_dataset
@@ -50,10 +53,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,11 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         comparison = config.read(options.config, options.search)
         root = (options.output_dir or Path("out/compare") / comparison.name).resolve()
-        root.mkdir(parents=True, exist_ok=True)
+        _open(root, options.config.resolve(), run=not options.report)
         with _ended_by_signals():
             failed = compare(comparison, root, options.jobs, run=not options.report)
     except (OSError, RuntimeError, ValueError) as error:
         parser().error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     if failed:
         sys.exit(
             f"{failed} run{'s' * (failed > 1)} failed; the report names them. Called again, this command tries them once more."
@@ -80,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bool = True) -> int:
     """Carry out what is not done yet, and write the report into `root`; how many runs failed."""
-    executor, shared = Executor(comparison.script, root), slots(jobs)
+    executor, shared = Executor(comparison.script, root), slots(jobs, _processes(comparison.launch))
     if run:
         _prepare(comparison, root)
 
@@ -98,38 +102,74 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
     if run:
         executor.carry_out([each for runs in rounds for each in runs], alone(), TIME)
     seconds = choosing.seconds_per_step(rounds, root)
-    longer = choosing.longer(comparison, seconds, root)
+    longer = choosing.longer(comparison, rounds, seconds, root)
 
     compared = list(scored(comparison, chosen, longer))
     if run:
         executor.carry_out(compared, shared, SCORE)
 
-    around = landscape.measure(comparison, compared, root, run)
+    problems = []
+    try:
+        around = landscape.measure(comparison, compared, root, run)
+    except RuntimeError as error:
+        around = None
+        problems.append(str(error))
 
-    found = rows([*tried, *(each for runs in rounds for each in runs), *compared], comparison.script.name, root)
+    runs = [*tried, *(each for runs in rounds for each in runs), *compared]
+    failed = [failure for each in runs if (failure := each.failure(root))]
+    problems = [*(told(each, root) for each in failed), *problems]
+    found = rows(runs, comparison.script, root)
     write_csv(found, root / "results.csv")
     if found:
         write_dataset(found, root / "results.parquet")
-    sections = Findings(comparison, found, chosen, longer, seconds, executor.failed, root, around).sections()
+    sections = Findings(comparison, found, chosen, longer, seconds, problems, root, around).sections()
     files = report.write(comparison.name, sections, root)
     print(report.as_markdown(comparison.name, sections))
     print("\n".join(f"{form}: {file}" for form, file in {**files, "csv": root / "results.csv"}.items()))
-    return len(executor.failed)
+    return len(problems)
+
+
+def _open(root: Path, file: Path, run: bool) -> None:
+    """See that the folder is one for the comparison of this `file`. Raises ValueError."""
+    note = root / "comparison.json"
+    if not run and not note.exists() and not (root / "runs").is_dir():
+        raise ValueError(
+            f"--report: expected the folder of a comparison, got {root}, which is none. Check --output_dir."
+        )
+    before = Path(read_json(note)["config"]) if note.exists() else file
+    if before != file and before.exists():
+        raise ValueError(
+            f"--output_dir: expected a folder for {file}, but {root} has the runs of {before}. Name another one."
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    with in_place_of(note) as partial:
+        partial.write_text(json.dumps({"config": str(file)}) + "\n", encoding="utf-8")
+
+
+def _processes(launch: str) -> int:
+    """That a launch configuration starts."""
+    return int(yaml.safe_load(configurations()[launch].read_text(encoding="utf-8"))["num_processes"])
 
 
 def _prepare(comparison: Comparison, root: Path) -> None:
     """Commands that make what the runs need; each once. Raises ValueError for one that fails."""
-    done_file = root / "prepared.json"
-    done = json.loads(done_file.read_text(encoding="utf-8")) if done_file.exists() else []
+    done_file, here = root / "prepared.json", str(Path.cwd())
+    done = read_json(done_file) if done_file.exists() else []
     for line in comparison.prepare:
-        if line in done:
+        if [line, here] in done:
             continue
         words = shlex.split(line)
         words = [sys.executable, *words[1:]] if words[0] == "python" else words
-        code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
+        try:
+            code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
+        except OSError as error:
+            raise ValueError(f"prepare: expected a command that can be started, got: {line}: {error}") from error
         if code:
-            raise ValueError(f"prepare: expected a command that succeeds, got exit code {code} of: {line}")
-        done.append(line)
+            raise ValueError(
+                f"prepare: expected a command that succeeds, got exit code {code} of: {line}. It was called in {here}; paths in a comparison "
+                "are from the folder that compare is called in."
+            )
+        done.append([line, here])
         with in_place_of(done_file) as file:
             file.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
 

@@ -6,7 +6,9 @@
     arguments:                          # of all runs, as on the script's command line
       model_name_or_path: bert-base-uncased
       batch_size: 32
+      num_train_epochs: 3
     metric: accuracy                    # what is compared; or by task, metric: {SST-2: accuracy, CoLA: matthews_correlation}
+    better: more                        # or less; where it is left out, less of losses and error rates, and more of all others
     tasks:                              # arguments of each
       SST-2: {task_name: sst2}
     methods:                            # arguments of each; the first is the one that the others are compared with
@@ -31,6 +33,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +49,18 @@ Value = str | int | float | bool
 Arguments = Mapping[str, Value]
 # What a comparison sets itself.
 OWN = ("output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir")
+LONGEST_NAME = 100
+# Of these less is better; in the last word of a metric's name.
+LESS = ("loss", "error", "rate", "mse", "mae", "rmse", "perplexity", "wer", "cer", "ter", "nll", "brier", "ece")
+# Methods that differ in these do not make equally many updates of equal batches.
+OF_UPDATES = (
+    "num_train_epochs",
+    "max_steps",
+    "batch_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_train_samples",
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,32 @@ class Comparison:
     landscape: Landscape | None = None
     prepare: tuple[str, ...] = ()
     paper: Mapping[str, Any] = field(default_factory=dict)
+    better: str | None = None
+
+    def is_less_better(self, task: str) -> bool:
+        """Whether the smaller score of two is the better one."""
+        last_word = self.metrics[task].removeprefix("eval_").split("_")[-1]
+        return last_word in LESS if self.better is None else self.better == "less"
+
+    @property
+    def longer_name(self) -> str:
+        """Of the first method with the time of another one."""
+        return f"{self.first}, time of {self.equal_time}"
+
+    @property
+    def uneven(self) -> list[str]:
+        """Arguments that let some methods make more updates than others, or of other batches."""
+        tried = self.choose.values.values() if self.choose else ()
+        of_methods = [set(own) for own in self.methods.values()] + [set(own) for several in tried for own in several]
+        return [
+            name
+            for name in OF_UPDATES
+            if any(name in own for own in of_methods)
+            and len(
+                {own.get(name) for own in (*self.methods.values(), *(own for several in tried for own in several))}
+            )
+            > 1
+        ]
 
     @property
     def first(self) -> str:
@@ -125,10 +166,23 @@ def read(file: Path, trials: int | None = None) -> Comparison:
         OSError: it cannot be read.
     """
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: expected YAML, got something else: {error}") from error
     return _Reader(file, trials).comparison(given)
+
+
+class _Loader(yaml.SafeLoader):
+    """Of two values under one name YAML would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(name, deep=True) for name, _ in node.value]
+        for place, (name, _) in enumerate(node.value):
+            if names[place] in names[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{names[place]!r} is there twice", name.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 class _Reader:
@@ -139,33 +193,39 @@ class _Reader:
 
     def comparison(self, given: Any) -> Comparison:
         needed = ("script", "tasks", "methods", "metric", "seeds")
-        others = ("arguments", "launch", "choose", "time", "equal_time", "landscape", "prepare", "paper")
+        others = ("arguments", "launch", "choose", "time", "equal_time", "landscape", "prepare", "paper", "better")
         given = self._section(given, "", needed, others)
+        given = {name: value for name, value in given.items() if value is not None or name in needed}
         tasks, methods = (self._named(given[name], name) for name in ("tasks", "methods"))
-        if self.trials and not given.get("choose"):
+        seeds = self._seeds(given["seeds"], "seeds")
+        if self.trials and "choose" not in given:
             self._fail(
                 "choose", "ranges for a search", None, "Add the section; see python -m hf_sampa.compare --help."
             )
-        choose = self._choice(given["choose"], methods) if given.get("choose") else None
+        if given.get("better", "more") not in ("more", "less"):
+            self._fail("better", "more or less", given["better"], "Correct it.")
+        choose = self._choice(given["choose"], methods) if "choose" in given else None
         made = Comparison(
             # Files of one name in several folders are several comparisons.
             name=f"{self.file.resolve().parent.name}/{self.file.stem}",
             script=self._script(given["script"]),
-            arguments=self._arguments(given.get("arguments") or {}, "arguments"),
+            arguments=self._arguments(given.get("arguments", {}), "arguments"),
             tasks=tasks,
             methods=methods,
             metrics=self._metrics(given["metric"], tasks),
-            seeds=self._seeds(given["seeds"], "seeds"),
+            seeds=seeds,
             launch=self._launch(given.get("launch", "one_process"), "launch"),
             choose=choose,
-            time=self._timing(given["time"]) if given.get("time") else None,
+            time=self._timing(given["time"]) if "time" in given else None,
             equal_time=given.get("equal_time"),
-            landscape=self._landscape(given["landscape"], tasks, given["seeds"]) if given.get("landscape") else None,
-            prepare=tuple(self._list(given.get("prepare") or [], "prepare")),
-            paper=given.get("paper") or {},
+            landscape=self._landscape(given["landscape"], tasks, methods, seeds) if "landscape" in given else None,
+            prepare=self._commands(given.get("prepare", [])),
+            paper=self._paper(given["paper"], tasks) if "paper" in given else {},
+            better=given.get("better"),
         )
         self._check_equal_time(made)
         self._check_once(made)
+        self._check_different(made)
         return made
 
     def _fail(self, place: str, expected: str, got: Any, way_out: str) -> None:
@@ -187,16 +247,20 @@ class _Reader:
         if not isinstance(given, dict) or not given:
             self._fail(place, "names, each with arguments of the script", given, "Give at least one.")
         for name in given:
-            # They are names of folders and of columns.
-            if not isinstance(name, str) or not name.strip() or set(name) & set('/\\:*?"<>|\n'):
+            # They are names of folders and of columns, and stand in pictures.
+            if not isinstance(name, str) or not _is_a_name(name):
                 self._fail(place, "names that can be those of folders", name, "Choose another one.")
-        return {name: self._arguments(each or {}, f"{place}: {name}") for name, each in given.items()}
+        return {
+            name: self._arguments({} if each is None else each, f"{place}: {name}") for name, each in given.items()
+        }
 
     def _arguments(self, given: Any, place: str, none: bool = False) -> dict[str, Any]:
         """With `none`, a value may be None: the argument is left out where it was given before."""
         if not isinstance(given, dict):
             self._fail(place, "arguments of the script by name", given, "Write name: value.")
         for name, value in given.items():
+            if not isinstance(name, str):
+                self._fail(place, "names of arguments", name, "Correct it.")
             if name in OWN:
                 self._fail(place, "arguments that no comparison sets itself", name, "Leave it out.")
             if not (isinstance(value, Value) or (none and value is None)):
@@ -210,7 +274,7 @@ class _Reader:
 
     def _seeds(self, given: Any, place: str) -> tuple[int, ...]:
         seeds = self._list(given, place)
-        if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        if not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
             self._fail(place, "whole numbers from 0 up, each once", given, "Write for example [1, 2, 3].")
         return tuple(seeds)
 
@@ -222,12 +286,13 @@ class _Reader:
 
     def _metrics(self, given: Any, tasks: Mapping[str, Arguments]) -> dict[str, str]:
         by_task = dict.fromkeys(tasks, given) if isinstance(given, str) else given
-        if not isinstance(by_task, dict) or by_task.keys() != tasks.keys():
+        named = isinstance(by_task, dict) and all(isinstance(each, str) and each for each in by_task.values())
+        if not named or by_task.keys() != tasks.keys():
             self._fail("metric", f"one name, or one for each of {', '.join(tasks)}", given, "Correct it.")
         return by_task
 
     def _launch(self, given: Any, place: str) -> str:
-        if given not in configurations():
+        if not isinstance(given, str) or given not in configurations():
             self._fail(place, f"one of {', '.join(configurations())}", given, "See python -m hf_sampa config.")
         return given
 
@@ -242,6 +307,11 @@ class _Reader:
             self._arguments(given["arguments"], "choose: arguments", none=True),
             self._seeds(given["seeds"], "choose: seeds"),
         )
+        if not common[0]:
+            way_out = (
+                "What is scored in the end may not choose: add train_val_split: 0.2, or what your script calls it."
+            )
+            self._fail("choose: arguments", "those with which a part of the training data is held out", {}, way_out)
         if trials:
             return Choice(
                 *common, ranges={name: self._ranges(each, name) for name, each in values.items()}, trials=trials
@@ -261,11 +331,11 @@ class _Reader:
         for argument, each in given.items():
             each = self._section(each, f"{place}: {argument}: ", ("low", "high"), ("log",))
             ends = (each["low"], each["high"])
-            if (
-                not all(type(end) in (int, float) for end in ends)
-                or not ends[0] < ends[1]
-                or (each.get("log") and ends[0] <= 0)
-            ):
+            if not all(type(end) in (int, float) and math.isfinite(end) for end in ends):
+                self._fail(f"{place}: {argument}", "low and high as numbers", each, "Write 1.0e-3, and not 1e-3.")
+            if not isinstance(each.get("log", False), bool):
+                self._fail(f"{place}: {argument}: log", "true or false", each["log"], "Correct it.")
+            if not ends[0] < ends[1] or (each.get("log") and ends[0] <= 0):
                 self._fail(f"{place}: {argument}", "low below high, and above 0 with log", each, "Correct it.")
             found[argument] = Range(**each)
         return found
@@ -275,6 +345,9 @@ class _Reader:
         if not isinstance(given, dict):
             self._fail(place, "lists of values by argument", given, "Write for example rho: [0.01, 0.05].")
         lists = [self._list(each, f"{place}: {argument}") for argument, each in given.items()]
+        for argument, each in given.items():
+            if not each or any(value in each[:i] for i, value in enumerate(each)):
+                self._fail(f"{place}: {argument}", "values, each once", each, "Correct it.")
         for values in itertools.product(*lists):
             yield self._arguments(dict(zip(given, values, strict=True)), place)
 
@@ -288,18 +361,41 @@ class _Reader:
         self._arguments(made.arguments, "time: arguments", none=True)
         return made
 
-    def _landscape(self, given: Any, tasks: Mapping[str, Arguments], seeds: list[int]) -> Landscape:
+    def _commands(self, given: Any) -> tuple[str, ...]:
+        for line in self._list(given, "prepare"):
+            try:
+                words = shlex.split(line) if isinstance(line, str) else []
+            except ValueError:  # a quotation that does not end
+                words = []
+            if not words:
+                self._fail("prepare", "commands", line, "Write each as on a command line.")
+        return tuple(given)
+
+    def _paper(self, given: Any, tasks: Mapping[str, Arguments]) -> dict[str, Any]:
+        given = self._section(given, "paper: ", ("rows",), ("title", "text"))
+        for method, values in given["rows"].items() if isinstance(given["rows"], dict) else [("rows", None)]:
+            if not isinstance(values, dict) or not values.keys() <= tasks.keys():
+                self._fail(
+                    f"paper: {method}", f"what was reported by task, of {', '.join(tasks)}", values, "Correct it."
+                )
+        return given
+
+    def _landscape(
+        self, given: Any, tasks: Mapping[str, Arguments], methods: Mapping[str, Arguments], seeds: tuple[int, ...]
+    ) -> Landscape:
         given = self._section(given, "landscape: ", (), ("task", "seed", "points", "directions", "arguments"))
         made = Landscape(**{"task": next(iter(tasks)), "seed": seeds[0], **given})
+        if len(methods) < 2:
+            self._fail("landscape", "two methods, to look between their weights", list(methods), "Leave it out.")
         if made.task not in tasks:
             self._fail("landscape: task", f"one of {', '.join(tasks)}", made.task, "Correct it.")
-        if made.seed not in seeds:
+        if type(made.seed) is not int or made.seed not in seeds:
             self._fail("landscape: seed", f"one of the seeds {', '.join(map(str, seeds))}", made.seed, "Correct it.")
-        for name, least in (("points", 4), ("directions", 1)):
-            if type(getattr(made, name)) is not int or getattr(made, name) < least or getattr(made, name) % least:
-                self._fail(
-                    f"landscape: {name}", f"a whole number of at least {least}", getattr(made, name), "Correct it."
-                )
+        for name, part in (("points", 4), ("directions", 1)):
+            value = getattr(made, name)
+            if type(value) is not int or value < part or value % part:
+                multiple = "a whole number from 1 up" if part == 1 else f"a multiple of {part}"
+                self._fail(f"landscape: {name}", multiple, value, "Correct it.")
         self._arguments(made.arguments, "landscape: arguments", none=True)
         return made
 
@@ -311,6 +407,23 @@ class _Reader:
             self._fail("equal_time", f"one of {', '.join(others)}", made.equal_time, "Correct it.")
         if made.time is None:
             self._fail("equal_time", "a section time beside it", None, "Add time: {}, which measures the steps.")
+        if made.longer_name in made.methods:
+            self._fail(
+                "methods",
+                "names other than that of the first method with an equal time",
+                made.longer_name,
+                "Choose another one.",
+            )
+        tried = made.choose.values[made.first][0] if made.choose and made.choose.values else {}
+        for task in made.tasks:
+            given = {**made.arguments, **made.tasks[task], **made.methods[made.first], **tried}
+            if "num_train_epochs" not in given or "max_steps" in given:
+                self._fail(
+                    "equal_time",
+                    f"num_train_epochs among the arguments of {task}, and no max_steps",
+                    {name: given[name] for name in ("num_train_epochs", "max_steps") if name in given},
+                    "Set the epochs of which the time makes more.",
+                )
 
     def _check_once(self, made: Comparison) -> None:
         """What several sections say is not said twice, since one of them would be without effect."""
@@ -320,6 +433,37 @@ class _Reader:
                 self._fail(
                     f"tasks: {task}", f"arguments that the method {method} has not", min(twice), "Leave one out."
                 )
+        if made.choose is None:
+            return
+        for method, own in made.methods.items():
+            of_lists = [set(values) for values in made.choose.values.get(method, ())]
+            settings = set().union(*of_lists, made.choose.ranges.get(method, ()))
+            elsewhere = set(own) | {name for task in made.tasks.values() for name in task}
+            for place, names, others in (
+                (f"choose: values: {method}", settings, elsewhere | set(made.choose.arguments)),
+                ("choose: arguments", set(made.choose.arguments), elsewhere),
+            ):
+                if twice := names & others:
+                    self._fail(place, "arguments that stand in no other place", min(twice), "Leave one of them out.")
+
+    def _check_different(self, made: Comparison) -> None:
+        """Two names for one thing would be told apart by chance."""
+        for what, named in (("tasks", made.tasks), ("methods", made.methods)):
+            for (name, own), (other, same) in itertools.combinations(named.items(), 2):
+                choose = made.choose if what == "methods" else None
+                tried = [
+                    (choose.values.get(each), choose.ranges.get(each)) if choose else None for each in (name, other)
+                ]
+                if own == same and tried[0] == tried[1]:
+                    self._fail(
+                        what, "something else under every name", f"{name} and {other}", "Leave one of them out."
+                    )
+
+
+def _is_a_name(text: str) -> bool:
+    """Of a folder; matplotlib leaves out what begins with an underscore, and takes a dollar for mathematics."""
+    wrong = set(text) & set('/\\:*?"<>|$') or not text.isprintable() or text[:1] in "._" or len(text) > LONGEST_NAME
+    return bool(text.strip()) and not wrong
 
 
 def as_words(arguments: Mapping[str, Value | None]) -> list[str]:

@@ -36,22 +36,28 @@ def mean(values: Sequence[float]) -> Mean:
         return Mean(values[0], math.nan, math.nan, 1)
     deviation = stdev(values)
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
-    return Mean(fmean(values), deviation, half, len(values))
+    value = fmean(values)
+    # Equal gains and losses leave nothing but rounding.
+    return Mean(0.0 if abs(value) < 1e-12 * max(map(abs, values)) else value, deviation, half, len(values))
 
 
 def difference(own: dict[int, float], of_first: dict[int, float]) -> Mean | None:
     """Of scores by seed: the mean of own minus the first method's, over the seeds that both have; None without one."""
-    common = [own[seed] - of_first[seed] for seed in own if seed in of_first]
+    common = [_less(own[seed], of_first[seed]) for seed in own if seed in of_first]
     return mean(common) if common else None
+
+
+def _less(one: float, other: float) -> float:
+    """Their difference, without what is left of rounding where it is 0, which would count as better or worse."""
+    return 0.0 if math.isclose(one, other, rel_tol=1e-9) else one - other
 
 
 @dataclass(frozen=True)
 class OverTasks:
-    """Of a method against the first one: mean difference over the tasks, on how many it was better, and the probability, by
+    """Of a method against the first one: mean difference over the tasks, how many there are, and the probability, by
     Wilcoxon's signed-rank test (two-sided), of differences as far from 0 as these if there were none."""
 
     mean: float
-    better: int
     tasks: int
     probability: float
 
@@ -63,10 +69,11 @@ def over_tasks(differences: Sequence[float]) -> OverTasks | None:
     if any(differences):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of ties among so few
-            probability = float(stats.wilcoxon(differences).pvalue)
+            # To rounding: equal ones have one rank.
+            probability = float(stats.wilcoxon([round(each, 12) for each in differences]).pvalue)
     else:
         probability = 1.0
-    return OverTasks(fmean(differences), sum(each > 0 for each in differences), len(differences), probability)
+    return OverTasks(fmean(differences), len(differences), probability)
 
 
 def smallest_probability(tasks: int) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import pictures
-from .carry_out import Failed, told
-from .choosing import is_less_better, ratios
+from .choosing import ratios
 from .config import Arguments, Comparison, as_text
 from .figures import Mean, difference, mean, over_tasks, smallest_probability
 from .pictures import Look
@@ -30,7 +30,7 @@ class Findings:
         chosen: settings by task and method; see `choosing.settings`.
         longer: further names for the first method, with how many times its epochs; see `choosing.longer`.
         seconds: per step, by method, a value for each round.
-        failed: the runs that failed.
+        problems: runs that failed, and what else could not be done, in words.
         folder: of the pictures, and of the runs.
         landscape: from `landscape.measure`.
     """
@@ -42,12 +42,12 @@ class Findings:
         chosen: Mapping[tuple[str, str], Arguments],
         longer: Mapping[str, float],
         seconds: Mapping[str, list[float]],
-        failed: Sequence[Failed],
+        problems: Sequence[str],
         folder: Path,
         landscape: Mapping[str, Any] | None = None,
     ):
         self.comparison, self.chosen, self.longer, self.seconds = comparison, chosen, longer, seconds
-        self.failed = failed
+        self.problems = problems
         self.folder, self.landscape = folder, landscape
         self.scored = [row for row in rows if row["phase"] == SCORE and row["score"] is not None]
         self.tried = [row for row in rows if row["phase"] == CHOOSE and row["score"] is not None]
@@ -55,7 +55,7 @@ class Findings:
         self.tasks = [task for task in comparison.tasks if any(row["task"] == task for row in self.scored)]
         self.look = Look(self.methods)
         every = [row["score"] for row in (*self.scored, *self.tried)]
-        less = any(is_less_better(metric) for metric in comparison.metrics.values())
+        less = any(map(comparison.is_less_better, comparison.tasks))
         # Shares are read as percentages.
         self.percent = bool(every) and not less and all(-1 <= each <= 1 for each in every)
         metrics = dict.fromkeys(comparison.metrics.values())
@@ -85,14 +85,21 @@ class Findings:
         lines = [
             f"{comparison.script.name} with {len(comparison.methods)} methods on {len(comparison.tasks)} "
             f"task{'s' * (len(comparison.tasks) > 1)}, {count} seed{'s' * (count > 1)} each: {len(self.scored)} runs that are scored. "
-            "Every method makes the same number of updates, each on a batch of the same size"
-            + (", but for those that are named by a time." if self.longer else "."),
+            + (
+                f"**The methods differ in {', '.join(comparison.uneven)}**, so that they do not make the same updates."
+                if comparison.uneven
+                else "Every method makes the same number of updates, each on a batch of the same size"
+                + (", but for those that are named by a time." if self.longer else ".")
+            ),
             f"Arguments of all runs: {as_text(comparison.arguments)}",
         ]
-        if self.scored:
-            last = self.scored[-1]
-            versions = ", ".join(f"{name} {last[name]}" for name in ("torch", "transformers", "accelerate"))
-            lines.append(f"Commit {last['commit'] or 'not known'}, Python {last['python']}, {versions}.")
+        names = ("python", "torch", "transformers", "accelerate")
+        for commit, *versions in dict.fromkeys((row["commit"], *(row[name] for name in names)) for row in self.scored):
+            said = ", ".join(
+                f"{name.capitalize() if name == 'python' else name} {each}"
+                for name, each in zip(names, versions, strict=True)
+            )
+            lines.append(f"Commit {commit or 'not known'}, {said}.")
         rows = [[name, as_text(own)] for name, own in comparison.methods.items()]
         rows += [
             [name, f"as {comparison.first}, with {factor:g} times its epochs"] for name, factor in self.longer.items()
@@ -113,12 +120,12 @@ class Findings:
                 differences.append(
                     [method, *(self._change(found[task]) for task in self.tasks), *self._over_tasks(found)]
                 )
-        several = len(self.tasks) > 1
+        several, alike = len(self.tasks) > 1, self._alike
         tables = [
             Table(
-                ["method", *self.tasks, *["mean of tasks"] * several],
-                [row if several else row[:-1] for row in rows],
-                f"{self.unit.capitalize()}: mean ± half of the 95 % interval (Student's t), in brackets the standard deviation over the seeds.",
+                ["method", *self.tasks, *["mean of tasks"] * (several and alike)],
+                [row if several and alike else row[:-1] for row in rows],
+                f"{self.unit.capitalize()}{self._direction()}: mean ± half of the 95 % interval (Student's t), in brackets the standard deviation over the seeds.",
             )
         ]
         if differences:
@@ -127,6 +134,8 @@ class Findings:
                 note += (
                     " Over the tasks: mean difference, on how many tasks better, and p of Wilcoxon's signed-rank test, two-sided; of "
                     f"{len(self.tasks)} tasks the smallest that it can be is {smallest_probability(len(self.tasks)):.2g}."
+                    if alike
+                    else " Over the tasks: on how many better; their metrics are different ones."
                 )
             tables.append(Table(["method", *self.tasks, *["over the tasks"] * several], differences, note))
         shown = [self._draw("scores.png", pictures.scores, {t: self._scaled(means[t]) for t in self.tasks}, self.unit)]
@@ -230,15 +239,18 @@ class Findings:
         count = choice.trials or len(choice.values[self.comparison.first])
         note = (
             f"Of {count} {'trials' if choice.trials else 'combinations'} for every method, by the mean score over {len(choice.seeds)} seed(s) of runs with "
-            f"{as_text(choice.arguments)}: on a part of the training data, which is not scored above."
+            f"{as_text(choice.arguments)}, which is to hold a part of the training data out."
         )
+        wanted = count * len(choice.seeds) * len(tasks) * len(self.comparison.methods)
+        if len(self.tried) < wanted:
+            note += f" {wanted - len(self.tried)} of these {wanted} runs have no score, and their combinations were left out."
         shown = [self._draw("sweeps.png", pictures.sweeps, sweeps, self.unit)] if (sweeps := self._sweeps()) else []
         return Section("Chosen settings", "", [Table(["method", *tasks], rows, note)], shown)
 
     def _failures(self) -> Section | None:
-        if not self.failed:
+        if not self.problems:
             return None
-        return Section("Runs that failed", "\n\n".join(told(each, self.folder) for each in self.failed))
+        return Section("Runs that failed", "\n\n".join(self.problems))
 
     # ---- Figures ----
 
@@ -255,19 +267,31 @@ class Findings:
     def _difference(self, task: str, method: str) -> Mean | None:
         return difference(self._of(task, method), self._of(task, self.comparison.first))
 
+    @property
+    def _alike(self) -> bool:
+        """Whether scores of all tasks are of one kind, so that there is a mean of them."""
+        return len({(self.comparison.metrics[task], self.comparison.is_less_better(task)) for task in self.tasks}) == 1
+
+    def _direction(self) -> str:
+        less = {self.comparison.is_less_better(task) for task in self.tasks}
+        return f" ({'less' if less == {True} else 'more'} is better)" if len(less) == 1 else ""
+
     def _over_tasks(self, found: Mapping[str, Mean | None]) -> list[str]:
         if len(self.tasks) < 2:
             return []
-        # Of losses less is better.
-        signs = {task: -1 if is_less_better(self.comparison.metrics[task]) else 1 for task in self.tasks}
-        better = [signs[task] * each.value for task, each in found.items() if each is not None]
-        whole = over_tasks(better)
+        whole = over_tasks([each.value for each in found.values() if each is not None])
         if whole is None:
             return ["-"]
-        scale = 100 if self.percent else 1
-        return [
-            f"{scale * whole.mean:+.{self.digits}f}; better on {whole.better} of {whole.tasks}; p {whole.probability:.2g}"
+        gains = [
+            -each.value if self.comparison.is_less_better(task) else each.value
+            for task, each in found.items()
+            if each is not None
         ]
+        better = f"better on {sum(gain > 0 for gain in gains)} of {whole.tasks}"
+        if not self._alike:
+            return [better]
+        scale = 100 if self.percent else 1
+        return [f"{scale * whole.mean:+.{self.digits}f}; {better}; p {whole.probability:.2g}"]
 
     def _average(self, means: Mapping[str, Mapping[str, Mean]], method: str) -> str:
         """Over the tasks, where the method has all of them."""
@@ -288,7 +312,7 @@ class Findings:
         )
         scale = 100 if self.percent else 1
         for row in self.tried:
-            words = row["values"].split()
+            words = shlex.split(row["values"])
             for name, value in zip(words[::2], words[1::2], strict=True):
                 if _is_number(value):
                     of_method = found[row["task"], name.removeprefix("--")][row["method"]]
@@ -335,9 +359,13 @@ class Findings:
             return "-"
         scaled = self._scale(each)
         if each.count == 1:
-            return f"{scaled.value:+.{self.digits}f}"
+            return f"{scaled.value:+.{self.digits}f}" + f" (1 of {len(self.comparison.seeds)} seeds)" * (
+                len(self.comparison.seeds) > 1
+            )
         low, high = scaled.interval
-        return f"{scaled.value:+.{self.digits}f} ({low:+.{self.digits}f} to {high:+.{self.digits}f})"
+        of_all = len(self.comparison.seeds)
+        fewer = "" if each.count == of_all else f"; {each.count} of {of_all} seeds"
+        return f"{scaled.value:+.{self.digits}f} ({low:+.{self.digits}f} to {high:+.{self.digits}f}{fewer})"
 
     def _plain(self, each: Mean | None) -> str:
         if each is None:

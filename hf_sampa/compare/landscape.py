@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import in_place_of
+from ..files import in_place_of, read_json
 from .config import Comparison, as_words
 from .runs import Run
 
@@ -52,7 +52,7 @@ def measure(comparison: Comparison, runs: Sequence[Run], root: Path, run: bool =
     if len(of) < len(comparison.methods):
         return None
     job = {
-        "script": str(comparison.script),
+        "script": str(comparison.script.resolve()),
         "arguments": {name: value for name, value in _arguments(comparison).items() if value is not None},
         "folders": {method: str(each.folder(root) / "output") for method, each in of.items()},
         "points": asked.points,
@@ -60,7 +60,7 @@ def measure(comparison: Comparison, runs: Sequence[Run], root: Path, run: bool =
     }
     digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
     file = root / "landscape.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = read_json(file) if file.exists() else {}
     if found.get("of") == digest:
         return found
     if not run:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..files import in_place_of
 from .config import as_text
-from .runs import Run
+from .runs import TIME, Run
 
 
 # Columns of what `DiagnosticsCallback` logged last, with its names.
@@ -25,8 +27,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def rows(runs: Iterable[Run], script: str, root: Path) -> list[dict[str, Any]]:
-    """Of those that are done, in their order; with the course of the score under ``course``, which is no column."""
+def rows(runs: Iterable[Run], script: Path, root: Path) -> list[dict[str, Any]]:
+    """Of those that are done, in their order; with the course of the score under ``course``, which is no column.
+
+    Their commands are as from the current folder.
+    """
+    script = os.path.relpath(script)
     return [_row(run, script, result, root) for run in runs if (result := run.result(root)) is not None]
 
 
@@ -39,11 +45,11 @@ def _row(run: Run, script: str, result: dict[str, Any], root: Path) -> dict[str,
         "seed": run.seed,
         "values": as_text(run.values),
         "metric": run.metric,
-        "score": result["score"],
-        "loss": metrics.get("eval_loss"),
-        **{column: metrics.get(name) for column, name in MEASURED.items()},
+        "score": None if run.phase == TIME else run.score(root),
+        "loss": _number(metrics.get("eval_loss")),
+        **{column: _number(metrics.get(name)) for column, name in MEASURED.items()},
         "epochs": metrics.get("epoch"),
-        "seconds_per_step": metrics.get("train_seconds_per_step"),
+        "seconds_per_step": result["seconds_per_step"],
         "seconds": result["seconds"],
         "launch": run.launch,
         "commit": result["commit"],
@@ -51,8 +57,12 @@ def _row(run: Run, script: str, result: dict[str, Any], root: Path) -> dict[str,
         **{name: versions[name] for name in ("torch", "transformers", "accelerate")},
         "command": f"python -m hf_sampa launch --config {run.launch} {script} {as_text({**run.arguments, 'seed': run.seed})}",
         "folder": str(run.folder(root).relative_to(root)),
-        "course": result["course"],
+        "course": run.course(root),
     }
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
 
 
 def write_csv(found: Iterable[dict[str, Any]], file: Path) -> None:

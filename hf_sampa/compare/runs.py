@@ -1,19 +1,20 @@
 """The runs that a comparison consists of, and what is on the disk of each.
 
 A run has a folder of its own: ``run.json``, which run it is; ``log.txt``, what it printed; ``output/``, the script's
-output folder; and once it is done, ``result.json``.
+output folder; and once it is done, ``result.json``, or ``failed.json``, if it failed when it was last tried.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import in_place_of
+from ..files import in_place_of, read_json
 from .config import Arguments, Comparison
 
 
@@ -32,25 +33,67 @@ class Run:
     launch: str
     values: Arguments
     metric: str
+    script: str = ""
 
     def folder(self, root: Path) -> Path:
         """Another one for other arguments, so that a result is never taken for another run's."""
-        text = json.dumps([self.launch, sorted(self.arguments.items())], default=str)
+        text = json.dumps([self.script, self.launch, sorted(self.arguments.items())], default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return root / "runs" / self.phase / self.task / self.method / f"seed-{self.seed}-{digest}"
 
     def result(self, root: Path) -> dict[str, Any] | None:
         """What came of it; None of a run that is not done."""
-        file = self.folder(root) / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return self._read(root, "result.json")
 
-    def write(self, root: Path) -> Path:
-        """Make its folder, with what it is."""
-        folder = self.folder(root)
-        folder.mkdir(parents=True, exist_ok=True)
-        with in_place_of(folder / "run.json") as file:
-            file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        return folder
+    def failure(self, root: Path) -> Failed | None:
+        """How it failed when it was last tried, if it did."""
+        found = self._read(root, "failed.json")
+        return found and Failed(self, found["code"], found["said"])
+
+    def score(self, root: Path) -> float | None:
+        """Of a run that is done, by the metric that is compared; None where that is not a number.
+
+        Raises ValueError where the script said nothing of this metric.
+        """
+        result = self.result(root)
+        if result is None:
+            return None
+        metrics, name = result["metrics"], self._name
+        if name not in metrics:
+            there = sorted(each.removeprefix("eval_") for each in metrics if each.startswith("eval_"))
+            raise ValueError(
+                f"metric: expected one of {', '.join(there) or 'those that the script computes, which are none'}, got {self.metric}. Correct it "
+                "in the configuration; runs that are done are kept."
+            )
+        score = metrics[name]
+        return float(score) if isinstance(score, int | float) and math.isfinite(score) else None
+
+    def course(self, root: Path) -> list[list[float]]:
+        """Of the score, pairs of step and score; of a run that is done."""
+        evaluations = self.result(root)["evaluations"]
+        return [[line["step"], line[self._name]] for line in evaluations if self._name in line]
+
+    @property
+    def _name(self) -> str:
+        return self.metric if self.metric.startswith(("eval_", "test_")) else f"eval_{self.metric}"
+
+    def _read(self, root: Path, name: str) -> dict[str, Any] | None:
+        file = self.folder(root) / name
+        return read_json(file) if file.exists() else None
+
+    def write(self, root: Path, name: str, content: dict[str, Any]) -> None:
+        """Put a file into its folder."""
+        with in_place_of(self.folder(root) / name) as file:
+            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run that ended with an error: its exit code, and the end of its log."""
+
+    run: Run
+    code: int
+    said: str
 
 
 def choosing(comparison: Comparison) -> Iterator[Run]:
@@ -110,13 +153,8 @@ def _pairs(comparison: Comparison) -> Iterator[tuple[str, str]]:
 
 
 def _epochs(comparison: Comparison, task: str, values: Arguments) -> float:
-    """Of the first method. Raises ValueError where nobody says how many."""
+    """Of the first method."""
     given = {**comparison.arguments, **comparison.tasks[task], **comparison.methods[comparison.first], **values}
-    if "num_train_epochs" not in given or "max_steps" in given:
-        raise ValueError(
-            "equal_time: expected num_train_epochs among the arguments, and no max_steps, got "
-            f"{ {name: given[name] for name in ('num_train_epochs', 'max_steps') if name in given} }. Set it."
-        )
     return float(given["num_train_epochs"])
 
 
@@ -134,5 +172,13 @@ def _run(
     given = {**comparison.arguments, **comparison.tasks[task], **of_method, **own}
     arguments = {name: value for name, value in given.items() if value is not None}
     return Run(
-        phase, task, method, seed, arguments, launch or comparison.launch, values or {}, comparison.metrics[task]
+        phase,
+        task,
+        method,
+        seed,
+        arguments,
+        launch or comparison.launch,
+        values or {},
+        comparison.metrics[task],
+        f"{comparison.script.resolve().parent.name}/{comparison.script.name}",
     )

@@ -11,7 +11,6 @@ from statistics import mean
 
 import optuna
 
-from .choosing import is_less_better
 from .config import Arguments, Comparison, Range
 from .runs import Run, tried_with
 
@@ -30,7 +29,7 @@ def search(
     choice = comparison.choose
     studies = {
         (task, method): optuna.create_study(
-            direction="minimize" if is_less_better(comparison.metrics[task]) else "maximize",
+            direction="minimize" if comparison.is_less_better(task) else "maximize",
             sampler=optuna.samplers.TPESampler(seed=0),
         )
         for task in comparison.tasks
@@ -44,15 +43,16 @@ def search(
         }
         carry_out([run for several in runs.values() for run in several])
         for pair, several in runs.items():
-            scores = [result["score"] for run in several if (result := run.result(root))]
+            scores = [score for run in several if (score := run.score(root)) is not None]
             state = None if len(scores) == len(several) else optuna.trial.TrialState.FAIL
             studies[pair].tell(asked[pair], None if state else mean(scores), state=state)
         yield from runs.items()
 
 
 def suggested(trial: optuna.Trial, ranges: Mapping[str, Range]) -> Arguments:
-    """Values with three significant digits, as a person would write them."""
-    return {
-        name: float(f"{trial.suggest_float(name, each.low, each.high, log=each.log):.3g}")
-        for name, each in ranges.items()
-    }
+    """Values with three significant digits, as a person would write them, within the ranges."""
+
+    def within(name: str, of: Range) -> float:
+        return min(max(float(f"{trial.suggest_float(name, of.low, of.high, log=of.log):.3g}"), of.low), of.high)
+
+    return {name: within(name, each) for name, each in ranges.items()}

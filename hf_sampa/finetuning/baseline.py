@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from transformers import Trainer
 
 from ..cards import WithCard
-from ..checkpoints import load_missing, load_weights
+from ..checkpoints import inspect, last_whole, load_missing, load_weights, steps_in
 from ..compat import let_trainer_divide
 from ..data import prepare_and_remember
 from ..distributed import whole
 from ..evaluation import ExactEvalLoss
 from ..monitoring import WithDiagnostics
 from ..state import Collected
+
+
+logger = get_logger(__name__)
 
 
 class BaselineTrainer(ExactEvalLoss, WithCard, WithDiagnostics, Trainer):
@@ -36,6 +41,16 @@ class BaselineTrainer(ExactEvalLoss, WithCard, WithDiagnostics, Trainer):
         let_trainer_divide(self)
         accelerator = self.accelerator
         accelerator.prepare_data_loader = partial(prepare_and_remember, accelerator.prepare_data_loader)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Upstream's takes the last checkpoint, though a process was killed while it wrote it."""
+        if resume_from_checkpoint is True:
+            output_dir = Path(self.args.output_dir)
+            folder, problems = last_whole(output_dir, steps_in(output_dir), inspect)
+            for problem in problems:
+                logger.warning(f"Passing over a checkpoint. {problem}")
+            resume_from_checkpoint = str(folder)
+        return super().train(resume_from_checkpoint, **kwargs)
 
     def unlogged_means(self) -> dict[str, float]:
         """As in `SAMPaMixin`: none."""
