@@ -19,6 +19,7 @@ from .figures import Mean, mean
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999")
 MARKS = "osD^vP*X"
 WIDE = 3  # panels beside each other
+MOST_TICKS = 6  # of single values, as those that were tried
 
 
 class Look:
@@ -107,7 +108,8 @@ def sweeps(
         values = sorted({x for points in of_methods.values() for x, _ in points})
         if values[0] > 0:
             axes.set_xscale("log")
-        axes.set_xticks(values, labels=[f"{x:g}" for x in values])
+        shown = values if len(values) <= MOST_TICKS else [values[0], values[len(values) // 2], values[-1]]
+        axes.set_xticks(shown, labels=[f"{x:g}" for x in shown])
         axes.minorticks_off()
         axes.set(xlabel=name, ylabel=unit)
         axes.grid(alpha=0.3)
