@@ -15,12 +15,22 @@ from .compat import divided_by
 from .data import INDICES, MicroBatch, UpdateBatch
 from .distributed import Role
 from .engine import check_classes, logits_of, recipe_loss
-from .state import OwnGenerator, derive_seed, is_generator, other_modules, seed_own, seeded, stood_in
+from .state import OwnGenerator, derive_seed, generators_in, other_modules, seed_own, seeded, stood_in
 from .variants import Moment
 
 
 if TYPE_CHECKING:
     from .steps import Steps
+
+
+# Attributes of a trainer that a pass sets for itself.
+OF_A_PASS = (
+    "current_gradient_accumulation_steps",
+    "loss_is_scaled_for_ga",
+    "model_accepts_loss_kwargs",
+    "compute_loss_func",
+    "compute_loss",
+)
 
 
 class MicroBatches:
@@ -94,10 +104,22 @@ class MicroBatches:
     def aside(self, counted: bool = False) -> Iterator[None]:
         """Around code that computes a loss: its world is its role's, and unless it is `counted`, it leaves nothing on the trainer."""
         collected = self.steps.collected
+        if self._at_once:
+            # Each half has what it leaves on the trainer for itself.
+            kept = collected.counted() if counted else nullcontext()
+            with self.exchange.role_world.lent(), kept:
+                yield
+            return
         # Numbers of modules go with their buffers, which g_0's pass moves.
         kept = collected.counted() if counted else collected.aside(not self.steps.engine.starting)
         with self.exchange.role_world.lent(), kept:
             yield
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether the pass in progress is a half of two."""
+        one_pass = getattr(self.steps.engine, "one_pass", None)
+        return one_pass is not None and one_pass.halves.current is not None
 
     @property
     def _needs_logits(self) -> bool:
@@ -170,8 +192,7 @@ class MicroBatches:
     def own_generators(self) -> list[OwnGenerator]:
         """Those that the trainer and modules keep, for mixup perhaps."""
         modules = (part for each in self.steps.engine.forward_state.modules.values() for part in each.modules())
-        holders = (self.trainer, *modules)
-        return [value for each in holders for value in vars(each).values() if is_generator(value)]
+        return generators_in((self.trainer, *modules))
 
     # ---- Forward alone, for variants that look at single samples ----
 

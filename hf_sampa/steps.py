@@ -18,8 +18,9 @@ from transformers.trainer_utils import has_length
 from .checks import check_settings_kept, check_trainable
 from .distributed import Role, check_repeatable
 from .engine import SAM, Placement, SAMPa, SampleView, Shared, StepReport, check_separable
-from .micro_batches import MicroBatches
+from .micro_batches import OF_A_PASS, MicroBatches
 from .monitoring import show
+from .one_pass import Attributes, OnePass, Views
 from .readers import reader_of
 from .state import Collected, other_modules
 
@@ -37,6 +38,7 @@ FIXED = (
     "shard_optimizer",
     "pairs_on_one_node",
     "overlap_exchange",
+    "concurrent",
     "gradient_accumulation_steps",
     "seed",
 )
@@ -61,6 +63,8 @@ class Steps:
         self.engine = self._engine(max_steps)
         self.collected = Collected(self.trainer, ("transformers.", "hf_sampa."), run.exchange)
         self.engine.digest_of_rest, self.engine.share_rest = self._digest_of_rest, self._share_what_was_collected
+        if self.trainer.args.concurrent:
+            self.engine.one_pass = self._one_pass()
         self._rehearsed = False  # whether the run's first batch has been through `_rehearse`
         self._fixed = {name: copy.deepcopy(getattr(self.trainer.args, name)) for name in FIXED}
         optimizer = self.trainer.optimizer.optimizer
@@ -96,6 +100,19 @@ class Steps:
             engine = SAMPa(trainer.model, optimizer, exchange, lmbda=args.lmbda, clip_scale=clip_scale, **common)
         engine.weights.reduces_each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         return engine
+
+    def _one_pass(self) -> OnePass:
+        """Both gradients of a step at once."""
+        trainer, micro_batches, collected = self.trainer, self.micro_batches, self.collected
+        kept = Views(partial(collected.remembered, known=True))
+        return OnePass(
+            self.engine,
+            own=[Attributes((micro_batches, "in_pass"), *((trainer, name) for name in OF_A_PASS)), kept],
+            generators=micro_batches.own_generators,
+            remember=collected.remembered,
+            noted=lambda: len(collected.changed),
+            rough=trainer.accelerator.mixed_precision != "no",
+        )
 
     def close(self) -> None:
         """Take everything off model and optimizer, and let go of the engine and its buffers."""

@@ -133,6 +133,13 @@ class SAMPaArgumentsMixin:
             "such models, and the first steps try the others out, unless they do it in later batches only or hide a NaN."
         },
     )
+    concurrent: bool = field(
+        default=False,
+        metadata={
+            "help": "On one process, take both gradients of a step in one pass, in which frozen layers are computed for both at once: for "
+            "adapters, with few tokens per batch. The numbers are those of two passes, which the first step checks."
+        },
+    )
     ignore_changed_files: bool = field(
         default=False,
         metadata={
@@ -269,6 +276,7 @@ class SAMPaArgumentsMixin:
                 f"diagnostics_iterations: expected a whole number of products, or 0 for no eigenvalue, got {iterations!r}."
             )
         self._check_variant(find(self.variant))
+        self._check_concurrent()
         if self.shard_optimizer and self.save_on_each_node:
             raise ValueError(
                 "shard_optimizer: expected save_on_each_node=False, because the whole optimizer is brought together on rank 0 alone. "
@@ -289,6 +297,18 @@ class SAMPaArgumentsMixin:
                 "train_sampling_strategy: expected 'random', 'sequential' or 'group_by_length', got 'batch_rebalance', "
                 "which gives every process batches of its own, while both roles of SAMPa must read the same ones."
             )
+
+    def _check_concurrent(self) -> None:
+        if not self.concurrent:
+            return
+        expected = {
+            f"method='sampa', got {self.method!r}, whose second gradient needs the first": self.method != "sampa",
+            f"one process, got {self.world_size}, of which each takes one of the gradients": self.world_size > 1,
+            "torch_compile=False: a compiled model cannot meet another pass of itself within": self.torch_compile,
+        }
+        for what, wrong in expected.items():
+            if wrong:
+                raise ValueError(f"concurrent: expected {what}. Leave concurrent out, or change that.")
 
     def _check_variant(self, chosen: Variant) -> None:
         self.variant_args = chosen.complete(self.variant_args)

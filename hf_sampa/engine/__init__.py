@@ -4,7 +4,8 @@ Start with `sampa.py`, which is Algorithm 2 of the paper; `hf_sampa.functional` 
 """
 
 from .buckets import Buckets
-from .passes import StepReport
+from .gradients import Backward, Gradients
+from .passes import Batch, Found, Pass, StepReport
 from .per_sample import SampleView, check_classes, logits_of, recipe_loss
 from .placement import Placement
 from .precision import SharedGradScaler
@@ -16,7 +17,12 @@ from .trained import Trained
 
 __all__ = [
     "SAM",
+    "Backward",
+    "Batch",
     "Buckets",
+    "Found",
+    "Gradients",
+    "Pass",
     "Placement",
     "SAMPa",
     "SampleView",

@@ -90,6 +90,7 @@ class Gradients:
         unscale: Callable[[], Tensor] | None = None,
         partial_backward: bool = True,
     ):
+        self.model, self.trained = model, trained
         self.names, self.params, self.of_model = trained.names, trained.params, trained.of_model
         modules = {"": model, **(others or {})}
         self.weights = weights_of(self.params, self.names, list(modules.values()), exchange)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,20 @@ from .sharpness_aware import SharpnessAware
 
 
 logger = logging.getLogger(__name__)
+
+
+class AtOnce(Protocol):
+    """Takes both gradients of a step in another way than one after the other; see `hf_sampa.one_pass`."""
+
+    on: bool
+
+    def two_gradients(self, ascent: Pass, batch: Batch, next_batch: Batch, backward: Backward) -> dict[Role, Found]:
+        """As `SAMPa._two_gradients`, once what comes before the passes is done."""
+        ...
+
+    def close(self) -> None:
+        """Leave model and engine as they were."""
+        ...
 
 
 class SAMPa(SharpnessAware):
@@ -65,6 +79,7 @@ class SAMPa(SharpnessAware):
         self.ascents: Ascents = ascents_of(self.recipe)(self)
         self.moment = Moment()
         self._lookahead_trials = LOOK_AHEAD_TRIALS  # yet to come
+        self.one_pass: AtOnce | None = None
 
     def step(self, batch: Batch, next_batch: Batch | None, backward: Backward) -> StepReport:
         """One step from x_t with B_t and B_{t+1}; leaves G_t in ``.grad`` and carries g_{t+1}.
@@ -102,12 +117,14 @@ class SAMPa(SharpnessAware):
         found = {}
         self.ascents.expect(next_batch)
         self._prepare(ascent)
+        if self.one_pass and self.one_pass.on:
+            return self.one_pass.two_gradients(ascent, batch, next_batch, backward)
         if Role.PERTURBED in self.roles:
             # x~_t = x_t + eps_t, g~_t = grad f(x~_t; B_t)
             found[Role.PERTURBED] = self.ascents.perturbed(ascent, batch, backward)
         if Role.LOOKAHEAD in self.roles:
             # y_{t+1} = U_{m_t}(x_t, g_t), m_t kept as it was, in the place of g_t
-            self.placement.look_ahead(partial(self._write_lookahead, ascent))
+            self.placement.look_ahead(partial(self.write_lookahead, ascent))
             y, g_next = self.ascent_grads, self.lookahead_grads
             # g_{t+1} = grad f(y_{t+1}; B_{t+1})
             found[Role.LOOKAHEAD] = self.ascents.taken(next_batch, backward, g_next, y)
@@ -123,7 +140,7 @@ class SAMPa(SharpnessAware):
                 self._g.flats[bucket].copy_(self.ascent_grads.flats[bucket])
         with record_function("SAMPa.displace"):
             write_perturbed = partial(self._write_perturbed, ascent) if self.recipe.scales else None
-            self.placement.spread(partial(self._write_lookahead, ascent), write_perturbed, self.ascents.of_g)
+            self.placement.spread(partial(self.write_lookahead, ascent), write_perturbed, self.ascents.of_g)
 
     def _last_step(self, ascent: Pass, batch: Batch, backward: Backward) -> StepReport:
         """The step of the last update batch of all: G_t = g~_t, since there is no B_{t+1} for g_{t+1}."""
@@ -164,7 +181,9 @@ class SAMPa(SharpnessAware):
 
     def close(self) -> None:
         super().close()
-        self.ascents = None  # which knows of this engine: buffers are freed at once
+        if self.one_pass:
+            self.one_pass.close()
+        self.ascents = self.one_pass = None  # which knows of this engine: buffers are freed at once
 
     def forget(self) -> None:
         """Drop g_t: the next step computes it at x_t, as the first one does."""
@@ -219,7 +238,7 @@ class SAMPa(SharpnessAware):
         """Write x~_t into `out`, which may be where g_t is; of all parameters or of the `own`."""
         self.ascend(self.ascent_grads, ascent.norm, out, self.moment, own)
 
-    def _write_lookahead(self, ascent: Pass, out: Buckets) -> None:
+    def write_lookahead(self, ascent: Pass, out: Buckets) -> None:
         """Write y_{t+1} of the parameters that this process updates into `out`, which may be where g_t is."""
         own = self.placement.updated
         grads = [self.ascent_grads.views[i] if ascent.used[i] else None for i in own]

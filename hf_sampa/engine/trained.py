@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.nn import Parameter
@@ -44,6 +45,12 @@ class Trained:
         self.names = [*of_model, *(name if name not in of_model else f"{name} (optimizer)" for name in foreign)]
         self.params: list[Parameter] = [*of_model.values(), *foreign.values()]
         self.of_model = len(of_model)
+
+    def at(self, params: Sequence[Parameter]) -> Trained:
+        """The same, with other `params` in their place."""
+        other = copy.copy(self)
+        other.params = list(params)
+        return other
 
     @property
     def named(self) -> dict[str, Parameter]:

@@ -13,7 +13,7 @@ import marshal
 import sys
 import textwrap
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, EnumMeta
 from functools import cache, reduce
@@ -209,6 +209,23 @@ class Collected:
                 kept = {name: value for name, value in kept.items() if " " not in name}
                 new = {name for name in new if " " not in name}
             self._set(kept | {name: raw[name] for name in new & raw.keys()}, gone=new - raw.keys())
+
+    def remembered(self, known: bool = False) -> Callable[[], None]:
+        """What brings everything back to what it is now; or only what passes are `known` to change."""
+
+        def values() -> dict[str, Any]:
+            found = self._values() if self.changed or not known else {}
+            return {name: value for name, value in found.items() if not known or name in self.changed}
+
+        before = values()
+        roots = [vars(value) if isinstance(value, nn.Module) else value for value in before.values()]
+        remembered = Remembered(*roots, leave=_is_left)
+
+        def put_back() -> None:
+            remembered.put_back()
+            self._set(before, gone=values().keys() - before.keys())
+
+        return put_back
 
     @staticmethod
     def _follows(name: str, value: Any) -> bool:

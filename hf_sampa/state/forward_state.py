@@ -45,20 +45,42 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of_all(cls, tensors: dict[str, Tensor], with_content: bool) -> dict[str, _Seen]:
-        # Quantized weights are several tensors in one, at no address.
-        plain = {name: tensor for name, tensor in tensors.items() if not is_traceable_wrapper_subclass(tensor)}
+        plain = _plain(tensors)
         contents: dict[str, int] = {}
-        # Small ones on a CPU always: on other devices that would make the host wait.
-        read = {
-            name: t for name, t in plain.items() if with_content or (t.numel() <= SMALL and t.device.type == "cpu")
-        }
-        if read:
-            found = torch.stack([fingerprint_of_bits([tensor]).cpu() for tensor in read.values()])
-            contents = dict(zip(read, found.tolist(), strict=True))
+        if with_content and plain:
+            found = torch.stack([fingerprint_of_bits([tensor]).cpu() for tensor in plain.values()])
+            contents = dict(zip(plain, found.tolist(), strict=True))
         return {
             name: cls(id(t), t._version, t.data_ptr() if name in plain else 0, t.shape, contents.get(name))
             for name, t in tensors.items()
         }
+
+
+class _SmallOnes:
+    """Copies of the small tensors on a CPU, behind one another, as they are now. On other devices reading them would make the host wait."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        small = {
+            name: tensor.detach().reshape(-1).view(torch.uint8)
+            for name, tensor in _plain(tensors).items()
+            if tensor.device.type == "cpu" and 0 < tensor.numel() <= SMALL
+        }
+        self.sizes = {name: len(bits) for name, bits in small.items()}
+        self.bits = torch.cat(list(small.values())) if small else torch.zeros(0, dtype=torch.uint8)
+
+    def unlike(self, before: _SmallOnes) -> set[str]:
+        """Names of those that are other ones than `before`."""
+        if self.sizes == before.sizes and torch.equal(self.bits, before.bits):
+            return set()
+        now, then = (
+            dict(zip(each.sizes, each.bits.split(list(each.sizes.values())), strict=True)) for each in (self, before)
+        )
+        return {name for name, bits in now.items() if name in then and not torch.equal(bits, then[name])}
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without quantized weights, which are several tensors in one, at no address."""
+    return {name: tensor for name, tensor in tensors.items() if not is_traceable_wrapper_subclass(tensor)}
 
 
 class _Kept(NamedTuple):
@@ -140,14 +162,18 @@ class ForwardState:
         self._passes += 1
         if trial:
             self._look_for_modules()
-        before = _Seen.of_all(self.tensors(), trial)
+        tensors = self.tensors()
+        before, small = _Seen.of_all(tensors, trial), _SmallOnes(tensors)
         try:
             yield
         finally:
             if trial:
                 self._look_for_modules()
-            after = _Seen.of_all(self.tensors(), trial)
-            self.moving |= {name for name in after if after[name] != before.get(name)}
+            tensors = self.tensors()
+            after = _Seen.of_all(tensors, trial)
+            self.moving |= {name for name in after if after[name] != before.get(name)} | _SmallOnes(tensors).unlike(
+                small
+            )
 
     @contextmanager
     def kept(self, rehearsed: bool = False) -> Iterator[list[str]]:

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,21 @@ class GlobalState:
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
         if self.device:
+            self.restore_device()
+
+    def note_device(self) -> None:
+        """Take what torch's generator on the device is by now; of the CPU, where there is no other."""
+        if self.device:
+            self.on_device = torch.get_device_module(self.device).get_rng_state(self.device)
+        else:
+            self.torch = torch.get_rng_state()
+
+    def restore_device(self) -> None:
+        """Put that one back, and no other."""
+        if self.device:
             torch.get_device_module(self.device).set_rng_state(self.on_device, self.device)
+        else:
+            torch.set_rng_state(self.torch)
 
 
 @contextmanager
@@ -74,14 +88,17 @@ MOST_PARTS = 32  # of a list that are looked into: loaders or transforms are few
 OwnGenerator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
-@cache
-def _generates(kind: type) -> bool:
-    return issubclass(kind, OwnGenerator)
+_plain: set[type] = set()  # classes of values that are no generators
 
 
-def is_generator(value: Any) -> bool:
-    """Whether a value is a random generator; for many values, of few types, many times faster than isinstance."""
-    return _generates(type(value))
+def generators_in(holders: Iterable[Any]) -> list[OwnGenerator]:
+    """Generators among the attributes of objects, as many modules are, whose attributes are of few classes."""
+    found = []
+    for attributes in map(vars, holders):
+        if not _plain.issuperset(map(type, attributes.values())):
+            found += [value for value in attributes.values() if isinstance(value, OwnGenerator)]
+            _plain.update(kind for kind in map(type, attributes.values()) if not issubclass(kind, OwnGenerator))
+    return found
 
 
 def own_generators(owner: Any, depth: int = 3) -> list[OwnGenerator]:
