@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 STUB = (sys.executable, "-S", str(Path(__file__).with_name("compare_stub.py")))
 GIVEN = {
     "script": "script.py",
-    "arguments": {"num_train_epochs": 2},
+    "arguments": {"num_train_epochs": 2, "learning_rate": 0},
     "metric": "accuracy",
     "tasks": {"A": {"task_name": "a"}, "B": {"task_name": "b"}},
     "methods": {"AdamW": {"method": "adamw"}, "SAM": {"method": "sam"}, "SAMPa": {"method": "sampa"}},
@@ -90,6 +90,8 @@ def written(folder: Path, **changes) -> Path:
         ({"choose": {**CHOOSE, "values": dict.fromkeys(CHOOSE["values"], {"x": []})}}, r"AdamW: x: expected values, each once, got \[\]"),
         ({"choose": {**CHOOSE, "values": dict.fromkeys(CHOOSE["values"], {"x": [1, 1]})}}, "x: expected values, each once"),
         ({"choose": {}}, "choose: arguments: expected a value, got None"),
+        ({"arguments": {}, "choose": CHOOSE}, "choose: values: SAM: expected learning_rate, which is chosen for AdamW, .* got None"),
+        ({"choose": {**CHOOSE, "arguments": {"validation_dir": None}}}, "choose: arguments: expected those with which"),
         ({"time": []}, r"time: expected names with values, got \[\]"),
         ({"seeds": [[1]]}, "seeds: expected whole numbers"),
         ({"launch": ["x"]}, r"launch: expected one of .*, got \['x'\]"),
@@ -157,7 +159,7 @@ def test_every_method_has_the_same_seeds_and_no_other_arguments(tmp_path):
     assert [run.seed for run in runs] == [1] * 6 + [2] * 6 + [3] * 6
     for run in runs:
         assert run.arguments == {
-            "num_train_epochs": 2,
+            **GIVEN["arguments"],
             **GIVEN["tasks"][run.task],
             **GIVEN["methods"][run.method],
         }
@@ -328,7 +330,7 @@ def test_a_search_finds_again_what_it_found(tmp_path, stubbed):
 @pytest.mark.parametrize(
     ("ranges", "words"),
     [
-        ([1, 2], "choose: values: SAM: rho: expected names with values"),
+        ([1, 2], r"rho: expected a range, as trials are to be searched in, got \[1, 2\]"),
         ({"low": 1, "high": 1}, "rho: expected low below high, and above 0 with log"),
         ({"low": 0, "high": 1, "log": True}, "rho: expected low below high, and above 0 with log"),
         ({"low": "1e-3", "high": 1}, "rho: expected low and high as numbers, .*Write 1.0e-3, and not 1e-3"),
@@ -624,7 +626,8 @@ def test_without_a_landscape_there_is_a_report(tmp_path, stubbed):
     with pytest.raises(SystemExit, match="1 run failed"):
         stubbed(written(tmp_path, seeds=[1], landscape={}))
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "landscape: expected losses of trained models from script.py" in report and "| SAM | 50.1 |" in report
+    assert re.search("landscape: expected losses of trained models from .*script.py, got exit code 1", report)
+    assert "AttributeError" in report and "| SAM | 50.1 |" in report
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
@@ -715,7 +718,15 @@ def test_losses_between_and_around(tmp_path):
         (tmp_path / method).mkdir()
         save_file({"w": w}, tmp_path / method / "model.safetensors")
     job = {"folders": {method: str(tmp_path / method) for method in weights}, "points": 8, "directions": 2}
-    found = landscape.losses(job, lambda weights, folder: weights["w"].square().sum().item())
+    said = []
+    found = landscape.losses(job, lambda weights, folder: weights["w"].square().sum().item(), said.append)
+    assert len(said) == landscape.count_losses(job) == 9 + 2 * 2 * 9
+    # An interrupted one goes on: what is known is not computed again.
+    more = []
+    again = landscape.losses(
+        {**job, "known": said[:30]}, lambda weights, folder: weights["w"].square().sum().item(), more.append
+    )
+    assert again == found and more == said[30:]
     assert found["methods"] == ["A", "B"]
     assert found["way"][2] == 0 and found["way"][6] == 1 and found["distances"][4] == 0
     assert found["between"][2] == found["between"][6] == 1 and found["between"][4] == pytest.approx(0.5)
@@ -723,6 +734,34 @@ def test_losses_between_and_around(tmp_path):
         assert len(lines) == 2 and all(line[4] == pytest.approx(1) for line in lines)
         # |x + d| and |x - d| of a direction as long as x.
         assert all(line[0] + line[8] == pytest.approx(4) for line in lines)
+
+
+def test_losses_go_on_where_they_were_interrupted(tmp_path):
+    """And what the script says is in a file of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "def main(argv):\n"
+        f"    with open({str(tmp_path / 'calls')!r}, 'a+') as calls:\n"
+        "        calls.write('x')\n"
+        "    print('many words')\n"
+        "    if os.path.getsize(calls.name) == 7:\n"
+        "        sys.exit('killed')\n"
+        "    return {'eval_loss': os.path.getsize(calls.name)}\n"
+    )
+    for method in "AB":
+        (tmp_path / method).mkdir()
+        save_file({"w": torch.ones(2, 2)}, tmp_path / method / "model.safetensors")
+    folders = {method: str(tmp_path / method) for method in "AB"}
+    job = {"script": str(script), "arguments": {}, "folders": folders, "points": 4, "directions": 1}
+    with pytest.raises(RuntimeError, match="got exit code 1; the end of .*landscape.log:\n(.*\n)*    killed"):
+        landscape._computed(job, "of", tmp_path)
+    found = landscape._computed(job, "of", tmp_path)
+    assert found["between"] == [1, 2, 3, 4, 5] and found["around"] == {
+        "A": [[6, 8, 9, 10, 11]],
+        "B": [[12, 13, 14, 15, 16]],
+    }
+    assert "many words" in (tmp_path / "landscape.log").read_text() and not (tmp_path / "landscape.jsonl").exists()
 
 
 def test_a_script_scores_moved_weights(tmp_path):

@@ -7,6 +7,7 @@
       model_name_or_path: bert-base-uncased
       batch_size: 32
       num_train_epochs: 3
+      learning_rate: 2.0e-5             # where none is chosen
     metric: accuracy                    # what is compared; or by task, metric: {SST-2: accuracy, CoLA: matthews_correlation}
     better: more                        # or less; where it is left out, less of losses and error rates, and more of all others
     tasks:                              # arguments of each
@@ -18,15 +19,27 @@
     choose:                             # settings that are chosen for each method and task, before anything is scored
       arguments: {train_val_split: 0.2} # which make the script score on a part of the training data; null leaves one of all runs out
       seeds: [101]
-      values:                           # as many combinations for each method; or, with trials: 8, ranges for a search
+      trials: 0                         # or, for a search, how many, and ranges in the place of lists
+      values:                           # as many combinations for each method
         AdamW: {learning_rate: [1.0e-5, 2.0e-5, 5.0e-5]}
         SAMPa: {rho: [0.01, 0.05, 0.1]} # with trials: {rho: {low: 0.01, high: 0.2, log: true}}
     time:                               # seconds per step, of runs that have the machine for themselves
       launch: cpu_2_processes
       steps: 20
       rounds: 3
+      arguments: {}                     # of these runs only
     equal_time: SAMPa                   # the first method once more, with as many epochs as take the time of this one
-    landscape: {task: SST-2, seed: 1}   # the loss between the first and the last method's weights, and around each
+    landscape:                          # the loss between the first and the last method's weights, and around those of all
+      task: SST-2
+      seed: 1
+      points: 12                        # on each line
+      directions: 2                     # around each
+      arguments: {}                     # with which the script scores trained weights; null leaves one of all runs out
+    prepare:                            # commands that make what the runs need, each once
+      - python make_data.py
+    paper:                              # what others reported, to stand beside
+      title: Table 6 of the paper
+      rows: {SAMPa: {SST-2: 94.1}}
     launch: one_process                 # of all other runs
 """
 
@@ -50,6 +63,7 @@ Arguments = Mapping[str, Value]
 # What a comparison sets itself.
 OWN = ("output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir")
 LONGEST_NAME = 100
+MEANT = {"metric": "the name of a score, such as accuracy", "seeds": "a list of whole numbers"}
 # Of these less is better; in the last word of a metric's name.
 LESS = ("loss", "error", "rate", "mse", "mae", "rmse", "perplexity", "wer", "cer", "ter", "nll", "brier", "ece")
 # Methods that differ in these do not make equally many updates of equal batches.
@@ -225,6 +239,7 @@ class _Reader:
         )
         self._check_equal_time(made)
         self._check_once(made)
+        self._check_as_tuned(made)
         self._check_different(made)
         return made
 
@@ -237,7 +252,7 @@ class _Reader:
             self._fail(where, "names with values", given, "See python -m hf_sampa.compare --help.")
         for name in needed:
             if name not in given:
-                self._fail(f"{place}{name}", "a value", None, "Add it.")
+                self._fail(f"{place}{name}", MEANT.get(name, "a value"), None, "Add it.")
         unknown = [name for name in given if name not in needed + others]
         if unknown:
             self._fail(where, f"only {', '.join(needed + others)}", unknown[0], "Leave it out.")
@@ -307,11 +322,13 @@ class _Reader:
             self._arguments(given["arguments"], "choose: arguments", none=True),
             self._seeds(given["seeds"], "choose: seeds"),
         )
-        if not common[0]:
+        if all(value is None for value in common[0].values()):
             way_out = (
                 "What is scored in the end may not choose: add train_val_split: 0.2, or what your script calls it."
             )
-            self._fail("choose: arguments", "those with which a part of the training data is held out", {}, way_out)
+            self._fail(
+                "choose: arguments", "those with which a part of the training data is held out", common[0], way_out
+            )
         if trials:
             return Choice(
                 *common, ranges={name: self._ranges(each, name) for name, each in values.items()}, trials=trials
@@ -327,6 +344,10 @@ class _Reader:
         place = f"choose: values: {name}"
         if not isinstance(given, dict) or not given:
             self._fail(place, "ranges by argument", given, "Write for example rho: {low: 0.01, high: 0.2, log: true}.")
+        for argument, each in given.items():
+            if isinstance(each, list):
+                way_out = "Write {low: 0.01, high: 0.2}, or search without --search and trials."
+                self._fail(f"{place}: {argument}", "a range, as trials are to be searched in", each, way_out)
         found = {}
         for argument, each in given.items():
             each = self._section(each, f"{place}: {argument}: ", ("low", "high"), ("log",))
@@ -445,6 +466,25 @@ class _Reader:
             ):
                 if twice := names & others:
                     self._fail(place, "arguments that stand in no other place", min(twice), "Leave one of them out.")
+
+    def _check_as_tuned(self, made: Comparison) -> None:
+        """What is chosen for the first method, as the learning rate, is not left to chance in the others."""
+        choice = made.choose
+        if choice is None:
+            return
+
+        def chosen(method: str) -> set[str]:
+            return set(choice.ranges.get(method, ())) | {name for own in choice.values.get(method, ()) for name in own}
+
+        for task, method in itertools.product(made.tasks, list(made.methods)[1:]):
+            given = {*made.arguments, *made.tasks[task], *made.methods[method], *chosen(method)}
+            if missing := sorted(chosen(made.first) - given):
+                self._fail(
+                    f"choose: values: {method}",
+                    f"{missing[0]}, which is chosen for {made.first}, among its values or the arguments of all runs",
+                    None,
+                    "It would be the script's default. Add it.",
+                )
 
     def _check_different(self, made: Comparison) -> None:
         """Two names for one thing would be told apart by chance."""

@@ -28,6 +28,7 @@ from .config import Comparison, as_words
 from .runs import Run
 
 
+LAST_LINES = 12
 WEIGHTS = "model.safetensors"
 Weights = dict[str, Tensor]
 
@@ -65,19 +66,54 @@ def measure(comparison: Comparison, runs: Sequence[Run], root: Path, run: bool =
         return found
     if not run:
         return None
-    # In a process of its own, as the script's modules and what it sets are the script's.
-    ended = subprocess.run(
-        [sys.executable, "-m", "hf_sampa.compare.landscape"], input=json.dumps(job), stdout=subprocess.PIPE, text=True
-    )
-    if ended.returncode:
-        raise RuntimeError(
-            f"landscape: expected losses of trained models from {comparison.script.name}, got exit code {ended.returncode}; what it said "
-            "stands above. Set what it needs to score a folder of trained weights under landscape: arguments (null leaves an argument out)."
-        )
-    found = {"of": digest, **json.loads(ended.stdout)}
+    found = {"of": digest, **_computed(job, digest, root)}
     with in_place_of(file) as partial:
         partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def _computed(job: Mapping[str, Any], digest: str, root: Path) -> dict[str, Any]:
+    """`losses` of this job, from where an interrupted call left it."""
+    file, log = root / "landscape.jsonl", root / "landscape.log"
+    lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+    # What follows the last end of line was being written.
+    known = [json.loads(line) for line in lines[1:-1]] if lines[:1] == [digest] else []
+    text = "\n".join([digest, *map(json.dumps, known)]) + "\n"
+    file.write_text(text, encoding="utf-8")
+    with (
+        tqdm(total=count_losses(job), initial=len(known), desc="landscape", unit="loss") as bar,
+        file.open("a") as kept,
+    ):
+        # In a process of its own, as the script's modules and what it sets are the script's.
+        command = [sys.executable, "-m", "hf_sampa.compare.landscape"]
+        with (
+            log.open("w") as said,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True
+            ) as process,
+        ):
+            process.stdin.write(json.dumps({**job, "known": known}))
+            process.stdin.close()
+            found = None
+            for line in process.stdout:
+                found = json.loads(line)
+                if not isinstance(found, dict):
+                    kept.write(line)
+                    kept.flush()
+                    bar.update()
+    if process.returncode:
+        last = "\n".join(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+        raise RuntimeError(
+            f"landscape: expected losses of trained models from {job['script']}, got exit code {process.returncode}; the end of {log}:\n{last}\nSet "
+            "what it needs to score a folder of trained weights under landscape: arguments (null leaves an argument out)."
+        )
+    file.unlink()
+    return found
+
+
+def count_losses(job: Mapping[str, Any]) -> int:
+    """How many there are to compute."""
+    return (1 + len(job["folders"]) * job["directions"]) * (job["points"] // 2 * 2 + 1)
 
 
 def _arguments(comparison: Comparison) -> dict[str, Any]:
@@ -86,29 +122,40 @@ def _arguments(comparison: Comparison) -> dict[str, Any]:
     return {**comparison.arguments, **comparison.tasks[asked.task], "do_train": False, **asked.arguments}
 
 
-def losses(job: Mapping[str, Any], loss_at: Callable[[Weights, Path], float]) -> dict[str, Any]:
-    """See `measure`. `loss_at` computes the loss of weights, like those in a folder."""
+def losses(
+    job: Mapping[str, Any],
+    loss_at: Callable[[Weights, Path], float],
+    tell: Callable[[float], None] = lambda loss: None,
+) -> dict[str, Any]:
+    """See `measure`.
+
+    Args:
+        job: what of; the first losses may be ``known``, in their order.
+        loss_at: computes the loss of weights, like those in a folder.
+        tell: is given every loss that was computed.
+    """
+    known = iter(job.get("known", ()))
     folders = {method: Path(folder) for method, folder in job["folders"].items()}
     weights = {method: load_file(folder / WEIGHTS) for method, folder in folders.items()}
     first, *_, last = folders
     half = job["points"] // 2
     way = [i / half - 0.5 for i in range(2 * half + 1)]  # -0.5 to 1.5, with 0 and 1 among them where half is even
     distances = [i / half - 1 for i in range(2 * half + 1)]
-    total = len(way) + len(folders) * job["directions"] * len(distances)
-    with tqdm(total=total, desc="landscape", unit="loss") as bar:
 
-        def at(moved: Weights, folder: Path) -> float:
-            bar.update()
-            return loss_at(moved, folder)
+    def at(moved: Weights, folder: Path) -> float:
+        loss = next(known, None)
+        if loss is None:
+            tell(loss := loss_at(moved, folder))
+        return loss
 
-        between = [at(mixed(weights[first], weights[last], t), folders[first]) for t in way]
-        around = {
-            method: [
-                [at(moved(own, direction, r), folders[method]) for r in distances]
-                for direction in random_directions(own, job["directions"])
-            ]
-            for method, own in weights.items()
-        }
+    between = [at(mixed(weights[first], weights[last], t), folders[first]) for t in way]
+    around = {
+        method: [
+            [at(moved(own, direction, r), folders[method]) for r in distances]
+            for direction in random_directions(own, job["directions"])
+        ]
+        for method, own in weights.items()
+    }
     return {"methods": [first, last], "way": way, "between": between, "distances": distances, "around": around}
 
 
@@ -166,4 +213,9 @@ def script_at(script: Path, arguments: Mapping[str, Any]) -> Callable[[Weights, 
 
 if __name__ == "__main__":
     given = json.load(sys.stdin)
-    sys.stdout.write(json.dumps(losses(given, script_at(Path(given["script"]), given["arguments"]))))
+
+    def say(what: Any) -> None:
+        sys.stdout.write(json.dumps(what) + "\n")
+        sys.stdout.flush()
+
+    say(losses(given, script_at(Path(given["script"]), given["arguments"]), say))
