@@ -111,7 +111,8 @@ class Steps:
             generators=micro_batches.own_generators,
             remember=collected.remembered,
             noted=lambda: len(collected.changed),
-            rough=trainer.accelerator.mixed_precision != "no",
+            rough=trainer.accelerator.mixed_precision != "no"
+            or any(_is_short(each) for each in trainer.model.parameters()),
         )
 
     def close(self) -> None:
@@ -241,6 +242,11 @@ class Steps:
         return self.engine.lookahead_error(
             self.run.batch, partial(self.micro_batches.backward, self.trainer.model_wrapped)
         )
+
+
+def _is_short(tensor: torch.Tensor) -> bool:
+    """Whether it is of half precision, or quantized to less."""
+    return tensor.element_size() < 4
 
 
 def _clip_scale(args: Any, norm: float) -> float:

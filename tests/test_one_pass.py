@@ -69,6 +69,14 @@ def llama():
     return get_peft_model(model, lora(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], use_rslora=True))
 
 
+def half_llama():
+    """A model in half precision, its adapters in single."""
+    model = llama()
+    for param in model.parameters():
+        param.data = param.data if param.requires_grad else param.data.bfloat16()
+    return model
+
+
 def run(folder, model, concurrent, rows=None, trainer_class=SAMPaTrainer, callbacks=(), resume=None, **settings):
     """The trainer after eight steps, its trained weights and its log."""
     rows = rows or Rows()
@@ -110,6 +118,7 @@ def one_pass(trainer):
         (bert, {"gradient_checkpointing": True}, False),
         (bert, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, False),
         (bert, {"bf16": True}, True),
+        (half_llama, {"rows": Rows(causal=True)}, True),
         (bert, {"lmbda": 0}, True),
         (bert, {"variant": "asam"}, True),
         (bert, {"variant": "vasso"}, True),
@@ -122,7 +131,7 @@ def one_pass(trainer):
         (llama, {"rows": Rows(ragged=True, causal=True)}, True),
     ],
     ids=[
-        *("one length", "several lengths", "accumulation", "checkpointing", "reentrant checkpointing", "bf16", "lambda 0"),
+        *("one length", "several lengths", "accumulation", "checkpointing", "reentrant checkpointing", "bf16", "bf16 weights", "lambda 0"),
         *("asam", "vasso", "DoRA", "biases", "IA3", "prompts", "GPT-2", "Llama", "Llama, several lengths"),
     ],
 )  # fmt: skip

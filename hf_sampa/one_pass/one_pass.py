@@ -47,7 +47,7 @@ class OnePass:
         generators: gives random generators besides the global ones that passes seed.
         remember: gives what undoes whatever passes leave on the trainer from then on.
         noted: tells how much of what they leave there is known, and so `own` by halves.
-        rough: whether passes compute in half precision.
+        rough: whether passes compute in half precision, by autocast or with frozen weights that are.
 
     Attributes:
         on: whether it does.
