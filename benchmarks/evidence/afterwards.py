@@ -34,7 +34,7 @@ from hf_sampa.compare.runs import Run
 from hf_sampa.files import in_place_of
 
 
-COLUMNS = ("task", "method", "seed", "what", "score", "commit", "torch", "transformers")
+COLUMNS = ("task", "method", "seed", "what", "score", "commit", "torch", "transformers", "command")
 TRAINED, NEW, OLD = "trained", "further: new task", "further: old task"
 
 
@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     done = {(row["task"], row["method"], row["seed"]) for row in rows}
     of_all = provenance.provenance()
     versions = {"commit": of_all["commit"], **{name: of_all["versions"][name] for name in ("torch", "transformers")}}
+    versions["command"] = f"python {sys.argv[0]} {options.config}"
     script = main_of(comparison.script)
     due = [each for each in runs if (each[0].task, each[0].method, str(each[0].seed)) not in done]
     for run, weights in tqdm(due, unit="run"):

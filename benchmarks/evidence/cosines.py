@@ -19,7 +19,7 @@ from hf_sampa.compare.pictures import Look, courses
 
 
 NAMES = ("lookahead_cosine", "lookahead_distance")
-COLUMNS = ("task", "method", "seed", "step", "epoch", *NAMES)
+COLUMNS = ("task", "method", "seed", "step", "epoch", *NAMES, "commit", "torch", "transformers", "folder")
 PAPER = 0.99  # above which it is said to stay
 
 
@@ -29,9 +29,15 @@ def measured(root: Path) -> list[dict[str, Any]]:
     for file in sorted(root.glob("runs/score/*/*/*/result.json")):
         run = json.loads((file.parent / "run.json").read_text(encoding="utf-8"))
         state = json.loads((file.parent / "output" / "trainer_state.json").read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
         of_run = {name: run[name] for name in COLUMNS[:3]}
+        of_run |= {
+            "commit": result["commit"],
+            **{name: result["versions"][name] for name in ("torch", "transformers")},
+        }
+        of_run["folder"] = str(file.parent.relative_to(root))  # by which results.csv has the command
         rows += [
-            {**of_run, **{name: line[name] for name in COLUMNS[3:]}}
+            {**of_run, **{name: line[name] for name in ("step", "epoch", *NAMES)}}
             for line in state["log_history"]
             if NAMES[0] in line
         ]
@@ -69,14 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     by_task: dict[str, dict[str, dict[int, list]]] = {}
     for row in rows:
         of_seeds = by_task.setdefault(row["task"], {}).setdefault(row["method"], {})
-        of_seeds.setdefault(row["seed"], []).append([row["step"], row[NAMES[0]]])
+        of_seeds.setdefault(row["seed"], []).append([row["step"], 1 - row[NAMES[0]]])
     runs = {task: {method: list(of.values()) for method, of in methods.items()} for task, methods in by_task.items()}
     methods = list(dict.fromkeys(row["method"] for row in rows))
     courses(
         runs,
         Look(methods),
-        "cosine of the gradients at $y_t$ and at $x_t$",
+        "1 - cosine of the gradients at $y_t$ and at $x_t$",
         picture := options.csv.with_suffix(".png"),
+        scale="log",
     )
     print(f"{table(rows)}\n{options.csv}\n{picture}")
 

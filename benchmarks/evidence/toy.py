@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 from hf_sampa.compare.pictures import Look
+from hf_sampa.compare.provenance import provenance
 
 
 METHODS = {
@@ -32,7 +33,7 @@ METHODS = {
 STEPS, RATE, RHO = 400, 0.1, 0.1
 LAST = 100  # of the steps, over which the table says how far away a method stays
 DRAWN = 80  # the first steps
-COLUMNS = ("method", "step", "squared_norm")
+COLUMNS = ("method", "step", "squared_norm", "commit", "torch", "transformers", "command")
 
 
 class Quadratic(nn.Module):
@@ -93,7 +94,16 @@ def main(argv: list[str] | None = None) -> None:
     with options.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows((method, step, norm) for method, found in courses.items() for step, norm in enumerate(found))
+        of = provenance()
+        origin = (
+            of["commit"],
+            of["versions"]["torch"],
+            of["versions"]["transformers"],
+            "python benchmarks/evidence/toy.py",
+        )
+        writer.writerows(
+            (method, step, norm, *origin) for method, found in courses.items() for step, norm in enumerate(found)
+        )
     draw(courses, picture := options.csv.with_suffix(".png"))
     print(
         f"Squared norm of the gradient in the last {LAST} of {STEPS} steps:\n\n| method | smallest | largest |\n|---|---|---|"

@@ -20,6 +20,7 @@ COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E6
 MARKS = "osD^vP*X"
 WIDE = 3  # panels beside each other
 MOST_TICKS = 6  # of single values, as those that were tried
+SMALLEST_PART = 0.25  # of a scale that panels share, which each of them has to fill
 
 
 class Look:
@@ -49,11 +50,29 @@ def scores(by_task: Mapping[str, Mapping[str, Mean]], look: Look, unit: str, fil
         )
         axes.set_yticklabels(look.methods)
         axes.grid(axis="x", alpha=0.3)
+    _share_scale(panels)
+    if unit.endswith("%"):  # an interval of Student's t may go beyond what there is
+        for axes in panels:
+            low, high = axes.get_xlim()
+            axes.set_xlim(max(low, -100), min(high, 100))
     figure.savefig(file)
 
 
+def _share_scale(panels: Sequence[Axes]) -> None:
+    """One scale across, so that panels are compared by eye; unless one of them would be pressed together by it."""
+    limits = [axes.get_xlim() for axes in panels]
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    if all(own_high - own_low >= SMALLEST_PART * (high - low) for own_low, own_high in limits):
+        for axes in panels:
+            axes.set_xlim(low, high)
+
+
 def courses(
-    by_task: Mapping[str, Mapping[str, Sequence[Sequence[Sequence[float]]]]], look: Look, unit: str, file: Path
+    by_task: Mapping[str, Mapping[str, Sequence[Sequence[Sequence[float]]]]],
+    look: Look,
+    unit: str,
+    file: Path,
+    scale: str = "linear",
 ) -> None:
     """A panel for each task: the score on the way, a thin line for each seed and a thick one for the mean."""
     figure, panels = _panels(list(by_task))
@@ -65,7 +84,7 @@ def courses(
             steps = sorted(set.intersection(*({step for step, _ in run} for run in runs)))
             means = [mean([dict(map(tuple, run))[step] for run in runs]).value for step in steps]
             axes.plot(steps, means, linewidth=2, markersize=4, **look.of(method))
-        axes.set(title=task, xlabel="step (updates of the weights)", ylabel=unit)
+        axes.set(title=task, xlabel="step (updates of the weights)", ylabel=unit, yscale=scale)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         axes.grid(alpha=0.3)
     _legend(figure, panels)
