@@ -222,6 +222,15 @@ def test_which_score_is_the_better_one(tmp_path, metric, better, less):
     assert config.read(written(tmp_path, metric=metric, better=better)).is_less_better("A") == less
 
 
+def test_a_choice_at_an_end_of_what_was_tried_is_named(tmp_path, stubbed):
+    methods = {"AdamW": {"method": "adamw", "nan_at": 0.03}, "SAM": {"method": "sam", "nan_at": 0.05}}
+    values = {"AdamW": {"learning_rate": [0.03, 0.02, 0.01]}, "SAM": {"rho": [0.05, 0.1, 0.2]}}
+    stubbed(written(tmp_path, methods=methods, choose={**CHOOSE, "values": values}, seeds=[1]))
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| AdamW | --learning_rate 0.02 | --learning_rate 0.02 |" in report  # between the two others
+    assert "beyond which a better value may lie: rho 0.05 (SAM, A); rho 0.05 (SAM, B).\n" in report
+
+
 def test_a_score_that_is_no_number_is_not_the_best(tmp_path, stubbed):
     methods = {"AdamW": {"method": "adamw", "nan_at": 0.03}}
     choose = {**CHOOSE, "values": {"AdamW": {"learning_rate": [0.03, 0.02, 0.01]}}}

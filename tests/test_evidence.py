@@ -93,7 +93,9 @@ def test_cosines_of_every_run(tmp_path, capsys):
     for method, cosines_of in {"SAM": [], "SAMPa-0": [0.5, 0.995], "SAMPa-1": [1.0, 0.999]}.items():
         folder = tmp_path / "runs" / "score" / "digits" / method / "seed-1-00"
         (folder / "output").mkdir(parents=True)
-        (folder / "result.json").write_text("{}")
+        (folder / "result.json").write_text(
+            json.dumps({"commit": "abc", "versions": {"torch": "2", "transformers": "5"}})
+        )
         (folder / "run.json").write_text(json.dumps({"task": "digits", "method": method, "seed": 1}))
         history = [{"step": 1, "epoch": 0.1, "loss": 1.0}]
         history += [
@@ -105,7 +107,9 @@ def test_cosines_of_every_run(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| digits | SAMPa-0 | 2 | 0.500 | 0.748 | 50% |\n| digits | SAMPa-1 | 2 | 0.999 | 1.000 | 100% |" in out
     with (tmp_path / "found.csv").open() as lines:
-        assert [row["step"] for row in csv.DictReader(lines)] == ["0", "1", "0", "1"]
+        rows = list(csv.DictReader(lines))
+    assert [row["step"] for row in rows] == ["0", "1", "0", "1"]
+    assert rows[-1]["commit"] == "abc" and rows[-1]["folder"] == "runs/score/digits/SAMPa-1/seed-1-00"
     assert (tmp_path / "found.png").exists()
 
 

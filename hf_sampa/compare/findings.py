@@ -244,8 +244,21 @@ class Findings:
         wanted = count * len(choice.seeds) * len(tasks) * len(self.comparison.methods)
         if len(self.tried) < wanted:
             note += f" {wanted - len(self.tried)} of these {wanted} runs have no score, and their combinations were left out."
+        if ends := self._at_an_end():
+            note += f" At an end of what was tried, beyond which a better value may lie: {'; '.join(ends)}."
         shown = [self._draw("sweeps.png", pictures.sweeps, sweeps, self.unit)] if (sweeps := self._sweeps()) else []
         return Section("Chosen settings", "", [Table(["method", *tasks], rows, note)], shown)
+
+    def _at_an_end(self) -> list[str]:
+        """The chosen numbers that are the smallest or the largest of several that were tried."""
+        found = []
+        for (task, method), values in self.chosen.items():
+            for name, value in values.items():
+                tried = {each[name] for each in self.comparison.choose.values.get(method, ()) if name in each}
+                numbers = len(tried) > 1 and all(_is_number(str(each)) for each in tried)
+                if numbers and value and value in (min(tried), max(tried)):
+                    found.append(f"{name} {value:g} ({method}, {task})")
+        return found
 
     def _failures(self) -> Section | None:
         if not self.problems:
