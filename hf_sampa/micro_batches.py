@@ -124,7 +124,8 @@ class MicroBatches:
     @property
     def _needs_logits(self) -> bool:
         """Whether the recipe makes something of the trainer's own loss."""
-        return self.steps.engine.recipe.reads_logits and not self.steps.engine.rehearsing
+        engine = self.steps.engine
+        return engine.recipe.reads_logits and not engine.rehearsing and not engine.plain
 
     @contextmanager
     def _pass(self, micro_batch: MicroBatch, role: Role) -> Iterator[None]:

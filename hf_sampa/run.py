@@ -150,6 +150,11 @@ class Run:
         self.stream = self.batch = self.broken = None
         self.left_epoch, self.stage = False, "between"
 
+    def to_log(self) -> dict[str, float]:
+        """Means over the steps since the last line, and how many steps of the run were the base optimizer's alone, if any were to be."""
+        plain = min(self.steps.start, self.trainer.state.global_step)
+        return {**self.means.take(), **({"plain_steps": plain} if plain else {})}
+
     # ---- The stream ----
 
     def open_stream(self, epoch: int, start: int) -> None:

@@ -39,6 +39,7 @@ FIXED = (
     "pairs_on_one_node",
     "overlap_exchange",
     "concurrent",
+    "sampa_start",
     "gradient_accumulation_steps",
     "seed",
 )
@@ -53,6 +54,7 @@ class Steps:
 
     Attributes:
         engine: what computes them.
+        start: t of the first sharpness-aware step; those before it are the base optimizer's alone.
         micro_batches: what a pass does with a micro-batch.
         collected: what the trainer's own code keeps on the trainer during a pass.
     """
@@ -65,7 +67,10 @@ class Steps:
         self.engine.digest_of_rest, self.engine.share_rest = self._digest_of_rest, self._share_what_was_collected
         if self.trainer.args.concurrent:
             self.engine.one_pass = self._one_pass()
+        self.start = self.trainer.args.first_sharp_step(max_steps)
         self._rehearsed = False  # whether the run's first batch has been through `_rehearse`
+        self._told = False  # what the trainer's own numbers are of, before sharpness-aware steps begin
+        self._parts_held = False  # whether it is settled which weights each process holds
         self._fixed = {name: copy.deepcopy(getattr(self.trainer.args, name)) for name in FIXED}
         optimizer = self.trainer.optimizer.optimizer
         self._hooks = [
@@ -153,12 +158,27 @@ class Steps:
 
     def _run_engine(self, model) -> StepReport:
         batch, next_batch = self.run.batch, self.run.stream.peek()
+        backward = partial(self.micro_batches.backward, model)
         self.micro_batches.weigh(batch)
-        if next_batch is not None and self.engine.reads_next_batch:
-            self.micro_batches.weigh(next_batch)
-        report = self.engine.step(batch, next_batch, partial(self.micro_batches.backward, model))
+        if batch.update < self.start:
+            report = self.engine.plain_step(batch, backward)
+            self._say_what_is_of_a_half()
+        else:
+            self._hold_parts()
+            if next_batch is not None and self.engine.reads_next_batch:
+                self.micro_batches.weigh(next_batch)
+            report = self.engine.step(batch, next_batch, backward)
         self._share_what_was_collected()
         return report
+
+    def _say_what_is_of_a_half(self) -> None:
+        counts = ", ".join(sorted(self.collected.changed))
+        if isinstance(self.engine, SAMPa) and counts and not self._told:
+            logger.info(
+                f"What {type(self.trainer).__name__} counts of itself ({counts}) is that of the first half of each batch until step "
+                f"{self.start + 1}, from which on it is that of the whole: before it the halves of a pair share the batch out."
+            )
+            self._told = True
 
     def _say_what_is_skipped(self, report: StepReport) -> None:
         scaler = self.trainer.accelerator.scaler
@@ -184,12 +204,12 @@ class Steps:
             repeats = args.device.type == "cpu" and not args.torch_compile
             check_repeatable(self.run.exchange, found, part.fingerprint, exact=repeats)
         self._rehearsed = True
-        self._hold_parts()
 
     def _hold_parts(self) -> None:
-        """Let each process hold the weights that it updates, unless something reads all of them between steps. A collective."""
-        if not self.engine.placement.shared:
+        """Let each process hold the weights that it updates, unless something reads all of them between steps. A collective, once."""
+        if self._parts_held or not self.engine.placement.shared:
             return
+        self._parts_held = True
         reader = next(filter(None, self.run.exchange.share_objects(reader_of(self.trainer))), None)
         if reader is None:
             self.engine.placement.hold_parts()

@@ -372,7 +372,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard, WithDiagnostics):
         # In Trainer's own line on the steps, not in one of somebody's that has a loss in it, too.
         if self._means_wanted and "loss" in logs:
             self._means_wanted = False
-            logs.update(self._run.means.take())
+            logs.update(self._run.to_log())
         self.log_of_a_pass(logs, *args, **kwargs)
 
     def log_of_a_pass(self, *given, **named) -> None:

@@ -53,6 +53,9 @@ class SAMPaArgumentsMixin:
             Radius of the perturbation, at least 0. Denoted as rho in the paper. By default the variant's own: 0.05 for SAM.
         lmbda (`float`, *optional*):
             Weight of the look-ahead gradient, 0 to 1. Denoted as lambda in the paper. 0.2 by default. SAM does not use it.
+        sampa_start (`float`, defaults to 0):
+            Where sharpness-aware steps begin: below 1 a fraction of all steps, from 1 on after so many steps. Those before it are the base
+            optimizer's alone, data parallel over all processes, on the same update batches. For every method and variant.
         shard_optimizer (`bool`, defaults to `False`):
             Whether all processes share one optimizer (under FSDP the two of each pair): each updates, and holds the state of, its part
             of the parameters. Only for optimizers that treat every parameter on its own.
@@ -109,6 +112,13 @@ class SAMPaArgumentsMixin:
         metadata={
             "help": "Weight of the look-ahead gradient in the SAMPa gradient (lambda, 0 to 1). The paper: 0.2 in vision, which None "
             "stands for, 0.1 on GLUE; 0 is SAMPa-0, 1 is optimistic gradient descent. Unused by sam."
+        },
+    )
+    sampa_start: float = field(
+        default=0.0,
+        metadata={
+            "help": "Where sharpness-aware steps begin: below 1 a fraction of all steps, from 1 on after so many steps. Those before it are "
+            "the base optimizer's alone, shared out among all processes."
         },
     )
     shard_optimizer: bool = field(
@@ -217,6 +227,17 @@ class SAMPaArgumentsMixin:
         """What a step is made of. Raises ValueError for unknown or impossible arguments of the variant."""
         return find(self.variant).recipe(self.variant_args)
 
+    def first_sharp_step(self, max_steps: int) -> int:
+        """t of the first sharpness-aware step of `max_steps`. Raises ValueError where there would be none."""
+        if self.sampa_start < 1:
+            return max(0, min(round(self.sampa_start * max_steps), max_steps - 1))
+        if self.sampa_start >= max_steps:
+            raise ValueError(
+                f"sampa_start: expected a fraction below 1, or a step below the {max_steps} of the run, got {self.sampa_start:g}: no step "
+                "would be sharpness-aware. Lower it, or train with Trainer."
+            )
+        return int(self.sampa_start)
+
     def _take_defaults(self) -> None:
         """Set what was not given to the variant's own; anew, where another one was set since, as a search over them does."""
         chosen = find(self.variant)
@@ -260,6 +281,12 @@ class SAMPaArgumentsMixin:
             raise ValueError(
                 f"learning_rate: expected a finite number of at least 0, got {self.learning_rate!r}: the first step would make "
                 "every weight infinite or NaN."
+            )
+        start = self.sampa_start
+        is_number = isinstance(start, int | float) and not isinstance(start, bool) and math.isfinite(start)
+        if not (is_number and start >= 0 and (start < 1 or start == int(start))):
+            raise ValueError(
+                f"sampa_start: expected a fraction of the steps, from 0 to below 1, or a whole number of steps, got {start!r}."
             )
         steps = self.diagnostics_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:

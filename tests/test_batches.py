@@ -218,6 +218,8 @@ def test_a_part_of_a_batch_has_its_rows_and_entries():
     assert part.inputs == {"texts": ["a", "c"], "names": ["p", "q"], "temperature": 2.0}
     assert (part.indices.tolist(), part.logits.tolist()) == ([7, 9], [[0.0], [2.0]])
     assert (part.update, part.position, part.epoch, part.share, part.size) == (4, 1, 2, None, 2)
+    # One of several pieces has a place of its own, by which its random numbers are seeded.
+    assert whole.narrowed(torch.tensor([True, False, True]), 1).position == (1, 1)
 
 
 def test_items_are_labels_or_samples():

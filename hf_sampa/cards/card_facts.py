@@ -24,7 +24,15 @@ NOT_OF_THE_COMPUTATION = (
     *("optim", "optim_args", "bf16", "fp16", "batch_size"),
     *("dataloader_pin_memory", "dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
 )  # fmt: skip
-NOT_OF_THE_BASELINE = ("variant", "variant_args", "rho", "shard_optimizer", "pairs_on_one_node", "overlap_exchange")
+NOT_OF_THE_BASELINE = (
+    "variant",
+    "variant_args",
+    "rho",
+    "sampa_start",
+    "shard_optimizer",
+    "pairs_on_one_node",
+    "overlap_exchange",
+)
 # How a step is computed; learning rate and weight decay have lines of their own.
 NOT_OF_THE_OPTIMIZATION = {
     "lr",
@@ -109,6 +117,10 @@ def at_the_end(trainer: Trainer, seconds_per_step: float | None) -> list[str]:
     """Which weights these are, how sharp the loss is around them, and time per step."""
     state, step = trainer.state, trainer.weights_step
     lines = [f"steps: {state.global_step}, epochs: {state.epoch or 0:.4g}", *trainer.continued]
+    if plain := _plain_steps(trainer):
+        lines.append(
+            f"sharpness-aware from step {plain + 1} on; the steps before it are those of the base optimizer alone"
+        )
     if step != state.global_step:
         best_by = shown("metric_for_best_model", trainer.args.metric_for_best_model)
         lines.append(f"weights: those of step {step}, the best by {best_by}")
@@ -135,6 +147,13 @@ def at_the_end(trainer: Trainer, seconds_per_step: float | None) -> list[str]:
     if seconds_per_step is not None:
         lines.append(f"seconds per step: {seconds_per_step:.4g}")
     return lines
+
+
+def _plain_steps(trainer: Trainer) -> int:
+    """How many steps come before the first sharpness-aware one; 0 of the baseline, which has none."""
+    if trainer.args.method == "adamw" or trainer.state.max_steps <= 0:
+        return 0
+    return trainer.args.first_sharp_step(trainer.state.max_steps)
 
 
 def _radius(trainer: Trainer) -> str:

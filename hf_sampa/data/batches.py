@@ -57,7 +57,7 @@ class MicroBatch:
         return not isinstance(self.share, float) or bool(self.share)
 
     def narrowed(self, chosen: Tensor, piece: int | None = None) -> MicroBatch:
-        """Those of its samples that `chosen` ``(n,)`` says, yet without a share; as its `piece`-th piece, if it has more."""
+        """Those of its samples that `chosen` ``(n,)`` says, yet without a share; as its `piece`-th piece, if it has several."""
         places = chosen.nonzero()[:, 0]
 
         def part_of(value: Any) -> Any:
@@ -68,9 +68,24 @@ class MicroBatch:
             return value
 
         inputs = {name: part_of(value) for name, value in self.inputs.items()}
+        position = self.position if piece is None else (self.position, piece)
         return MicroBatch(
-            inputs, self.update, self.position, self.epoch, indices=part_of(self.indices), logits=part_of(self.logits)
+            inputs, self.update, position, self.epoch, indices=part_of(self.indices), logits=part_of(self.logits)
         )
+
+    @property
+    def splits(self) -> bool:
+        """Whether its samples can be told apart: it has several, and every tensor and list is one row, or entry, for each."""
+        size = self.size
+
+        def is_of_rows(value: Any) -> bool:
+            if isinstance(value, Tensor):
+                return not value.ndim or len(value) == size
+            return (
+                len(value) == size if isinstance(value, list) else isinstance(value, str | bytes | int | float | None)
+            )
+
+        return size > 1 and isinstance(self.inputs, Mapping) and all(map(is_of_rows, self.inputs.values()))
 
     def count_items(self) -> float:
         """Labels that count or, without labels, samples: what a mean loss is taken to be the mean of."""

@@ -179,16 +179,20 @@ class Gradients:
         x: list[Tensor] | None = None,
         only: Sequence[bool] | None = None,
         local: bool = False,
+        theirs: Buckets | None = None,
     ) -> Found:
         """Gradient of f on `batch` at the weights as they are, averaged over replicas, into `into`.
 
-        Where the weights are displaced, `weights` are their buckets and `x` is x_t. Parameters that `only` leaves out are
+        Where the weights are displaced, `weights` are their buckets, which the other role's gradient is then written to, and `x` is x_t;
+        where they are not, that is written to `theirs`, if given. Parameters that `only` leaves out are
         taken for constants, their gradient for zero. A `local` gradient is neither averaged nor sent. On trial, a weight becomes NaN as soon
         as its gradient is complete, and gradients travel after backward: whoever reads it later has no finite gradient.
         """
         sums, self._on_their_way = Sums(only), {}
         listening = self._listen()
-        on_full = partial(self._send, role=role, into=into, weights=weights, x=x, local=local, sums=sums)
+        on_full = partial(
+            self._send, role=role, into=into, weights=weights, x=x, local=local, theirs=theirs, sums=sums
+        )
         self._recorder.start(into)
         micro_batches = list(batch)
         losses = []
@@ -235,6 +239,7 @@ class Gradients:
         weights: Buckets | None,
         x: list[Tensor] | None,
         local: bool,
+        theirs: Buckets | None,
         sums: Sums,
     ) -> None:
         """Let a full bucket go on its way, or, on trial, hold it back until backward is through; see `gradient`."""
@@ -254,7 +259,8 @@ class Gradients:
             if local:
                 ready()
             else:
-                self.placement.travel(bucket, into, weights if self.receives else None, ready)
+                place = theirs if weights is None else weights
+                self.placement.travel(bucket, into, place if self.receives else None, ready)
 
         ready = self.norm_of(bucket, into, sums)
         on_trial = weights is not None and self._trial

@@ -24,7 +24,8 @@ class StepReport:
     """What a step saw, equal on all ranks; NaN what it did not need. Losses are means over the update batch.
 
     Attributes:
-        loss: f(y_{t+1}; B_{t+1}) for SAMPa, or f(y_t; B_t) once more where there is no B_{t+1}; f(x_t; B_t) for SAM.
+        loss: f(y_{t+1}; B_{t+1}) for SAMPa, or f(y_t; B_t) once more where there is no B_{t+1}; f(x_t; B_t) for SAM, and in a step of the
+            base optimizer alone.
         perturbed_loss: f(x~_t; B_t).
         sharpness: f(x~_t; B_t) - f(y_t; B_t) for SAMPa, f(x~_t; B_t) - f(x_t; B_t) for SAM.
         ascent_grad_norm: ||g_t||.

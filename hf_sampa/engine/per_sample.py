@@ -88,13 +88,37 @@ class SampleView:
         pieces = []
         for each in batch:
             places = torch.arange(each.size).split(list(sizes(each.size)))
-            pieces += [each.narrowed(torch.isin(torch.arange(each.size), own), j) for j, own in enumerate(places)]
+            several = len(places) > 1  # which then draw random numbers of their own
+            pieces += [
+                each.narrowed(torch.isin(torch.arange(each.size), own), j if several else None)
+                for j, own in enumerate(places)
+            ]
         self.weigh(replace(batch, micro_batches=pieces))
         shards = []
         for piece in pieces:
             weight, piece.share = piece.share, 1.0 if isinstance(piece.share, Tensor) or piece.share else 0.0
             shards.append((replace(batch, micro_batches=[piece]), weight))
         return shards
+
+    def halves(self, batch: UpdateBatch) -> tuple[UpdateBatch, UpdateBatch]:
+        """`batch` in two, whose weights add up to its own: half of its micro-batches each, or of the samples of the last one.
+
+        What cannot be split is in the first half, and a half of nothing has a micro-batch of weight 0.
+        """
+        whole = [replace(each, num_items=None, share=None) for each in batch]
+        middle = len(whole) // 2
+        first, second = whole[:middle], whole[middle : 2 * middle]
+        if len(whole) % 2:
+            (*_, last) = whole
+            if last.splits:
+                is_first = torch.arange(last.size) < (last.size + 1) // 2
+                first, second = [*first, last.narrowed(is_first, 0)], [*second, last.narrowed(~is_first, 1)]
+            else:
+                first = [*first, last]
+        self.weigh(replace(batch, micro_batches=[*first, *second]))
+        if not second or (self.in_step and len(second) < len(first)):
+            second = [*second, replace(first[-1], share=0.0)]
+        return replace(batch, micro_batches=first), replace(batch, micro_batches=second)
 
     def _of_all(self, own: Tensor) -> Tensor:
         return self.exchange.concatenate(own.detach()).cpu()

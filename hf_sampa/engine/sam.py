@@ -74,6 +74,10 @@ class SAM(SharpnessAware):
         found[Role.PERTURBED] = self._perturbed_gradient(batch, backward, before, now, keep_statistics=bool(found))
         return self._descend(found, now)
 
+    def _plain_gradient(self, batch: Batch, backward: Backward) -> Pass:
+        found = self.gradient(Role.LOOKAHEAD, batch, backward, self.perturbed_grads)
+        return self._share({Role.LOOKAHEAD: found})[Role.LOOKAHEAD]
+
     def _step_in_shards(self, shards: ShardAscents, batch: Batch, backward: Backward) -> StepReport:
         """mSAM: a perturbation for every shard of B_t."""
         self.reported = Role.LOOKAHEAD

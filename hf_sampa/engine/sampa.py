@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -162,6 +163,31 @@ class SAMPa(SharpnessAware):
         if not skipped:
             used = self._mix(ascent, perturbed, self._g, self.moment)
         return self._finish(ascent, perturbed, ascent, used, skipped)
+
+    def _plain_gradient(self, batch: Batch, backward: Backward) -> Pass:
+        """grad f(x_t; B_t), of which each half of a pair takes a part, on its half of B_t; one process takes both in turn."""
+        first, second = self.samples.halves(batch)
+        paired, found = self.exchange.mesh.paired, {}
+        for bucket in self.placement.landed if paired else ():
+            self.ascent_grads.ensure(bucket)
+        run = partial(self.gradient, backward=backward, theirs=self.ascent_grads if paired else None)
+        if Role.PERTURBED in self.roles:
+            with self.forward_state.kept():  # running statistics are those of the first half, as of the first process
+                found[Role.PERTURBED] = run(Role.PERTURBED, second, into=self.perturbed_grads)
+        if Role.LOOKAHEAD in self.roles:
+            found[Role.LOOKAHEAD] = run(Role.LOOKAHEAD, first, into=self.lookahead_grads)
+            self.ascent_grads.swap(self.lookahead_grads, self.placement.landed)
+        shared = self._share({role: replace(each, fingerprint=batch.fingerprint) for role, each in found.items()})
+        one, other = shared[Role.LOOKAHEAD], shared[Role.PERTURBED]
+        self._check_pairing(one, other)
+        if one.finite and other.finite:
+            sums, parts = (
+                [each.flats[b] for b in self.placement.landed] for each in (self.perturbed_grads, self.ascent_grads)
+            )
+            torch._foreach_add_(sums, parts)
+        used = tuple(a or b for a, b in zip(one.used, other.used, strict=True))
+        # Its norm is found when it is clipped; what is known of it here is whether it is finite.
+        return replace(one, loss=one.loss + other.loss, norm=one.norm + other.norm, used=used, model_norm=None)
 
     def settings(self) -> dict[str, float]:
         return {**super().settings(), "lmbda": self.lmbda}

@@ -50,10 +50,12 @@ class SharpnessAware(Gradients):
     Attributes:
         rehearsing: whether the passes in progress are those of `rehearse`, which belong to no step.
         starting: whether the pass in progress is that for g_0.
+        plain: whether the step in progress is one of the base optimizer alone.
     """
 
     rehearsing = False
     starting = False
+    plain = False
 
     def __init__(
         self,
@@ -282,6 +284,23 @@ class SharpnessAware(Gradients):
         """Go on where `recipe_state` was taken."""
         self.recipe.load_state_dict(_for_lists(state, self.weights.parts), self.params)
 
+    # ---- A step without sharpness ----
+
+    def plain_step(self, batch: Batch, backward: Backward) -> StepReport:
+        """One step of the base optimizer alone, as before the first sharpness-aware one: leaves grad f(x_t; B_t) in ``.grad``."""
+        self.forget_last()
+        self.placement.gather_weights()
+        self.plain, self.reported = True, Role.LOOKAHEAD
+        try:
+            found = self._plain_gradient(batch, backward)
+        finally:
+            self.plain = False
+        return self._finish(None, None, found, found.used, skipped=not found.finite)
+
+    def _plain_gradient(self, batch: Batch, backward: Backward) -> Pass:
+        """grad f(x_t; B_t), into what G_t is made in."""
+        raise NotImplementedError
+
     # ---- The end of a step ----
 
     def _finish(
@@ -290,7 +309,7 @@ class SharpnessAware(Gradients):
         """Put G_t (or, where the step is skipped, nothing) into ``.grad``. None: that gradient was not taken."""
         self.wide = max(each.norm for each in (ascent, perturbed, reported) if each) > WIDE
         skipped = skipped or (self.wide and self._overflows())
-        if self._trial:
+        if self._trial and perturbed:  # otherwise nothing was displaced that backward may read
             self._trial = TRIAL_STEPS if skipped else self._trial - 1
         if not self._trial and not self.first_pass:
             self._recorder.group(self.perturbed_grads)
