@@ -121,7 +121,8 @@ class Run:
         args, recipe = self.trainer.args, self.recipe()
         loader = replica_loader(dataloader, args.mesh, args.accelerator_config.split_batches, args.data_seed)
         reads_indices = recipe.reads_indices or recipe.mask.fisher_samples > 0
-        self.loader = seeded_loader(loader, self.data_seed, reads_indices)
+        shares_out = args.sampa_start > 0  # batches, whose samples are told apart by their places
+        self.loader = seeded_loader(loader, self.data_seed, reads_indices or shares_out, reads_indices)
         check_loader(self.loader, args)
         check_samplers(self.loader, args.mesh)
         return self.loader

@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from .checks import check_settings_kept, check_trainable
 from .distributed import Role, check_repeatable
-from .engine import SAM, Placement, SAMPa, SampleView, Shared, StepReport, check_separable
+from .engine import SAM, Placement, SAMPa, SampleView, Shared, StepReport, check_separable, check_whole
 from .micro_batches import OF_A_PASS, MicroBatches
 from .monitoring import show
 from .one_pass import Attributes, OnePass, Views
@@ -81,13 +81,15 @@ class Steps:
     def _engine(self, max_steps: int) -> SAMPa | SAM:
         trainer, args, micro_batches = self.trainer, self.trainer.args, self.micro_batches
         optimizer, exchange, dataset = trainer.optimizer.optimizer, self.run.exchange, trainer.train_dataset
+        recipe = self.run.recipe()
         if args.shard_optimizer:
+            check_whole(recipe)
             check_separable(optimizer)  # on one process, too, so that what starts there starts on two
         look = partial(micro_batches.look, trainer.model_wrapped)
         scaler = trainer.accelerator.scaler
         common = {
             "rho": args.rho,
-            "recipe": self.run.recipe(),
+            "recipe": recipe,
             "placement": Shared if args.shard_optimizer and args.world_size > 1 else Placement,
             "others": other_modules(trainer, trainer.model),
             "overlap": args.overlap_exchange,

@@ -290,7 +290,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard, WithDiagnostics):
                     f"optim: expected an optimizer with the option {', '.join(missing)} for variant {self.args.variant!r}, got "
                     f"{type(self.optimizer).__name__}. Set optim='adamw_torch'."
                 )
-            group.update(options)
+            group.update({name: value for name, value in options.items() if value is not None})
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -65,7 +66,8 @@ def test_without_halves_it_is_trainer_bit_for_bit(tmp_path):
 
 def micro_batch(rows: int, position: int = 0, **more) -> MicroBatch:
     x = torch.arange(rows)[:, None] + 10 * position
-    return MicroBatch({"x": x, "labels": torch.zeros(rows), **more}, 0, position, share=0.5)
+    inputs, places = {"x": x, "labels": torch.zeros(rows), **more}, torch.arange(rows)
+    return MicroBatch(inputs, 0, position, share=0.5, indices=places)
 
 
 def weigh(batch: UpdateBatch) -> None:
@@ -109,6 +111,24 @@ def test_what_cannot_be_split_is_left_whole(more):
     view = SampleView(Exchange(Mesh(1, 0, paired=False)), None, weigh, None)
     first, second = view.halves(UpdateBatch([micro_batch(4, **more)], 0, 0))
     assert [each.size for each in first] == [4] and not any(each.counts for each in second)
+
+
+@pytest.mark.parametrize("places", [None, torch.arange(2)], ids=["not known", "of two pairs"])
+def test_rows_that_are_not_samples_are_left_whole(places):
+    """As those of preferences, the chosen ones first and then the rejected ones."""
+    view = SampleView(Exchange(Mesh(1, 0, paired=False)), None, weigh, None)
+    batch = UpdateBatch([replace(micro_batch(4), indices=places)], 0, 0)
+    first, second = view.halves(batch)
+    assert [each.size for each in first] == [4] and not any(each.counts for each in second)
+
+
+def test_a_batch_that_is_not_shared_out_is_told_once(tmp_path, caplog):
+    args = tiny.arguments(tmp_path, sampa_start=2, max_steps=3)
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.Stream(16))
+    with tiny.transformers_log(caplog):
+        trainer.train()
+    (told,) = {each for each in caplog.messages if "told apart" in each}
+    assert told.removeprefix("[RANK 0] ").startswith("Step 1: the samples of its batch cannot be told apart")
 
 
 def test_scalars_and_words_belong_to_both_halves():

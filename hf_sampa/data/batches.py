@@ -33,6 +33,7 @@ class MicroBatch:
         logits: ``(n, classes)``, what the model last said of the samples, where a variant needs it.
         loss: ``()``, the trainer's own, which came with these logits.
         teacher: ``(n, classes)``, what a variant's teacher says of them.
+        slope: of the trainer's loss with respect to the logits, like them, in the pass for g_t, where a variant needs it.
     """
 
     inputs: Any
@@ -45,6 +46,7 @@ class MicroBatch:
     logits: Tensor | None = None
     loss: Tensor | None = None
     teacher: Tensor | None = None
+    slope: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -75,8 +77,12 @@ class MicroBatch:
 
     @property
     def splits(self) -> bool:
-        """Whether its samples can be told apart: it has several, and every tensor and list is one row, or entry, for each."""
-        size = self.size
+        """Whether its samples can be told apart: there are several, and every tensor and list has one row, or entry, for each.
+
+        The rows of a batch that does not say of which samples it was made may be halves of pairs, as a collator for preferences
+        stacks them.
+        """
+        size = 0 if self.indices is None else len(self.indices)
 
         def is_of_rows(value: Any) -> bool:
             if isinstance(value, Tensor):

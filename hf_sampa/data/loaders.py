@@ -60,18 +60,21 @@ def replica_loader(loader: Iterable, mesh: Mesh, split_batches: bool, data_seed:
     )
 
 
-def seeded_loader(loader: Iterable, seed: int, with_indices: bool = False) -> Iterable:
+def seeded_loader(
+    loader: Iterable, seed: int, with_indices: bool = False, needs_indices: bool | None = None
+) -> Iterable:
     """A plain CPU `DataLoader` like `loader` whose batches depend on (seed, epoch, indices) alone.
 
     Iterable datasets, and loaders without automatic batching, keep their own way of reading; their randomness follows
     the generators that `UpdateStream` lends them at the start of each epoch. So does that of loaders of one's own, which are
     returned as they are: subclasses of DataLoader, and objects that are none.
 
-    Raises ValueError where batches are to carry their samples' places in the dataset (`with_indices`) and there are none.
+    Raises ValueError where batches have to carry their samples' places in the dataset (`needs_indices`, by default as `with_indices`)
+    and there are none.
     """
     plain = is_plain(loader)
     sampled = plain and loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
-    if with_indices and not sampled:
+    if (with_indices if needs_indices is None else needs_indices) and not sampled:
         raise ValueError(
             "variant: expected a dataset with a length and a place for every sample, because the variant remembers single "
             "samples, but got an iterable dataset, one that makes its own batches, or a loader of one's own. Take another "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class SeededCollate:
 
     Args:
         collate: makes a batch of samples.
-        with_indices: whether the batch, a dict then, is to carry the samples' places in the dataset as `INDICES`.
+        with_indices: whether the batch, if it is a dict, is to carry the samples' places in the dataset as `INDICES`.
     """
 
     def __init__(self, collate: Callable[[list], Any], with_indices: bool = False):
@@ -83,6 +83,6 @@ class SeededCollate:
         with unseeded():
             seed_all(samples.seed, own_generators(self.collate))
             batch = self.collate(list(samples))
-        if self.with_indices:
+        if self.with_indices and isinstance(batch, MutableMapping):
             batch[INDICES] = torch.tensor(samples.indices)
         return batch

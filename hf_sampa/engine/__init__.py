@@ -11,7 +11,7 @@ from .placement import Placement
 from .precision import SharedGradScaler
 from .sam import SAM
 from .sampa import SAMPa
-from .shared import Shared, check_separable
+from .shared import Shared, check_separable, check_whole
 from .trained import Trained
 
 
@@ -32,6 +32,7 @@ __all__ = [
     "Trained",
     "check_classes",
     "check_separable",
+    "check_whole",
     "logits_of",
     "recipe_loss",
 ]

@@ -153,6 +153,8 @@ def logits_of(outputs: Any) -> Any:
 def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
     """What the recipe makes of the trainer's own loss; keeps that and the logits on `micro_batch`."""
     logits, labels = logits_of(outputs), micro_batch.inputs.get("labels")
+    if part.reads_slope:
+        return _with_slope(part, loss, logits, micro_batch, ascent, now)
     check_classes(logits, labels)
     micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
     labels = labels.to(logits.device)
@@ -160,3 +162,20 @@ def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch,
     if part.reads_indices and (found := part.recall(micro_batch.indices, now)) is not None:
         teacher = found.to(logits.device)
     return part(loss, Seen(logits, labels, ascent, teacher), now)
+
+
+def _with_slope(part: Loss, loss: Tensor, logits: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
+    """As `recipe_loss`, for a part that needs to know how the loss depends on the logits."""
+    slope = None
+    if isinstance(logits, Tensor) and logits.requires_grad:
+        (slope,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    if slope is None:
+        raise ValueError(
+            "variant: expected a loss that is made of the logits that the model returns, because the variant needs its derivative "
+            f"with respect to them; got {type(logits).__name__ if not isinstance(logits, Tensor) else 'logits'} that the loss does not "
+            "depend on. Let the model's outputs have the logits that its loss is computed from, or take another variant."
+        )
+    micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
+    if ascent:
+        micro_batch.slope = slope.float()
+    return part(loss, Seen(logits, micro_batch.inputs.get("labels"), ascent, slope=micro_batch.slope), now)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ..distributed import Role
 from ..functional import wide_inner
+from ..variants import Recipe
 from .buckets import Buckets, in_memory_order, is_dense
 from .placement import Placement
 from .weights import nothing_like
@@ -366,6 +367,15 @@ def check_separable(optimizer: Optimizer) -> None:
         raise ValueError(
             f"shard_optimizer: expected an optimizer that treats every parameter on its own, one of {', '.join(SEPARABLE)} "
             f"of torch.optim, got {type(optimizer).__module__}.{type(optimizer).__name__}. Use one of them, or leave shard_optimizer out."
+        )
+
+
+def check_whole(recipe: Recipe) -> None:
+    """Raise ValueError where a part of `recipe` reads the optimizer's state, of which each process then holds a part."""
+    if recipe.direction.reads_optimizer:
+        raise ValueError(
+            f"shard_optimizer: expected a variant that does not read the optimizer's state, but {type(recipe.direction).__name__} makes the "
+            "perturbation of it, and each process would hold a part. Leave shard_optimizer out, or take another variant."
         )
 
 

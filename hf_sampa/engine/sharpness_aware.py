@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -206,8 +206,32 @@ class SharpnessAware(Gradients):
         peak = group.get("initial_lr", group["lr"])
         fraction = float(group["lr"] / peak) if peak else 0.0
         return Moment(
-            batch.update, batch.epoch, self.max_steps, self.num_samples, fraction, self.seed, self.weights.norms
+            batch.update,
+            batch.epoch,
+            self.max_steps,
+            self.num_samples,
+            fraction,
+            self.seed,
+            norms=self.weights.norms,
+            adam_denominators=self._adam_denominators,
         )
+
+    def _adam_denominators(self) -> Iterator[Tensor | None]:
+        """sqrt(v / (1 - beta_2^t)) + eps of each parameter, like what a recipe is given of it; None before its first step."""
+        optimizer = self.base_optimizer
+        group_of = {param: group for group in optimizer.param_groups for param in group["params"]}
+        for param in self.params:
+            state, group = optimizer.state.get(param), group_of[param]
+            if not state:
+                yield None
+                continue
+            if not {"exp_avg_sq", "step"} <= state.keys():
+                raise ValueError(
+                    f"variant: expected an optimizer with Adam's second moments, under torch's name exp_avg_sq, got {type(optimizer).__name__}. "
+                    "Set optim='adamw_torch', or take another variant."
+                )
+            (v,) = real([here(state["exp_avg_sq"])])
+            yield (v / (1 - group["betas"][1] ** state["step"])).sqrt_().add_(group["eps"])
 
     def _keeps(self, now: Moment) -> Sequence[bool] | None:
         """What the mask keeps in this step, whatever it observes meanwhile."""

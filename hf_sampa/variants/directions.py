@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .masks import top
 from .parts import Direction, Moment
 
 
@@ -142,6 +143,75 @@ class Friendly(Direction):
             each.sub_(m, alpha=self.sigma)
             m.copy_(mean)
         return now.norm(g)
+
+
+class Preconditioned(Direction):
+    """eps_t = rho d_t / ||d_t||, d_t = g_t / (sqrt(v_t) + eps), v_t Adam's second moment before the step (after Singh et al. 2025).
+
+    A parameter without one, as all in the first step, has d_t = g_t. Needs an optimizer with Adam's state.
+    """
+
+    on_shards = reads_optimizer = True
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> Tensor:
+        for each, denominator in zip(g, now.adam_denominators(), strict=False):
+            if denominator is not None:
+                each.div_(denominator)
+        return now.norm(g)
+
+
+class ZScores(Direction):
+    """eps_t = rho d_t / ||d_t||, d_t being g_t where it stands out within its tensor, and 0 elsewhere (ZSharp, Yun 2025).
+
+    Of each tensor the entries with the largest |g - mean(g)| / std(g) are kept, one at least, the first of equal ones.
+
+    Args:
+        percentile: which part of the entries is left out, in [0, 1); 0 is SAM.
+    """
+
+    def __init__(self, percentile: float):
+        self.percentile = percentile
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> float | Tensor:
+        if self.percentile == 0:
+            return norm
+        for each in g:
+            count = max(1, round((1 - self.percentile) * each.numel()))
+            # Within a tensor the deviation is one number, which changes no order.
+            each.mul_(top((each - each.mean()).abs().reshape(-1), count).view(each.shape))
+        return now.norm(g)
+
+
+class Momentum(Direction):
+    """eps_t = -rho m_{t-1} / ||m_{t-1}||, m_t = beta m_{t-1} + (1 - beta) g~_t, eps_0 = 0 (Momentum-SAM, Becker et al. 2024).
+
+    Against the momentum, as the authors' code has it: that is uphill of the way that the weights went.
+
+    Args:
+        beta: of the momentum, in [0, 1).
+    """
+
+    on_shards = True
+    needs_gradient = False
+    state = ("m",)
+
+    def __init__(self, beta: float):
+        self.beta = beta
+        self.m: list[Tensor] | None = None
+
+    def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor | None, now: Moment) -> Tensor:
+        if self.m is None:
+            torch._foreach_zero_(g)
+        else:
+            torch._foreach_copy_(g, self.m)
+            torch._foreach_neg_(g)
+        return now.norm(g)
+
+    def observe(self, g_tilde: Sequence[Tensor]) -> None:
+        if self.m is None:
+            self.m = list(torch._foreach_mul(list(g_tilde), 1 - self.beta))
+        else:
+            torch._foreach_lerp_(self.m, list(g_tilde), 1 - self.beta)
 
 
 class Random(Direction):

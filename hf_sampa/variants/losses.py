@@ -40,6 +40,18 @@ class Bilevel(Loss):
         return (torch.logsumexp(self.mu * bound, dim=1) / self.mu).mean()
 
 
+class Functional(Loss):
+    """g~_t is the logits' Jacobian at x~_t times the slope of the loss at x_t: sum(slope * z) (Functional SAM, Singh et al. 2025).
+
+    The perturbation then changes the function that the model is, and not how steep the loss is at what it says.
+    """
+
+    reads_logits = reads_slope = True
+
+    def __call__(self, loss: Tensor, seen: Seen, now: Moment) -> Tensor:
+        return loss if seen.ascent else (seen.slope * seen.logits.float()).sum()
+
+
 class Distilled(Loss):
     """The loss plus lam tau^2 KL(softmax(teacher / tau) || softmax(z / tau)), from an epoch on.
 

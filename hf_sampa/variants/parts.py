@@ -18,8 +18,9 @@ no other source. Names that a part lists in `state` are what a checkpoint keeps 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -40,6 +41,8 @@ class Moment:
         num_samples: in the dataset; 0 where that is not known.
         lr_fraction: the learning rate in force, as a part of its first group's peak; 0 to 1.
         seed: of the run.
+        adam_denominators: gives, for each trainable parameter, sqrt(v) + eps of Adam, shaped like it, v its bias-corrected second
+            moment; None before its first step.
         norms: Euclidean norms ``(n,)`` of tensors like weights, one by one; of weights that FSDP2 has sharded, of which a part is
             given the shards that are here, those of the whole.
     """
@@ -52,6 +55,10 @@ class Moment:
     seed: int = 0
     norms: Callable[[Sequence[Tensor]], Tensor] = field(
         default_factory=lambda: functional.norms, compare=False, repr=False
+    )
+
+    adam_denominators: Callable[[], Iterable[Tensor | None]] = field(
+        default_factory=lambda: lambda: repeat(None), compare=False, repr=False
     )
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -100,10 +107,12 @@ class Direction(Part):
     Attributes:
         needs_gradient: whether the direction is made of g_t; if not, g_t is not computed where nothing else needs it.
         unit: whether ||eps_t|| is rho.
+        reads_optimizer: whether it needs `Moment.adam_denominators`, and so all of the optimizer's state on every process.
     """
 
     needs_gradient: ClassVar[bool] = True
     unit: ClassVar[bool] = True
+    reads_optimizer: ClassVar[bool] = False
 
     def __call__(self, g: list[Tensor], x: Sequence[Tensor], norm: float | Tensor, now: Moment) -> float | Tensor:
         """Turn g_t into a direction d_t, in place.

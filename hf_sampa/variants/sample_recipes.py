@@ -7,6 +7,7 @@ from typing import Annotated
 from . import losses, masks, samples, schedules
 from .catalogue import (
     BY_LOSSES,
+    BY_SLOPES,
     NO_ASCENT,
     PAIRED,
     AboveZero,
@@ -95,6 +96,18 @@ def bisam(
     (mix=ascent, one gradient), or of the trainer's own loss (mix=own, a second gradient of B_{t+1}).
     """
     return Recipe(loss=losses.Bilevel(mu, phi, alpha, separate=mix == "own"))
+
+
+@variant(
+    source="Singh et al. 2025, arXiv 2502.02407",
+    passes="2",
+    memory="0, and logits",
+    method="sam",
+    why=BY_SLOPES,
+)
+def functional_sam() -> Recipe:
+    """Functional SAM: the loss's slope at the logits stays that of x_t, and the model's Jacobian is that of x~_t."""
+    return Recipe(loss=losses.Functional())
 
 
 @variant(

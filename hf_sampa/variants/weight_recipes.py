@@ -225,3 +225,26 @@ def lesam(floor: NonNegative = 0.001, warmup: Fraction = 0.05, decay: Fraction =
 def adasam() -> Recipe:
     """AdaSAM: SAM around AMSGrad, whose second moment never falls; torch's, with bias correction. Needs Adam or AdamW of torch."""
     return Recipe()
+
+
+@variant(
+    source="after Singh et al. 2025, arXiv 2502.02407; of the preconditioning only the abstract was read",
+    passes="2",
+    memory="0",
+    optimizer={"betas": None, "eps": None},
+)
+def precond_sam() -> Recipe:
+    """Preconditioned SAM: the perturbation is g_t by the root of Adam's second moment, of length rho. Needs Adam or AdamW of torch."""
+    return Recipe(direction=directions.Preconditioned())
+
+
+@variant(source="Yun 2025, arXiv 2505.02369", passes="2", memory="0")
+def zsharp(percentile: Annotated[float, Within(0, 1, open_high=True)] = 0.95) -> Recipe:
+    """ZSharp: of each tensor the entries of g_t perturb that are furthest from its mean."""
+    return Recipe(direction=directions.ZScores(percentile))
+
+
+@variant(source="Becker et al. 2024, arXiv 2401.12033", passes="1", memory="1", rho=1.0, method="sam", why=NO_ASCENT)
+def momentum_sam(beta: Annotated[float, Within(0, 1, open_high=True)] = 0.9) -> Recipe:
+    """Momentum-SAM: the perturbation goes against a running mean of g~. `rho` is the authors' for AdamW."""
+    return Recipe(direction=directions.Momentum(beta))

@@ -125,7 +125,10 @@ def make(
     gc.freeze()  # every run begins with a collection, which would look at all that the libraries have made
     model = case.load(models.path(start, case.model, dropout))
     trainer_class, arguments = case.plain if plain else (case.trainer, case.arguments)
-    args = arguments(str(out), **{**SETTINGS, **changes, **case.settings})
+    settings = {**SETTINGS, **changes, **case.settings}
+    if plain:
+        settings = {name: value for name, value in settings.items() if name in arguments.__dataclass_fields__}
+    args = arguments(str(out), **settings)
     watch = Watch()
     torch.manual_seed(0)  # for adapters, which some versions make before the trainer has set its seed
     kwargs = {"model": model, "args": args, "callbacks": [watch], **case.inputs(model, start, samples)}

@@ -202,6 +202,14 @@ CASES = [
         inputs=two_datasets,
     ),
     replace(SENTENCE, title="no_duplicates", inputs=repeated, settings={"batch_sampler": "no_duplicates"}, whole=True),
+    replace(
+        SENTENCE,
+        title="MultipleNegativesRankingLoss, sampa_start",
+        settings={**SENTENCE.settings, "sampa_start": 4},
+        limits={
+            "rho = lambda = 0 is the library's": "before it the negatives are those of half a batch, as under DDP"
+        },
+    ),
     CROSS,
     replace(CROSS, title="MultipleNegativesRankingLoss", inputs=partial(ranking, cls=CrossRankingLoss), whole=True),
     Case(

@@ -192,6 +192,12 @@ CASES = [
         settings={**FP32, "max_length": 32},
     ),
     replace(SFT, title="mixture of experts", model="mixtral", settings={**FP32, "max_length": 32}),
+    replace(
+        SFT,
+        title="sampa_start",
+        settings={**FP32, "max_length": 32, "sampa_start": 4},
+        limits={"rho = lambda = 0 is the library's": "to rounding: the halves of a batch are added up"},
+    ),
     Case(
         "as it comes",
         SAMPaRewardTrainer,
@@ -204,6 +210,7 @@ CASES = [
         settings=FP32,
     ),
     replace(DPO, whole=True),
+    replace(DPO, title="sampa_start", settings={**FP32, "sampa_start": 4}),
     replace(
         DPO,
         title="ref_model and the rest by position",
