@@ -285,7 +285,7 @@ class SAMPaMixin(ExactEvalLoss, WithCard, WithDiagnostics):
         optimizer = super().create_optimizer(*args, **kwargs)
         options = {} if self._recipe else find(self.args.variant).optimizer
         for group in self.optimizer.param_groups:
-            if missing := options.keys() - group.keys():
+            if missing := [name for name in options if name not in group]:
                 raise ValueError(
                     f"optim: expected an optimizer with the option {', '.join(missing)} for variant {self.args.variant!r}, got "
                     f"{type(self.optimizer).__name__}. Set optim='adamw_torch'."

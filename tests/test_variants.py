@@ -33,6 +33,8 @@ RULES = {
     "stable_sam": serial.StableSAM,
     "gsam": serial.GSAM,
     "lesam": serial.LESAM,
+    "zsharp": serial.ZSharp,
+    "momentum_sam": serial.MomentumSAM,
 }
 
 
@@ -124,6 +126,7 @@ LIMITS = {
     "alpha = 0 makes the penalty the base optimizer": ("gnp", {"alpha": 0.0}, "base"),
     "alpha = 0 makes GSAM SAM": ("gsam", {"alpha": 0.0}, "sam"),
     "s = 1 makes SL-SAM SAM": ("slsam", {"s": 1.0}, "sam"),
+    "percentile = 0 makes ZSharp SAM": ("zsharp", {"percentile": 0.0}, "sam"),
     "c = very low makes AE-SAM SAM": ("aesam", {"lam1": -1e9, "lam2": -1e9}, "sam"),
     "one shard makes mSAM SAM": ("msam", {"count": 1}, "sam"),
     "every step sampled makes ARSAM SAM": ("arsam", {"sampler": "periodic", "k": 1}, "sam"),
@@ -152,6 +155,7 @@ BY_STEP = {
     "ESAM, samples": ("esam", {"beta": 1.0, "gamma": 0.5}, lambda rho: serial.esam_selection(loss, rho, 0.5)),
     "mSAM": ("msam", {"size": 3}, lambda rho: serial.msam(loss, rho, 3)),
     "BiSAM": ("bisam", {}, lambda rho: serial.bisam(loss, rho)),
+    "Functional SAM": ("functional_sam", {}, lambda rho: serial.functional_sam(loss, rho)),
     "MESA": (
         "mesa",
         {"lam": 2.0, "tau": 2.0, "start": 0.0, "decay": 0.9},
@@ -187,6 +191,7 @@ PARALLEL = {
 BY_THEIR_PARTS = {
     *("sampa_0", "optgd", "adasam", "randsam", "rst", "vsam", "arsam", "ausam"),
     *("ssam_d", "ssam_f", "esam_swp", "slsam"),
+    "precond_sam",  # of Adam's state: below
 }
 
 
@@ -230,6 +235,77 @@ def test_adasam_is_sam_around_torch_amsgrad(tmp_path, method):
     assert all("max_exp_avg_sq" in state for state in trainer.optimizer.state_dict()["state"].values())
 
 
+@pytest.mark.parametrize("method", ["sam", "sampa"])
+def test_precond_sam_goes_by_the_optimizer_s_second_moments(tmp_path, method):
+    settings = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-2, "adam_beta2": 0.9}
+    trainer = trained(tmp_path, "precond_sam", method, rho=0.5, **settings)
+    model, args = Net(), trainer.args
+    plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
+    plain.create_optimizer_and_scheduler(STEPS)
+    rule = serial.PrecondSAM(args.rho, model, STEPS)
+    rule.optimizer, rule.params = plain.optimizer, list(model.parameters())
+    run = (rule, model, plain.optimizer, plain.lr_scheduler, loss)
+    batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
+    if method == "sam":
+        serial.sequential(*run, batches[:-1])
+    else:
+        serial.parallel(*run, batches, args.lmbda)
+    assert_equal(trainer.model, model, rtol=2e-3, atol=2e-5)
+    other = trained(tmp_path, "sam", method, rho=0.5, **settings)
+    assert max((a - b).abs().max() for a, b in zip(other.model.parameters(), model.parameters(), strict=True)) > 1e-3
+
+
+def test_precond_sam_needs_adam_s_state(tmp_path):
+    with pytest.raises(
+        ValueError, match="option betas, eps for variant 'precond_sam', got SGD. Set optim='adamw_torch'"
+    ):
+        trained(tmp_path, "precond_sam", "sam")
+    adam = {"optim": "adamw_torch", "optim_args": None}
+    with pytest.raises(
+        ValueError, match="shard_optimizer: expected a variant that does not read the optimizer's state"
+    ):
+        trained(tmp_path, "precond_sam", "sampa", shard_optimizer=True, **adam)
+
+
+def test_precond_sam_tells_an_optimizer_whose_second_moments_it_does_not_know(tmp_path):
+    class Other(torch.optim.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            for state in self.state.values():
+                state["second"] = state.pop("exp_avg_sq")
+
+    args = tiny.arguments(tmp_path, variant="precond_sam", max_steps=3)
+    model = Net()
+    optimizers = (Other(model.parameters()), None)
+    trainer = SAMPaTrainer(model=model, args=args, train_dataset=tiny.images(18), optimizers=optimizers)
+    with pytest.raises(ValueError, match="Adam's second moments, under torch's name exp_avg_sq, got Other"):
+        trainer.train()
+
+
+def test_functional_sam_needs_a_loss_that_is_made_of_the_logits(tmp_path):
+    class Apart(Net):
+        def forward(self, pixel_values, labels=None):
+            found = super().forward(pixel_values, labels)
+            return SequenceClassifierOutput(found.loss, found.logits.detach())
+
+    with pytest.raises(ValueError, match="expected a loss that is made of the logits that the model returns"):
+        trained(tmp_path, "functional_sam", "sam", model=Apart)
+
+
+def test_functional_sam_goes_with_logits_of_every_token(tmp_path):
+    """And at radius 0 it is the base optimizer."""
+    found = {}
+    for name, settings in {
+        "functional_sam": {"method": "sam", "rho": 0.0},
+        "rst": {"method": "sam", "variant_args": {"p": 0.0}},
+    }.items():
+        args = tiny.arguments(tmp_path, variant=name, max_steps=4, **settings)
+        trainer = SAMPaTrainer(model=tiny.token_bert(), args=args, train_dataset=tiny.tagged_sentences(16))
+        trainer.train()
+        found[name] = dict(trainer.model.named_parameters())
+    torch.testing.assert_close(found["functional_sam"], found["rst"])
+
+
 def test_adasam_needs_an_optimizer_with_amsgrad(tmp_path):
     with pytest.raises(ValueError, match="option amsgrad for variant 'adasam', got SGD. Set optim='adamw_torch'"):
         trained(tmp_path, "adasam", "sam")
@@ -252,6 +328,8 @@ def passes(folder, name, arguments, method="sam"):
 PASSES = {  # with backward: how many, of how many samples; without
     "sam": ({}, [4, 4] * STEPS, []),
     "optsam": ({}, [4] * STEPS, []),
+    "momentum_sam": ({}, [4] * STEPS, []),
+    "functional_sam": ({}, [4, 4] * STEPS, []),
     "randsam": ({}, [4] * STEPS, []),
     "looksam": ({"k": 3}, [4] * (STEPS + 3), []),
     "rst": ({"p": 0.0}, [4] * STEPS, []),

@@ -131,6 +131,46 @@ class OptSAM(SAM):
         return g_tilde
 
 
+class MomentumSAM(SAM):
+    beta, m = 0.9, None
+
+    def eps(self, t, g, x):
+        return torch.zeros_like(x) if self.m is None else -self.rho * unit(self.m)
+
+    def mix(self, t, g, g_tilde):
+        self.m = (1 - self.beta) * g_tilde + (0 if self.m is None else self.beta * self.m)
+        return g_tilde
+
+
+class ZSharp(SAM):
+    percentile = 0.95
+
+    def eps(self, t, g, x):
+        kept = []
+        for each in g.split(self.sizes):
+            z = ((each - each.mean()) / each.std(correction=0)).abs() if len(each) > 1 else each
+            count = max(1, round((1 - self.percentile) * len(each)))
+            kept.append(torch.where(z >= z.sort().values[-count], each, 0.0))
+        return self.rho * unit(torch.cat(kept))
+
+
+class PrecondSAM(SAM):
+    """With the state of the optimizer that is given to it before the run."""
+
+    optimizer = None
+
+    def eps(self, t, g, x):
+        (group,) = {id(each["betas"]): each for each in self.optimizer.param_groups}.values()
+        d = []
+        for part, p in zip(g.split(self.sizes), self.params, strict=True):
+            state = self.optimizer.state.get(p)
+            if state:
+                v = state["exp_avg_sq"].flatten() / (1 - group["betas"][1] ** state["step"].item())
+                part = part / (v.sqrt() + group["eps"])
+            d.append(part)
+        return self.rho * unit(torch.cat(d))
+
+
 class GNP(SAM):
     alpha = 0.8
 
@@ -317,6 +357,22 @@ def bisam_loss(model, batch):
         phi = 1 - torch.log(1 + torch.exp(gamma - (z - z[y])))
         total = total + torch.log(torch.exp(phi).sum())
     return total / len(labels)
+
+
+def functional_sam(loss, rho):
+    """J(x + eps)^T times the slope of the cross entropy at the logits of x."""
+
+    def step(model, t, batch, next_batch):
+        x = flat(list(model.parameters()))
+        logits = model(**batch).logits.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(logits, batch["labels"]), logits)
+
+        def pulled_back(model, batch):
+            return (model(**batch).logits * slope).sum()
+
+        return gradient(model, pulled_back, batch, x + rho * unit(gradient(model, loss, batch)))
+
+    return step
 
 
 def bisam(loss, rho):
