@@ -7,14 +7,24 @@ import threading
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import (
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+    TrainerCallback,
+)
 
 from hf_sampa import SAMPaTrainer, SAMPaTrainingArguments
 from hf_sampa.one_pass.halves import Halves
 from tests import tiny
+from tests.ecosystem import models, runs
+from tests.ecosystem.trl_cases import CASES
 
 
 # Of peft, and of transformers from 5.23 on.
@@ -294,6 +304,65 @@ def test_a_model_that_is_trained_whole_is_refused(tmp_path):
         ValueError, match="concurrent: expected a model with frozen linear layers, .* Leave concurrent out"
     ):
         run(tmp_path, tiny.bert(), True)
+
+
+# ---- Quantized models ----
+
+
+def four_bits():
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[])
+
+
+def eight_bits():
+    pytest.importorskip("bitsandbytes")
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def rounded_by_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["one length", "several lengths"])
+@pytest.mark.parametrize("quantized", [four_bits, eight_bits, rounded_by_torchao])
+def test_adapters_on_a_quantized_model(tmp_path, quantized, ragged):
+    """QLoRA."""
+    config = quantized()
+    torch.manual_seed(0)
+    sizes = {**SMALL, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+
+    def model():
+        torch.manual_seed(0)
+        base = LlamaForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32
+        )
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        return get_peft_model(base, lora(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+
+    rows = Rows(ragged=ragged, causal=True)
+    _, in_turn, log = run(tmp_path / "in turn", model(), False, rows=rows)
+    trainer, at_once, other_log = run(tmp_path / "at once", model(), True, rows=rows)
+    assert one_pass(trainer).on
+    assert tiny.differing([in_turn, log[:-1]], [at_once, other_log[:-1]]) == []
+
+
+# ---- Trainers of other libraries ----
+
+
+@pytest.mark.parametrize("samples", [14, 32])
+def test_trl_with_adapters(tmp_path, samples):
+    """Its entropy, its accuracy and its tokens, too."""
+    case = next(each for each in CASES if each.title == "LoRA by peft_config")
+    models.write(tmp_path)
+    found = []
+    for concurrent in (False, True):
+        trainer = runs.make(case, tmp_path, tmp_path / "out", samples=samples, concurrent=concurrent)
+        found.append(runs.outcome(trainer))
+    assert one_pass(trainer).on
+    assert len(found[0]["training"]) > 2 and "entropy" in found[0]["training"][0]
+    assert tiny.differing(*({**each, "held": None, "logs": None} for each in found)) == []
 
 
 # ---- Halves ----
