@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
+import sys
 from dataclasses import replace
 from functools import partial
 
+import late_start
+import late_start_worker
 import pytest
 import torch
 from torch.utils.data import default_collate
@@ -207,3 +212,20 @@ def test_a_changed_start_is_told_when_a_run_goes_on(tmp_path):
     trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert any("sampa_start" in sentence for sentence in trainer.continued)
+
+
+# ---- The benchmark ----
+
+
+def test_the_benchmark_compares_runs_of_one_round():
+    seconds = {"AdamW, DDP": [1.0, 2.0, 4.0], "SAMPa from 0.5 on": [1.5, 3.0, 10.0]}
+    assert late_start.table(seconds).splitlines()[2:] == [
+        "| AdamW, DDP | 2.00 | 1.00 | 1.00 - 1.00 |",
+        "| SAMPa from 0.5 on | 3.00 | 1.50 | 1.50 - 2.50 |",
+    ]
+
+
+def test_a_run_of_the_benchmark_says_how_long_it_took(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\nstop\n"))
+    late_start_worker.main("sampa", 0.5, 2, layers=1, hidden=32, batch=2, seq=4)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["seconds"] > 0

@@ -6,6 +6,7 @@ import copy
 import random
 from types import MethodType
 
+import lookahead_cost
 import numpy as np
 import pytest
 import torch
@@ -462,3 +463,10 @@ def test_not_a_number_is_the_same_twice():
     optimizer = torch.optim.RMSprop([param])
     optimizer.param_groups[0]["lr"] = float("nan")
     assert take_three(optimizer, param) == [True] * 3
+
+
+def test_the_benchmark_has_a_row_for_each_optimizer(capsys):
+    lookahead_cost.main(["--steps", "1", "--only", "AdamW", "SOAP"])
+    header, _, adamw, soap = capsys.readouterr().out.splitlines()
+    assert header == "| optimizer | its step | look-ahead | of the step |"
+    assert adamw.startswith("| AdamW | ") and soap.startswith("| SOAP | ") and float(soap.split("|")[4]) > 0
