@@ -131,6 +131,11 @@ class Steps:
 
     # ---- A step ----
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the step in progress, or else the one that comes next, is the base optimizer's alone."""
+        return self.trainer.state.global_step < self.start
+
     def step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """What the loop calls for every micro-batch; returns the loss that is logged, of the whole update batch."""
         run, trainer, engine = self.run, self.trainer, self.engine
@@ -162,7 +167,7 @@ class Steps:
         batch, next_batch = self.run.batch, self.run.stream.peek()
         backward = partial(self.micro_batches.backward, model)
         self.micro_batches.weigh(batch)
-        if batch.update < self.start:
+        if self.is_plain:
             report = self.engine.plain_step(batch, backward)
             self._say_what_is_of_a_half()
         else:

@@ -328,8 +328,9 @@ class SAMPaMixin(ExactEvalLoss, WithCard, WithDiagnostics):
         return steps is not None and steps.micro_batches.in_pass is not None
 
     def floating_point_ops(self, inputs) -> int:
-        """Upstream counts one forward and backward pass; each role that this process plays is one."""
-        return super().floating_point_ops(inputs) * len(self.args.mesh.roles)
+        """Upstream counts one forward and backward pass; each role that this process plays is one, or, before `sampa_start`, half of one."""
+        of_all = super().floating_point_ops(inputs) * len(self.args.mesh.roles)
+        return of_all // 2 if self._run and self._run.steps and self._run.steps.is_plain else of_all
 
     def _track_num_input_tokens(self, inputs):
         """Upstream counts what each process reads: a pair reads one batch."""

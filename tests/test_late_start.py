@@ -185,6 +185,17 @@ def test_log_and_card_say_which_steps_were_which(tmp_path):
     assert "sampa_start: 0.5" in card
 
 
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+def test_floating_point_operations_are_those_of_the_passes(tmp_path, method):
+    flos = []
+    for start in (0, 3):
+        args = tiny.arguments(tmp_path, method=method, sampa_start=start, max_steps=4)
+        trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+        trainer.train()
+        flos.append(trainer.state.total_flos)
+    assert flos[1] / flos[0] == (3 + 2) / 8
+
+
 class Counting(SAMPaTrainer):
     seen = 0
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
 from ..data import MicroBatch, UpdateBatch
@@ -164,11 +165,17 @@ def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch,
     return part(loss, Seen(logits, labels, ascent, teacher), now)
 
 
+def _as_computed(logits: Tensor) -> GradientEdge:
+    """Where in the graph the model has made `logits`: under autocast accelerate gives copies of them, in single precision, of which no loss is made."""
+    edge = get_gradient_edge(logits)
+    return GradientEdge(*edge.node.next_functions[0]) if edge.node.name() == "ToCopyBackward0" else edge
+
+
 def _with_slope(part: Loss, loss: Tensor, logits: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
     """As `recipe_loss`, for a part that needs to know how the loss depends on the logits."""
     slope = None
     if isinstance(logits, Tensor) and logits.requires_grad:
-        (slope,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+        (slope,) = torch.autograd.grad(loss, [_as_computed(logits)], retain_graph=True, allow_unused=True)
     if slope is None:
         raise ValueError(
             "variant: expected a loss that is made of the logits that the model returns, because the variant needs its derivative "
