@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from .checkpoints import Resume, Saving
 from .checks import check_loader
-from .data import Place, UpdateBatch, UpdateStream, check_samplers, replica_loader, seeded_loader
+from .data import Place, UpdateBatch, UpdateStream, check_samplers, replica_loader, seeded_loader, set_halves
 from .distributed import Exchange, Mesh
 from .engine import SAM, SAMPa
 from .monitoring import RunningMeans, StepClock
@@ -121,8 +121,7 @@ class Run:
         args, recipe = self.trainer.args, self.recipe()
         loader = replica_loader(dataloader, args.mesh, args.accelerator_config.split_batches, args.data_seed)
         reads_indices = recipe.reads_indices or recipe.mask.fisher_samples > 0
-        shares_out = args.sampa_start > 0  # batches, whose samples are told apart by their places
-        self.loader = seeded_loader(loader, self.data_seed, reads_indices or shares_out, reads_indices)
+        self.loader = seeded_loader(loader, self.data_seed, reads_indices)
         check_loader(self.loader, args)
         check_samplers(self.loader, args.mesh)
         return self.loader
@@ -161,6 +160,7 @@ class Run:
     def open_stream(self, epoch: int, start: int) -> None:
         """Begin the stream at micro-batch `start` of `epoch`."""
         args = self.trainer.args
+        set_halves(self.loader, args.method == "sampa" and self.steps.is_plain)
         with self.exchange.role_world.lent():
             self.stream = UpdateStream(
                 self.loader,

@@ -48,7 +48,8 @@ OWN = {
         "hub_strategy",
     ),
 }
-OWN_OF_CONFIG = {"_name_or_path", "transformers_version"}
+# The latter are set by whoever saves the model, which is one process.
+OWN_OF_CONFIG = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
 
 def started_with(trainer: SAMPaMixin, max_steps: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from accelerate.logging import get_logger
 from transformers.trainer_utils import has_length
 
 from .checks import check_settings_kept, check_trainable
+from .data import UpdateBatch, set_halves
 from .distributed import Role, check_repeatable
 from .engine import SAM, Placement, SAMPa, SampleView, Shared, StepReport, check_separable, check_whole
 from .micro_batches import OF_A_PASS, MicroBatches
@@ -69,8 +70,8 @@ class Steps:
             self.engine.one_pass = self._one_pass()
         self.start = self.trainer.args.first_sharp_step(max_steps)
         self._rehearsed = False  # whether the run's first batch has been through `_rehearse`
-        self._told = False  # what the trainer's own numbers are of, before sharpness-aware steps begin
-        self._parts_held = False  # whether it is settled which weights each process holds
+        self._told = False  # what there is to know of how batches are shared out
+        self._is_sharp = False  # whether sharpness-aware steps have begun
         self._fixed = {name: copy.deepcopy(getattr(self.trainer.args, name)) for name in FIXED}
         optimizer = self.trainer.optimizer.optimizer
         self._hooks = [
@@ -169,23 +170,34 @@ class Steps:
         self.micro_batches.weigh(batch)
         if self.is_plain:
             report = self.engine.plain_step(batch, backward)
-            self._say_what_is_of_a_half()
+            self._say_what_is_shared_out(batch)
         else:
-            self._hold_parts()
+            self._begin_to_be_sharp()
             if next_batch is not None and self.engine.reads_next_batch:
                 self.micro_batches.weigh(next_batch)
             report = self.engine.step(batch, next_batch, backward)
         self._share_what_was_collected()
         return report
 
-    def _say_what_is_of_a_half(self) -> None:
-        counts = ", ".join(sorted(self.collected.changed))
-        if isinstance(self.engine, SAMPa) and counts and not self._told:
+    def _say_what_is_shared_out(self, batch: UpdateBatch) -> None:
+        """Once, before sharpness-aware steps of a pair, that a batch is not, or that the trainer's own numbers are of its half."""
+        if self._told or not isinstance(self.engine, SAMPa):
+            return
+        (*others, last), counts = batch, ", ".join(sorted(self.collected.changed))
+        # A rest of an epoch may be too small to be shared out.
+        whole = len(others) % 2 == 0 and last.halves is None and last.size >= self.trainer._train_batch_size
+        if whole:
+            logger.warning(
+                f"Step {batch.update + 1}: its last micro-batch cannot be shared out, as it is one sample, or no dict that a collator makes of "
+                "samples of a dataset with a length: before sampa_start one half of a pair takes such a micro-batch whole, and the other waits. "
+                "To share batches out, halve per_device_train_batch_size and double gradient_accumulation_steps."
+            )
+        elif counts:
             logger.info(
                 f"What {type(self.trainer).__name__} counts of itself ({counts}) is that of the first half of each batch until step "
                 f"{self.start + 1}, from which on it is that of the whole: before it the halves of a pair share the batch out."
             )
-            self._told = True
+        self._told = whole or bool(counts)
 
     def _say_what_is_skipped(self, report: StepReport) -> None:
         scaler = self.trainer.accelerator.scaler
@@ -212,11 +224,17 @@ class Steps:
             check_repeatable(self.run.exchange, found, part.fingerprint, exact=repeats)
         self._rehearsed = True
 
+    def _begin_to_be_sharp(self) -> None:
+        """Before the first sharpness-aware step of this call of ``train()``."""
+        if not self._is_sharp:
+            set_halves(self.run.loader, False)
+            self._hold_parts()
+            self._is_sharp = True
+
     def _hold_parts(self) -> None:
-        """Let each process hold the weights that it updates, unless something reads all of them between steps. A collective, once."""
-        if self._parts_held or not self.engine.placement.shared:
+        """Let each process hold the weights that it updates, unless something reads all of them between steps. A collective."""
+        if not self.engine.placement.shared:
             return
-        self._parts_held = True
         reader = next(filter(None, self.run.exchange.share_objects(reader_of(self.trainer))), None)
         if reader is None:
             self.engine.placement.hold_parts()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 
 import late_start
@@ -69,10 +68,11 @@ def test_without_halves_it_is_trainer_bit_for_bit(tmp_path):
 # ---- Halves ----
 
 
-def micro_batch(rows: int, position: int = 0, **more) -> MicroBatch:
-    x = torch.arange(rows)[:, None] + 10 * position
-    inputs, places = {"x": x, "labels": torch.zeros(rows), **more}, torch.arange(rows)
-    return MicroBatch(inputs, 0, position, share=0.5, indices=places)
+def micro_batch(rows: int, position: int = 0, halves: bool = True) -> MicroBatch:
+    x, middle = torch.arange(rows)[:, None] + 10 * position, (rows + 1) // 2
+    parts = [{"x": part, "labels": torch.zeros(len(part))} for part in (x[:middle], x[middle:])]
+    whole = {"x": x, "labels": torch.zeros(rows)}
+    return MicroBatch(whole, 0, position, share=0.5, halves=parts if halves and rows > 1 else None)
 
 
 def weigh(batch: UpdateBatch) -> None:
@@ -108,23 +108,53 @@ def test_halves_of_a_batch(sizes, first, second):
     assert all(each.share == 0.5 for each in batch)  # as it was
 
 
-@pytest.mark.parametrize(
-    "more",
-    [{"patches": torch.zeros(9, 2)}, {"names": ["a", "b", "c"]}, {"nested": {"y": torch.zeros(4)}}, {"f": object()}],
-)
-def test_what_cannot_be_split_is_left_whole(more):
+def test_a_batch_that_nobody_has_halved_is_left_whole():
     view = SampleView(Exchange(Mesh(1, 0, paired=False)), None, weigh, None)
-    first, second = view.halves(UpdateBatch([micro_batch(4, **more)], 0, 0))
+    first, second = view.halves(UpdateBatch([micro_batch(4, halves=False)], 0, 0))
     assert [each.size for each in first] == [4] and not any(each.counts for each in second)
 
 
-@pytest.mark.parametrize("places", [None, torch.arange(2)], ids=["not known", "of two pairs"])
-def test_rows_that_are_not_samples_are_left_whole(places):
-    """As those of preferences, the chosen ones first and then the rejected ones."""
-    view = SampleView(Exchange(Mesh(1, 0, paired=False)), None, weigh, None)
-    batch = UpdateBatch([replace(micro_batch(4), indices=places)], 0, 0)
-    first, second = view.halves(batch)
-    assert [each.size for each in first] == [4] and not any(each.counts for each in second)
+def preferences(items):
+    """The better half of pairs first, and things that all samples have in common."""
+    ids = torch.stack([item["input_ids"] for item in items])
+    labels = torch.tensor([item["labels"] for item in items])
+    common = {"positions": torch.arange(4), "weights": torch.ones(4), "order": torch.randperm(len(items))}
+    return {"input_ids": torch.cat([ids, ids.flip(1)]), "labels": labels, **common}
+
+
+class Preferring(SAMPaTrainer):
+    """What it counts is what it was given."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        better, worse = inputs["input_ids"].chunk(2)
+        assert torch.equal(better.flip(1), worse) and len(better) == len(inputs["labels"])
+        assert len(inputs["positions"]) == len(inputs["weights"]) == 4
+        assert sorted(inputs["order"].tolist()) == list(range(len(better)))
+        return super().compute_loss(model, {"input_ids": better, "labels": inputs["labels"]}, return_outputs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_halves_are_made_by_the_collator(tmp_path, workers):
+    """As under DDP: what belongs together stays together, and what is no row is not cut."""
+    args = tiny.arguments(
+        tmp_path, sampa_start=3, max_steps=6, remove_unused_columns=False, dataloader_num_workers=workers
+    )
+    seen = tiny.Passes()
+
+    class Watched(Preferring):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen(len(inputs["labels"]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = Watched(model=tiny.bert(), args=args, train_dataset=tiny.sentences(15), data_collator=preferences)
+    trainer.train()
+    own = seen.seen[tiny.REHEARSED :]
+    assert own[:6] == [2] * 6  # the second half first
+    assert own[6:] == [3] + [3, 4] + [4, 4] + [
+        4,
+        4,
+    ]  # g_3 of the short last batch of the epoch, and three sharpness-aware steps
+    assert not trainer._run.loader.collate_fn.in_halves
 
 
 def test_a_batch_that_is_not_shared_out_is_told_once(tmp_path, caplog):
@@ -132,18 +162,8 @@ def test_a_batch_that_is_not_shared_out_is_told_once(tmp_path, caplog):
     trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.Stream(16))
     with tiny.transformers_log(caplog):
         trainer.train()
-    (told,) = {each for each in caplog.messages if "told apart" in each}
-    assert told.removeprefix("[RANK 0] ").startswith("Step 1: the samples of its batch cannot be told apart")
-
-
-def test_scalars_and_words_belong_to_both_halves():
-    view = SampleView(Exchange(Mesh(1, 0, paired=False)), None, weigh, None)
-    more = {"temperature": torch.tensor(2.0), "task": "a", "return_loss": True, "names": list("abcd"), "none": None}
-    for half in view.halves(UpdateBatch([micro_batch(4, **more)], 0, 0)):
-        (own,) = half
-        assert (
-            own.inputs["task"] == "a" and own.inputs["temperature"] == 2 and len(own.inputs["names"]) == own.size == 2
-        )
+    (told,) = {each for each in caplog.messages if "shared out" in each}
+    assert told.removeprefix("[RANK 0] ").startswith("Step 1: its last micro-batch cannot be shared out")
 
 
 # ---- What it refuses and says ----
@@ -223,6 +243,47 @@ def test_a_changed_start_is_told_when_a_run_goes_on(tmp_path):
     trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert any("sampa_start" in sentence for sentence in trainer.continued)
+
+
+@pytest.mark.parametrize("later", [{"sampa_start": 6}, {"sampa_start": 0.5, "max_steps": 14}])
+def test_a_run_that_goes_on_with_a_later_start_takes_its_ascent_gradient_anew(tmp_path, later):
+    """One batch per epoch, so that no fingerprint tells a g_t that is not the batch's."""
+    settings = {"max_steps": 8, "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 4}
+    tiny.run(tmp_path, tiny.bert(), tiny.sentences(4), **{**settings, "sampa_start": 2})
+    norms = []
+    for forgets in (False, True):
+        args = tiny.arguments(tmp_path / "out", **{**settings, **later})
+        trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(4))
+        first = trainer.args.first_sharp_step(args.max_steps)
+
+        def forget(trainer=trainer, first=first):
+            if trainer.state.global_step == first:
+                trainer.sampa.forget()
+
+        if forgets:
+            trainer.add_callback(tiny.Each(forget))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        lines = [line for line in trainer.state.log_history if "ascent_grad_norm" in line and line["step"] > 4]
+        norms.append(lines[0]["ascent_grad_norm"])
+    assert norms[0] == norms[1]
+
+
+class OneFeature(torch.nn.Module):
+    """A net whose normalization cannot do with one sample."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.BatchNorm1d(8))
+
+    def forward(self, pixel_values, labels=None):
+        return {"loss": torch.nn.functional.cross_entropy(self.body(pixel_values), labels)}
+
+
+@pytest.mark.parametrize("rest", [2, 3])
+def test_a_rest_that_is_too_small_is_not_shared_out(tmp_path, rest):
+    found = tiny.run(tmp_path, OneFeature(), tiny.images(8 + rest), sampa_start=4, max_steps=6)
+    assert found["steps"] == 6
 
 
 # ---- The benchmark ----

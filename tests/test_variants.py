@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import default_collate
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_sampa import SAMPaTrainer
@@ -304,6 +304,42 @@ def test_functional_sam_goes_with_logits_of_every_token(tmp_path, bf16, largest)
         found[name] = torch.nn.utils.parameters_to_vector(trainer.model.parameters())
     difference = (found["functional_sam"] - found["rst"]).norm() / (found["rst"] - start).norm()
     assert difference < largest
+
+
+class Tuples(Net):
+    """Gives the loss, if it was given labels, the logits and what comes before them, as a dict or a tuple."""
+
+    def __init__(self, as_dict: bool, penalty: float = 0.0):
+        super().__init__()
+        self.as_dict, self.penalty, self.config = as_dict, penalty, PreTrainedConfig()
+
+    def forward(self, pixel_values, labels=None):
+        hidden = nn.functional.gelu(self.LayerNorm(self.first(pixel_values.flatten(1))))
+        found = {"logits": self.second(hidden), "hidden": hidden}
+        if labels is not None:
+            own = nn.functional.cross_entropy(found["logits"], labels) + self.penalty * hidden.square().mean()
+            found = {"loss": own, **found}
+        return found if self.as_dict else tuple(found.values())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["functional_sam", "bisam"])
+def test_logits_of_a_tuple_are_those_of_a_dict(tmp_path, name, smoothing):
+    """Without labels, which label smoothing takes away, it does not begin with the loss."""
+    models = [
+        trained(tmp_path, name, "sam", model=lambda d=as_dict: Tuples(d), label_smoothing_factor=smoothing).model
+        for as_dict in (True, False)
+    ]
+    assert tiny.differing(*(model.state_dict() for model in models)) == []
+
+
+def test_functional_sam_keeps_what_of_a_loss_is_not_made_of_the_logits(tmp_path):
+    """At radius 0 it is the base optimizer."""
+    runs = [
+        trained(tmp_path, name, "sam", model=lambda: Tuples(True, penalty=3.0), **own)
+        for name, own in {"functional_sam": {"rho": 0.0}, "rst": {"variant_args": {"p": 0.0}}}.items()
+    ]
+    assert_equal(runs[0].model, runs[1].model, rtol=1e-5, atol=1e-7)
 
 
 def test_adasam_needs_an_optimizer_with_amsgrad(tmp_path):

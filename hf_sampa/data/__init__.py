@@ -4,7 +4,7 @@ Loaders are used as they are given; a sample's randomness belongs to the sample.
 """
 
 from .batches import MicroBatch, Place, UpdateBatch, UpdateStream
-from .loaders import check_samplers, prepare_and_remember, replica_loader, seeded_loader
+from .loaders import check_samplers, prepare_and_remember, replica_loader, seeded_loader, set_halves
 from .seeded_data import INDICES
 
 
@@ -18,4 +18,5 @@ __all__ = [
     "prepare_and_remember",
     "replica_loader",
     "seeded_loader",
+    "set_halves",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..state import FirstState, OwnGenerators, derive_seed, fingerprint, own_generators
 from .loaders import is_seeded, parts_of
-from .seeded_data import INDICES
+from .seeded_data import HALVES, INDICES
 
 
 @dataclass
@@ -30,10 +30,11 @@ class MicroBatch:
         num_items: labels that count, as `Trainer` counts them; None where it cannot.
         share: weight of its mean loss in the update batch's; set before the pass. A tensor ``()`` with several replicas.
         indices: ``(n,)``, the samples' places in the dataset, where a variant needs them.
+        halves: what the collator made of each half of its samples, where processes share batches out and there are several.
         logits: ``(n, classes)``, what the model last said of the samples, where a variant needs it.
         loss: ``()``, the trainer's own, which came with these logits.
         teacher: ``(n, classes)``, what a variant's teacher says of them.
-        slope: of the trainer's loss with respect to the logits, like them, in the pass for g_t, where a variant needs it.
+        slope: of the trainer's loss with respect to the logits, like them, in the pass for g_t, where a variant keeps it.
     """
 
     inputs: Any
@@ -43,6 +44,7 @@ class MicroBatch:
     num_items: Tensor | None = None
     share: float | Tensor | None = None
     indices: Tensor | None = None
+    halves: list[Any] | None = None
     logits: Tensor | None = None
     loss: Tensor | None = None
     teacher: Tensor | None = None
@@ -74,24 +76,6 @@ class MicroBatch:
         return MicroBatch(
             inputs, self.update, position, self.epoch, indices=part_of(self.indices), logits=part_of(self.logits)
         )
-
-    @property
-    def splits(self) -> bool:
-        """Whether its samples can be told apart: there are several, and every tensor and list has one row, or entry, for each.
-
-        The rows of a batch that does not say of which samples it was made may be halves of pairs, as a collator for preferences
-        stacks them.
-        """
-        size = 0 if self.indices is None else len(self.indices)
-
-        def is_of_rows(value: Any) -> bool:
-            if isinstance(value, Tensor):
-                return not value.ndim or len(value) == size
-            return (
-                len(value) == size if isinstance(value, list) else isinstance(value, str | bytes | int | float | None)
-            )
-
-        return size > 1 and isinstance(self.inputs, Mapping) and all(map(is_of_rows, self.inputs.values()))
 
     def count_items(self) -> float:
         """Labels that count or, without labels, samples: what a mean loss is taken to be the mean of."""
@@ -276,6 +260,7 @@ class UpdateStream:
                 position,
                 self._epoch,
                 indices=each.pop(INDICES, None) if isinstance(each, MutableMapping) else None,
+                halves=each.pop(HALVES, None) if isinstance(each, MutableMapping) else None,
             )
             for position, each in enumerate(inputs)
         ]

@@ -60,21 +60,18 @@ def replica_loader(loader: Iterable, mesh: Mesh, split_batches: bool, data_seed:
     )
 
 
-def seeded_loader(
-    loader: Iterable, seed: int, with_indices: bool = False, needs_indices: bool | None = None
-) -> Iterable:
+def seeded_loader(loader: Iterable, seed: int, with_indices: bool = False) -> Iterable:
     """A plain CPU `DataLoader` like `loader` whose batches depend on (seed, epoch, indices) alone.
 
     Iterable datasets, and loaders without automatic batching, keep their own way of reading; their randomness follows
     the generators that `UpdateStream` lends them at the start of each epoch. So does that of loaders of one's own, which are
     returned as they are: subclasses of DataLoader, and objects that are none.
 
-    Raises ValueError where batches have to carry their samples' places in the dataset (`needs_indices`, by default as `with_indices`)
-    and there are none.
+    Raises ValueError where batches are to carry their samples' places in the dataset (`with_indices`) and there are none.
     """
     plain = is_plain(loader)
     sampled = plain and loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
-    if (with_indices if needs_indices is None else needs_indices) and not sampled:
+    if with_indices and not sampled:
         raise ValueError(
             "variant: expected a dataset with a length and a place for every sample, because the variant remembers single "
             "samples, but got an iterable dataset, one that makes its own batches, or a loader of one's own. Take another "
@@ -91,8 +88,9 @@ def seeded_loader(
     if loader.batch_sampler is None:
         return DataLoader(loader.dataset, sampler=loader.sampler, batch_size=None, **options)
     items = SeededItems(loader.dataset, seed, whole_batches=_reads_batches(loader.dataset))
-    options["collate_fn"] = SeededCollate(options["collate_fn"], with_indices)
-    return DataLoader(items, batch_sampler=_TaggedBatches(loader.batch_sampler, seed), **options)
+    batches = _TaggedBatches(loader.batch_sampler, seed)
+    options["collate_fn"] = SeededCollate(options["collate_fn"], with_indices, batches.batch_size)
+    return DataLoader(items, batch_sampler=batches, **options)
 
 
 def is_plain(loader: Any) -> bool:
@@ -105,6 +103,12 @@ def is_plain(loader: Any) -> bool:
 def is_seeded(loader: Any) -> bool:
     """Whether `seeded_loader` made it, so that batches can be left out without reading them."""
     return isinstance(getattr(loader, "batch_sampler", None), _TaggedBatches)
+
+
+def set_halves(loader: Any, wanted: bool) -> None:
+    """Let batches of a loader that `seeded_loader` made carry what is made of each half of their samples, or no longer."""
+    if is_seeded(loader):
+        loader.collate_fn.in_halves.fill_(wanted)
 
 
 def check_samplers(loader: Any, mesh: Mesh) -> None:

@@ -13,6 +13,8 @@ from ..state import derive_seed, own_generators, seed_all, unseeded
 
 # Under this name a batch carries the places of its samples in the dataset, where a variant needs them.
 INDICES = "sampa_indices"
+# And under this one what the collator makes of each half of its samples, where processes are to share batches out.
+HALVES = "sampa_halves"
 
 
 class _Samples(list):
@@ -73,16 +75,30 @@ class SeededCollate:
 
     Args:
         collate: makes a batch of samples.
-        with_indices: whether the batch, if it is a dict, is to carry the samples' places in the dataset as `INDICES`.
+        with_indices: whether the batch, a dict then, is to carry the samples' places in the dataset as `INDICES`.
+        batch_size: of all batches but the last of an epoch, where that is known.
+
+    Attributes:
+        in_halves: ``()``, in memory that workers share: whether a batch, if it is a dict, is to carry its `HALVES`.
     """
 
-    def __init__(self, collate: Callable[[list], Any], with_indices: bool = False):
-        self.collate, self.with_indices = collate, with_indices
+    def __init__(self, collate: Callable[[list], Any], with_indices: bool = False, batch_size: int | None = None):
+        self.collate, self.with_indices, self.batch_size = collate, with_indices, batch_size or 0
+        self.in_halves = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __call__(self, samples: _Samples) -> Any:
-        with unseeded():
-            seed_all(samples.seed, own_generators(self.collate))
-            batch = self.collate(list(samples))
-        if self.with_indices and isinstance(batch, MutableMapping):
+        batch = self._collated(samples, samples.seed)
+        middle = (len(samples) + 1) // 2  # of an odd number the first half has one more
+        # A rest that would leave one sample to a half, where others have several, is more than batch normalization can do with.
+        too_few = len(samples) < 4 <= self.batch_size
+        if self.in_halves and isinstance(batch, MutableMapping) and 1 < len(samples) and not too_few:
+            halves = samples[:middle], samples[middle:]
+            batch[HALVES] = [self._collated(half, derive_seed(samples.seed, j)) for j, half in enumerate(halves)]
+        if self.with_indices:
             batch[INDICES] = torch.tensor(samples.indices)
         return batch
+
+    def _collated(self, samples: list, seed: int) -> Any:
+        with unseeded():
+            seed_all(seed, own_generators(self.collate))
+            return self.collate(list(samples))

@@ -102,20 +102,22 @@ class SampleView:
         return shards
 
     def halves(self, batch: UpdateBatch) -> tuple[UpdateBatch, UpdateBatch]:
-        """`batch` in two, whose weights add up to its own: half of its micro-batches each, or of the samples of the last one.
+        """`batch` in two, whose weights add up to its own: half of its micro-batches each, and of an odd one half of its samples.
 
-        What cannot be split is in the first half, and a half of nothing has a micro-batch of weight 0.
+        A micro-batch without halves is in the first one, and a half of nothing has a micro-batch of weight 0.
         """
         whole = [replace(each, num_items=None, share=None) for each in batch]
         middle = len(whole) // 2
         first, second = whole[:middle], whole[middle : 2 * middle]
         if len(whole) % 2:
             (*_, last) = whole
-            if last.splits:
-                is_first = torch.arange(last.size) < (last.size + 1) // 2
-                first, second = [*first, last.narrowed(is_first, 0)], [*second, last.narrowed(~is_first, 1)]
-            else:
+            if last.halves is None:
                 first = [*first, last]
+            else:  # with random numbers of their own
+                one, other = (
+                    replace(last, inputs=half, position=(last.position, j)) for j, half in enumerate(last.halves)
+                )
+                first, second = [*first, one], [*second, other]
         self.weigh(replace(batch, micro_batches=[*first, *second]))
         if not second or (self.in_step and len(second) < len(first)):
             second = [*second, replace(first[-1], share=0.0)]
@@ -145,17 +147,18 @@ def check_classes(logits: Any, labels: Any) -> None:
 
 
 def logits_of(outputs: Any) -> Any:
-    """What a model's outputs, a dict or a tuple that begins with the loss, hold as logits; None where they hold none."""
+    """What a model's outputs, a dict or a tuple that may begin with the loss, hold as logits; None where they hold none."""
     if isinstance(outputs, dict):
         return outputs.get("logits")
-    return outputs[1] if len(outputs) > 1 else None
+    after_loss = [each for each in outputs if not (isinstance(each, Tensor) and each.ndim == 0)]
+    return after_loss[0] if after_loss else None
 
 
 def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
     """What the recipe makes of the trainer's own loss; keeps that and the logits on `micro_batch`."""
     logits, labels = logits_of(outputs), micro_batch.inputs.get("labels")
-    if part.reads_slope:
-        return _with_slope(part, loss, logits, micro_batch, ascent, now)
+    if part.keeps_slope:
+        return _with_slope(loss, logits, micro_batch, ascent)
     check_classes(logits, labels)
     micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
     labels = labels.to(logits.device)
@@ -165,17 +168,16 @@ def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch,
     return part(loss, Seen(logits, labels, ascent, teacher), now)
 
 
-def _as_computed(logits: Tensor) -> GradientEdge:
-    """Where in the graph the model has made `logits`: under autocast accelerate gives copies of them, in single precision, of which no loss is made."""
-    edge = get_gradient_edge(logits)
-    return GradientEdge(*edge.node.next_functions[0]) if edge.node.name() == "ToCopyBackward0" else edge
+SCALE = 1024.0  # of slopes while they are found, which in half precision may be too small; a power of two, which rounds nothing
 
 
-def _with_slope(part: Loss, loss: Tensor, logits: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
-    """As `recipe_loss`, for a part that needs to know how the loss depends on the logits."""
+def _with_slope(loss: Tensor, logits: Any, micro_batch: MicroBatch, ascent: bool) -> Tensor:
+    """Keep how `loss` depends on `logits`, in the pass for g_t; let the backward of the pass for g~_t go on from there with that."""
+    edge = _as_computed(logits) if isinstance(logits, Tensor) and logits.requires_grad else None
     slope = None
-    if isinstance(logits, Tensor) and logits.requires_grad:
-        (slope,) = torch.autograd.grad(loss, [_as_computed(logits)], retain_graph=True, allow_unused=True)
+    if edge is not None:
+        scale = torch.full_like(loss, SCALE)
+        (slope,) = torch.autograd.grad(loss, [edge], scale, retain_graph=True, allow_unused=True)
     if slope is None:
         raise ValueError(
             "variant: expected a loss that is made of the logits that the model returns, because the variant needs its derivative "
@@ -184,5 +186,21 @@ def _with_slope(part: Loss, loss: Tensor, logits: Any, micro_batch: MicroBatch, 
         )
     micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
     if ascent:
-        micro_batch.slope = slope.float()
-    return part(loss, Seen(logits, micro_batch.inputs.get("labels"), ascent, slope=micro_batch.slope), now)
+        micro_batch.slope = slope.float() / SCALE
+        return loss
+    scales = []  # by what backward begins with: a share of the batch, and the scale of fp16
+    loss = loss * 1.0  # a node of its own, whose gradient is that
+    loss.register_hook(lambda grad: scales.append(grad.float()))
+
+    def put_in_place(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        own = (micro_batch.slope * scales[-1]).to(grads[edge.output_nr].dtype)
+        return tuple(own if i == edge.output_nr else grad for i, grad in enumerate(grads))
+
+    edge.node.register_prehook(put_in_place)
+    return loss
+
+
+def _as_computed(logits: Tensor) -> GradientEdge:
+    """Where in the graph the model has made `logits`: under autocast accelerate gives copies of them, in single precision, of which no loss is made."""
+    edge = get_gradient_edge(logits)
+    return GradientEdge(*edge.node.next_functions[0]) if edge.node.name() == "ToCopyBackward0" else edge

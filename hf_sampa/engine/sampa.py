@@ -81,7 +81,6 @@ class SAMPa(SharpnessAware):
         self.moment = Moment()
         self._lookahead_trials = LOOK_AHEAD_TRIALS  # yet to come
         self.one_pass: AtOnce | None = None
-        self._told_whole = False  # that a batch was not shared out
 
     def step(self, batch: Batch, next_batch: Batch | None, backward: Backward) -> StepReport:
         """One step from x_t with B_t and B_{t+1}; leaves G_t in ``.grad`` and carries g_{t+1}.
@@ -167,14 +166,8 @@ class SAMPa(SharpnessAware):
 
     def _plain_gradient(self, batch: Batch, backward: Backward) -> Pass:
         """grad f(x_t; B_t), of which each half of a pair takes a part, on its half of B_t; one process takes both in turn."""
+        self.forget()  # a run that is resumed with a later start brings one
         first, second = self.samples.halves(batch)
-        if not self._told_whole and not any(each.counts for each in second):
-            self._told_whole = True
-            logger.warning(
-                f"Step {batch.update + 1}: the samples of its batch cannot be told apart, or there is only one, so that before sampa_start one half "
-                "of a pair takes such a batch whole, and the other waits. To share it out, halve per_device_train_batch_size and double "
-                "gradient_accumulation_steps."
-            )
         paired, found = self.exchange.mesh.paired, {}
         for bucket in self.placement.landed if paired else ():
             self.ascent_grads.ensure(bucket)

@@ -41,15 +41,13 @@ class Bilevel(Loss):
 
 
 class Functional(Loss):
-    """g~_t is the logits' Jacobian at x~_t times the slope of the loss at x_t: sum(slope * z) (Functional SAM, Singh et al. 2025).
+    """g~_t is the logits' Jacobian at x~_t times the slope of the loss at x_t (Functional SAM, Singh et al. 2025).
 
-    The perturbation then changes the function that the model is, and not how steep the loss is at what it says.
+    The perturbation then changes the function that the model is, and not how steep the loss is at what it says. Terms of the loss that
+    are not made of the logits have their gradient at x~_t.
     """
 
-    reads_logits = reads_slope = True
-
-    def __call__(self, loss: Tensor, seen: Seen, now: Moment) -> Tensor:
-        return loss if seen.ascent else (seen.slope * seen.logits.float()).sum()
+    reads_logits = keeps_slope = True
 
 
 class Distilled(Loss):

@@ -74,14 +74,12 @@ class Seen:
         labels: ``(n,)``, classes.
         ascent: whether the gradient is g_t rather than g~_t.
         teacher: ``(n, classes)``, logits that the loss asked for; None where there are none yet.
-        slope: with `Loss.reads_slope`, the gradient of the trainer's loss with respect to the logits, like them, in the pass for g_t.
     """
 
     logits: Tensor
     labels: Tensor
     ascent: bool
     teacher: Tensor | None = None
-    slope: Tensor | None = None
 
 
 class Loss(Part):
@@ -89,14 +87,14 @@ class Loss(Part):
 
     Attributes:
         reads_logits: whether the call needs logits and labels; without, it is not made.
-        reads_slope: whether it needs `Seen.slope`; logits and labels may then be of any kind of model.
+        keeps_slope: whether backward of g~_t's pass goes on from the logits with the derivative of the trainer's loss that g_t's had there.
         reads_indices: whether `recall` and `record` are to be called, with the samples' places in the dataset.
         separate: whether, in SAMPa's timing, the look-ahead and the mix are to have a gradient of B_{t+1} that is not the ascent's.
         teacher_decay: of a running mean of the weights, whose logits (in evaluation mode) are `Seen.teacher`; None: of none.
     """
 
     reads_logits: ClassVar[bool] = False
-    reads_slope: ClassVar[bool] = False
+    keeps_slope: ClassVar[bool] = False
     reads_indices: ClassVar[bool] = False
     separate: bool = False
     teacher_decay: float | None = None

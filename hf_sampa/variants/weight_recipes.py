@@ -234,7 +234,11 @@ def adasam() -> Recipe:
     optimizer={"betas": None, "eps": None},
 )
 def precond_sam() -> Recipe:
-    """Preconditioned SAM: the perturbation is g_t by the root of Adam's second moment, of length rho. Needs Adam or AdamW of torch."""
+    """Preconditioned SAM: the perturbation is g_t by the root of Adam's second moment, of length rho. Needs Adam or AdamW of torch.
+
+    Where Adam has seen no gradient yet, as of a word that is new, this is very large, so that such entries take nearly all of the
+    perturbation: begin late, with sampa_start.
+    """
     return Recipe(direction=directions.Preconditioned())
 
 

@@ -140,3 +140,16 @@ def counted(folder) -> list[int]:
 def test_every_replica_goes_on_with_what_it_has_collected(tmp_path):
     (one, resumed_one), (other, resumed_other) = run_ranks(counted, 2, tmp_path / "out", folder=tmp_path / "ranks")
     assert (resumed_one, resumed_other) == (one, other) and one != other
+
+
+def trained_twice(folder) -> dict:
+    args = tiny.arguments(folder, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = SAMPaTrainer(tiny.bert(), args, train_dataset=tiny.sentences(16))
+    trainer.train()
+    return tiny.outcome(trainer)
+
+
+def test_after_a_run_that_saved_another_one_begins(tmp_path):
+    """Whoever saves the model writes into its config what it is: on one of the processes."""
+    one, other = run_ranks(trained_twice, 2, tmp_path / "out", folder=tmp_path / "ranks")
+    assert one["steps"] == 2 and tiny.differing(one, other) == []
