@@ -465,3 +465,9 @@ def test_another_variant_in_the_next_run_of_a_trainer_has_its_own_defaults(tmp_p
     args.variant = second
     trainer.train()
     assert args.variant_args == VARIANTS[second].defaults and trainer.sampa.rho == VARIANTS[second].rho
+
+
+def test_several_arguments_may_stand_in_one_string(tmp_path):
+    """As in the YAML file of a comparison, whose values are single ones."""
+    args = tiny.arguments(tmp_path, variant="gsam", variant_args="alpha=0 low=0.5")
+    assert args.variant_args == {"alpha": 0.0, "low": 0.5}

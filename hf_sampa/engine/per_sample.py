@@ -174,21 +174,26 @@ SCALE = 1024.0  # of slopes while they are found, which in half precision may be
 def _with_slope(loss: Tensor, logits: Any, micro_batch: MicroBatch, ascent: bool) -> Tensor:
     """Keep how `loss` depends on `logits`, in the pass for g_t; let the backward of the pass for g~_t go on from there with that."""
     edge = _as_computed(logits) if isinstance(logits, Tensor) and logits.requires_grad else None
-    slope = None
-    if edge is not None:
-        scale = torch.full_like(loss, SCALE)
-        (slope,) = torch.autograd.grad(loss, [edge], scale, retain_graph=True, allow_unused=True)
-    if slope is None:
+    if ascent:
+        micro_batch.slope = None if edge is None else _slope(loss, edge)
+    if edge is None or micro_batch.slope is None:
         raise ValueError(
             "variant: expected a loss that is made of the logits that the model returns, because the variant needs its derivative "
-            f"with respect to them; got {type(logits).__name__ if not isinstance(logits, Tensor) else 'logits'} that the loss does not "
+            f"with respect to them; got {'logits' if isinstance(logits, Tensor) else type(logits).__name__} that the loss does not "
             "depend on. Let the model's outputs have the logits that its loss is computed from, or take another variant."
         )
     micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
-    if ascent:
-        micro_batch.slope = slope.float() / SCALE
-        return loss
-    scales = []  # by what backward begins with: a share of the batch, and the scale of fp16
+    return loss if ascent else _with_slope_of(micro_batch, loss, edge)
+
+
+def _slope(loss: Tensor, edge: GradientEdge) -> Tensor | None:
+    (found,) = torch.autograd.grad(loss, [edge], torch.full_like(loss, SCALE), retain_graph=True, allow_unused=True)
+    return None if found is None else found.float() / SCALE
+
+
+def _with_slope_of(micro_batch: MicroBatch, loss: Tensor, edge: GradientEdge) -> Tensor:
+    """`loss`, whose backward puts the slope of `micro_batch` in the place of its own at `edge`."""
+    scales = []  # what backward begins with: a share of the batch, and the scale of fp16
     loss = loss * 1.0  # a node of its own, whose gradient is that
     loss.register_hook(lambda grad: scales.append(grad.float()))
 

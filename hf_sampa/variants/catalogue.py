@@ -171,7 +171,7 @@ def suggestion(name: str, known: Any) -> str:
 
 
 def parse_arguments(given: dict[str, Any] | list[str] | None) -> dict[str, Any]:
-    """Arguments of a variant as a dict, from one or from ``name=value`` strings, as a command line has them."""
+    """Arguments of a variant as a dict, from one or from ``name=value`` strings, as a command line has them; several in a string by spaces."""
     words = [given] if isinstance(given, str) else list(given) if isinstance(given, dict) else given or []
     if not isinstance(words, list | tuple) or not all(isinstance(each, str) for each in words):
         raise ValueError(
@@ -179,7 +179,7 @@ def parse_arguments(given: dict[str, Any] | list[str] | None) -> dict[str, Any]:
         )
     if isinstance(given, dict):
         return dict(given)
-    pairs = [each.partition("=") for each in words]
+    pairs = [each.partition("=") for word in words for each in word.split() or [word]]
     for name, equals, value in pairs:
         if not (name and equals and value):
             raise ValueError(
