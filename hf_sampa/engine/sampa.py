@@ -210,7 +210,9 @@ class SAMPa(SharpnessAware):
         super().close()
         if self.one_pass:
             self.one_pass.close()
-        self.ascents = self.one_pass = None  # which knows of this engine: buffers are freed at once
+        # They know of this engine: buffers are freed at once.
+        self.ascents = self.one_pass = None
+        self.moment = Moment()
 
     def forget(self) -> None:
         """Drop g_t: the next step computes it at x_t, as the first one does."""

@@ -133,7 +133,7 @@ def test_two_roles_of_one_shard_are_the_unsharded_pair(tmp_path, changes):
 # ---- Variants ----
 
 # What looks at all entries at once, or wants gradients that are not averaged over processes.
-NOT_ON_SHARDS = {"randsam", "ssam_d", "ssam_f", "msam"}
+NOT_ON_SHARDS = {"randsam", "ssam_d", "ssam_f", "msam", "zsharp"}
 
 
 def every_variant(folder, cases, changes) -> dict:

@@ -12,13 +12,18 @@ from hf_sampa.variants import VARIANTS, Direction, Mixing, Recipe
 from hf_sampa.variants.directions import Smoothed
 from hf_sampa.variants.mixing import Orthogonal, Penalty
 from tests import tiny
-from tests.distributed.test_variants import CASES, PAIRED, Small, differences, settings
+from tests.distributed import test_variants
+from tests.distributed.test_variants import Small, differences, settings
 from tests.ranks import run_ranks
 
 
 pytestmark = pytest.mark.distributed
 
 SHARED = {"shard_optimizer": True}
+# With which the state that this one's perturbation is made of would be in parts.
+CASES, PAIRED = (
+    [case for case in cases if case[0] != "precond_sam"] for cases in (test_variants.CASES, test_variants.PAIRED)
+)
 # What differs with placements: norms per tensor, a gradient per shard, another loss's, a mixing that reads dot products. Four
 # processes on all variants are for make test-all.
 KINDS = {"asam", "msam", "bisam own", "gsam"}
