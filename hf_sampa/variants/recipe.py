@@ -157,11 +157,13 @@ class Recipe:
             alone.append(self.samples)
         if self.mask.fisher_samples and self.mask not in alone:
             alone.append(self.mask)
+        if self.loss.keeps_slope:  # FSDP2 takes that for the whole of a backward
+            alone.append(self.loss)
         whole = [type(part).__name__ for part in alone]
         if whole:
             raise ValueError(
                 f"fsdp: expected a variant, or a recipe, that can be given shards of the weights, but {' and '.join(whole)} looks at "
-                "all entries at once, or wants gradients that are not averaged over processes. Take another variant, or train without "
+                "all entries at once, or wants gradients that are not averaged over processes or not of the whole model. Take another variant, or train without "
                 "FSDP. A part of one's own that treats every entry alone, and takes lengths from Moment.norms, says on_shards = True."
             )
 

@@ -132,8 +132,8 @@ def test_two_roles_of_one_shard_are_the_unsharded_pair(tmp_path, changes):
 
 # ---- Variants ----
 
-# What looks at all entries at once, or wants gradients that are not averaged over processes.
-NOT_ON_SHARDS = {"randsam", "ssam_d", "ssam_f", "msam", "zsharp"}
+# What looks at all entries at once, or wants gradients that are not averaged over processes or not of the whole model.
+NOT_ON_SHARDS = {"randsam", "ssam_d", "ssam_f", "msam", "zsharp", "functional_sam"}
 
 
 def every_variant(folder, cases, changes) -> dict:
@@ -149,18 +149,18 @@ def every_variant(folder, cases, changes) -> dict:
 
 
 @pytest.mark.whole
-def test_every_variant_goes_on_shards_or_says_that_it_does_not(tmp_path):
+@pytest.mark.parametrize("method", ["sampa", "sam"])
+def test_every_variant_goes_on_shards_or_says_that_it_does_not(tmp_path, method):
     whole = {"per_device_train_batch_size": 2}
-    alone = {method: [case for case in CASES if case[1] == method] for method in ("sampa", "sam")}
+    cases = [case for case in CASES if case[1] == method]
     shards = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Linear", "LayerNorm"]}}
-    for cases in alone.values():
-        plain = run_ranks(every_variant, 4, tmp_path, cases, whole, folder=tmp_path / "plain")[0]
-        for rank in run_ranks(every_variant, 4, tmp_path, cases, {**whole, **shards}, folder=tmp_path / "shards"):
-            for case, expected in plain.items():
-                if case[0] in NOT_ON_SHARDS:
-                    assert "fsdp: expected a variant, or a recipe, that can be given shards" in rank[case], case
-                else:
-                    assert sharded.deviation(rank[case]["weights"], expected["weights"]) < 1e-6, case
+    plain = run_ranks(every_variant, 4, tmp_path, cases, whole, folder=tmp_path / "plain")[0]
+    for rank in run_ranks(every_variant, 4, tmp_path, cases, {**whole, **shards}, folder=tmp_path / "shards"):
+        for case, expected in plain.items():
+            if case[0] in NOT_ON_SHARDS:
+                assert "fsdp: expected a variant, or a recipe, that can be given shards" in rank[case], case
+            else:
+                assert sharded.deviation(rank[case]["weights"], expected["weights"]) < 1e-6, case
 
 
 @pytest.mark.whole
