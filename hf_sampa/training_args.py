@@ -282,12 +282,7 @@ class SAMPaArgumentsMixin:
                 f"learning_rate: expected a finite number of at least 0, got {self.learning_rate!r}: the first step would make "
                 "every weight infinite or NaN."
             )
-        start = self.sampa_start
-        is_number = isinstance(start, int | float) and not isinstance(start, bool) and math.isfinite(start)
-        if not (is_number and start >= 0 and (start < 1 or start == int(start))):
-            raise ValueError(
-                f"sampa_start: expected a fraction of the steps, from 0 to below 1, or a whole number of steps, got {start!r}."
-            )
+        self._check_start()
         steps = self.diagnostics_steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"diagnostics_steps: expected a whole number of steps, or 0 for never, got {steps!r}.")
@@ -323,6 +318,14 @@ class SAMPaArgumentsMixin:
             raise ValueError(
                 "train_sampling_strategy: expected 'random', 'sequential' or 'group_by_length', got 'batch_rebalance', "
                 "which gives every process batches of its own, while both roles of SAMPa must read the same ones."
+            )
+
+    def _check_start(self) -> None:
+        start = self.sampa_start
+        is_number = isinstance(start, int | float) and not isinstance(start, bool) and math.isfinite(start)
+        if not (is_number and start >= 0 and (start < 1 or start == int(start))):
+            raise ValueError(
+                f"sampa_start: expected a fraction of the steps, from 0 to below 1, or a whole number of steps, got {start!r}."
             )
 
     def _check_concurrent(self) -> None:
