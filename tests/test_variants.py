@@ -75,12 +75,16 @@ def trained(folder, variant, method, model=Net, dataset=None, **changes):
     return trainer
 
 
-def in_series(trainer, rule_class):
-    """What the serial transcription makes of the same model, data and settings; and which steps ascended."""
+def in_series(trainer, rule_class, prepare=lambda rule, model, optimizer: None):
+    """What the serial transcription makes of the same model, data and settings; and which steps ascended.
+
+    prepare: called with the rule, the model and its optimizer before the first step.
+    """
     args, model = trainer.args, Net()
     plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
     plain.create_optimizer_and_scheduler(STEPS)
     rule = rule_class(args.rho, model, STEPS)
+    prepare(rule, model, plain.optimizer)
     run = (model, plain.optimizer, plain.lr_scheduler, loss)
     if args.method == "sam":
         return model, serial.sequential(rule, *run, batches_in_order(trainer.train_dataset, 4, STEPS))
@@ -218,17 +222,12 @@ def test_a_variant_of_samples_or_losses_in_parallel(tmp_path, case):
 def test_adasam_is_sam_around_torch_amsgrad(tmp_path, method):
     settings = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-2, "adam_beta2": 0.5}
     trainer = trained(tmp_path, "adasam", method, **settings)
-    model, args = Net(), trainer.args
-    plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
-    plain.create_optimizer_and_scheduler(STEPS)
-    for group in plain.optimizer.param_groups:
-        group["amsgrad"] = True
-    run = (serial.SAM(args.rho, model, STEPS), model, plain.optimizer, plain.lr_scheduler, loss)
-    batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
-    if method == "sam":
-        serial.sequential(*run, batches[:-1])
-    else:
-        serial.parallel(*run, batches, args.lmbda)
+
+    def with_amsgrad(rule, model, optimizer):
+        for group in optimizer.param_groups:
+            group["amsgrad"] = True
+
+    model, _ = in_series(trainer, serial.SAM, with_amsgrad)
     assert_equal(trainer.model, model, rtol=2e-3, atol=2e-5)
     other = trained(tmp_path, "sam", method, **settings)
     assert max((a - b).abs().max() for a, b in zip(other.model.parameters(), model.parameters(), strict=True)) > 1e-4
@@ -239,17 +238,11 @@ def test_adasam_is_sam_around_torch_amsgrad(tmp_path, method):
 def test_precond_sam_goes_by_the_optimizer_s_second_moments(tmp_path, method):
     settings = {"optim": "adamw_torch", "optim_args": None, "learning_rate": 1e-2, "adam_beta2": 0.9}
     trainer = trained(tmp_path, "precond_sam", method, rho=0.5, **settings)
-    model, args = Net(), trainer.args
-    plain = Trainer(model=model, args=args, train_dataset=trainer.train_dataset)
-    plain.create_optimizer_and_scheduler(STEPS)
-    rule = serial.PrecondSAM(args.rho, model, STEPS)
-    rule.optimizer, rule.params = plain.optimizer, list(model.parameters())
-    run = (rule, model, plain.optimizer, plain.lr_scheduler, loss)
-    batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
-    if method == "sam":
-        serial.sequential(*run, batches[:-1])
-    else:
-        serial.parallel(*run, batches, args.lmbda)
+
+    def with_state(rule, model, optimizer):
+        rule.optimizer, rule.params = optimizer, list(model.parameters())
+
+    model, _ = in_series(trainer, serial.PrecondSAM, with_state)
     assert_equal(trainer.model, model, rtol=2e-3, atol=2e-5)
     other = trained(tmp_path, "sam", method, rho=0.5, **settings)
     assert max((a - b).abs().max() for a, b in zip(other.model.parameters(), model.parameters(), strict=True)) > 1e-3

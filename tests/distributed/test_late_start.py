@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from tests import sharded, tiny
+from tests.distributed.test_resume import by_worlds
 from tests.division import divided_tuples
 from tests.ranks import run_ranks
 
@@ -87,15 +88,7 @@ def test_two_processes_are_one(whole, name):
 
 @pytest.fixture(scope="module")
 def continued(whole, chosen, tmp_path_factory):
-    folder, cases = tmp_path_factory.mktemp("continued"), {}
-    for name, step, *worlds in chosen("name", "step", "wrote", "n"):
-        cases.setdefault(tuple(worlds), []).append((name, step))
-    return {
-        (wrote, n): run_ranks(
-            resumed, n, folder, whole[1] / f"checkpoints{wrote}", of_worlds, folder=folder / f"{wrote}to{n}"
-        )
-        for (wrote, n), of_worlds in cases.items()
-    }
+    return by_worlds(resumed, whole[1], chosen, tmp_path_factory.mktemp("continued"))
 
 
 SHOWN = ("two micro-batches, group cut short", "a variant with a state", "shared optimizer", "sam")

@@ -68,18 +68,23 @@ def whole(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def continued(whole, chosen, tmp_path_factory):
-    """Runs resumed on `n` processes from what `wrote` processes wrote, by (wrote, n)."""
-    folder, cases = tmp_path_factory.mktemp("continued"), {}
+def by_worlds(resumed, written, chosen, folder) -> dict:
+    """What `resumed` makes, on `n` processes, of the chosen cases whose checkpoints `wrote` processes wrote, by (wrote, n)."""
+    cases = {}
     for name, step, *worlds in chosen("name", "step", "wrote", "n"):
         cases.setdefault(tuple(worlds), []).append((name, step))
     return {
         (wrote, n): run_ranks(
-            resumed, n, folder, whole[1] / f"checkpoints{wrote}", of_worlds, folder=folder / f"{wrote}to{n}"
+            resumed, n, folder, written / f"checkpoints{wrote}", of_worlds, folder=folder / f"{wrote}to{n}"
         )
         for (wrote, n), of_worlds in cases.items()
     }
+
+
+@pytest.fixture(scope="module")
+def continued(whole, chosen, tmp_path_factory):
+    """Runs resumed on `n` processes from what `wrote` processes wrote, by (wrote, n)."""
+    return by_worlds(resumed, whole[1], chosen, tmp_path_factory.mktemp("continued"))
 
 
 CASES = [
