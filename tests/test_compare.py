@@ -25,6 +25,7 @@ from scipy import stats
 
 from hf_sampa.compare import choosing, command, config, figures, landscape, pictures
 from hf_sampa.compare.carry_out import Executor, alone, slots
+from hf_sampa.compare.holding import HELD, held
 from hf_sampa.compare.runs import choosing as choosing_runs
 from hf_sampa.compare.runs import scored, timed
 
@@ -579,10 +580,26 @@ def test_a_damaged_result_is_named(tmp_path, stubbed, capsys):
 
 
 def test_two_calls_at_once_run_everything_once(tmp_path):
-    file = written(tmp_path, arguments={"brief": 0.3}, tasks={"A": {}})
+    prepared = tmp_path / "prepared.txt"
+    prepare = [f"""{sys.executable} -c 'open("{prepared}", "a").write("once")'"""]
+    file = written(tmp_path, arguments={"brief": 0.3}, tasks={"A": {}}, prepare=prepare)
     both = [subprocess.Popen(command_line(file, tmp_path / "out", "--jobs", "1"), cwd=ROOT) for _ in range(2)]
     assert [each.wait(240) for each in both] == [0, 0]
     assert len(calls(tmp_path / "out")) == 9
+    assert prepared.read_text() == "once"
+
+
+@pytest.mark.parametrize(("name", "words"), [(HELD, ["--report"]), (".prepare.held", [])])
+def test_calls_at_once_take_turns_at_what_is_of_all_runs(tmp_path, stubbed, name, words):
+    file, said = written(tmp_path, seeds=[1], tasks={"A": {}}, prepare=["python -c 0"]), tmp_path / "said.txt"
+    stubbed(file)
+    until = time.monotonic() + 240
+    with said.open("w") as stderr, held(tmp_path / "out" / name):
+        another = subprocess.Popen(command_line(file, tmp_path / "out", *words), cwd=ROOT, stderr=stderr)
+        while "is at it; waiting" not in said.read_text() and time.monotonic() < until:
+            assert another.poll() is None
+            time.sleep(0.05)
+    assert another.wait(240) == 0
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,17 +22,12 @@ from tqdm import tqdm
 
 from ..checkpoints import is_whole
 from .config import as_words
+from .holding import HELD, held
 from .provenance import provenance
 from .rows import MEASURED
 from .runs import TIME, Failed, Run
 
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
-
-SECONDS_BETWEEN_LOOKS = 0.5  # at a run that another process is at
 SECONDS_TO_END = 20.0  # after which a process that was asked to end is killed
 LAST_LINES = 12
 
@@ -116,7 +110,7 @@ class Executor:
         folder = run.folder(self.root)
         folder.mkdir(parents=True, exist_ok=True)
         output = folder / "output"
-        with self._held(folder) as inherited, (folder / "log.txt").open("ab") as log:
+        with held(folder / HELD, lambda: self._ending) as inherited, (folder / "log.txt").open("ab") as log:
             if self._ending or run.result(self.root) is not None:  # by another call, which had it until now
                 return None
             run.write(self.root, "run.json", asdict(run))
@@ -152,29 +146,6 @@ class Executor:
         if "unrecognized arguments" in said:
             raise ValueError(f"{self.script.name} takes no such argument:\n{said}\nCorrect the configuration.")
         return Failed(run, code, said)
-
-    @contextmanager
-    def _held(self, folder: Path) -> Iterator[tuple[int, ...]]:
-        """Within the block nobody else carries out the run of this folder: waits for whoever does, unless all is to end.
-
-        Gives file descriptors to pass on: a process that has them holds the folder, too, as it does when this one is killed.
-        """
-        if fcntl is None:
-            yield ()
-            return
-        with (folder / ".held").open("w") as file:
-            waiting = False
-            while not self._ending:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not waiting:
-                        words = f"{folder}: a process of another call is at it; waiting for its end."
-                        tqdm.write(words, file=sys.stderr)
-                    waiting = True
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
-            yield (file.fileno(),)
 
     def _call(
         self, command: list[str], environment: dict[str, str], log: Any, inherited: tuple[int, ...]

@@ -21,6 +21,7 @@ from . import choosing, config, landscape, report
 from .carry_out import Executor, alone, slots, told
 from .config import Comparison
 from .findings import Findings
+from .holding import HELD, held
 from .rows import rows, write_csv, write_dataset
 from .runs import CHOOSE, SCORE, TIME, Run, scored, timed
 from .runs import choosing as choosing_runs
@@ -86,7 +87,8 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
     """Carry out what is not done yet, and write the report into `root`; how many runs failed."""
     executor, shared = Executor(comparison.script, root), slots(jobs, _processes(comparison.launch))
     if run:
-        _prepare(comparison, root)
+        with held(root / ".prepare.held") as inherited:
+            _prepare(comparison, root, inherited)
 
     def try_out(runs: Sequence[Run]) -> None:
         if run:
@@ -102,7 +104,8 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
     if run:
         executor.carry_out([each for runs in rounds for each in runs], alone(), TIME)
     seconds = choosing.seconds_per_step(rounds, root)
-    longer = choosing.longer(comparison, rounds, seconds, root)
+    with held(root / HELD):
+        longer = choosing.longer(comparison, rounds, seconds, root)
 
     compared = list(scored(comparison, chosen, longer))
     if run:
@@ -118,12 +121,13 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
     runs = [*tried, *(each for runs in rounds for each in runs), *compared]
     failed = [failure for each in runs if (failure := each.failure(root))]
     problems = [*(told(each, root) for each in failed), *problems]
-    found = rows(runs, comparison.script, root)
-    write_csv(found, root / "results.csv")
-    if found:
-        write_dataset(found, root / "results.parquet")
-    sections = Findings(comparison, found, chosen, longer, seconds, problems, root, around).sections()
-    files = report.write(comparison.name, sections, root)
+    with held(root / HELD):
+        found = rows(runs, comparison.script, root)
+        write_csv(found, root / "results.csv")
+        if found:
+            write_dataset(found, root / "results.parquet")
+        sections = Findings(comparison, found, chosen, longer, seconds, problems, root, around).sections()
+        files = report.write(comparison.name, sections, root)
     print(report.as_markdown(comparison.name, sections))
     print("\n".join(f"{form}: {file}" for form, file in {**files, "csv": root / "results.csv"}.items()))
     return len(problems)
@@ -136,14 +140,15 @@ def _open(root: Path, file: Path, run: bool) -> None:
         raise ValueError(
             f"--report: expected the folder of a comparison, got {root}, which is none. Check --output_dir."
         )
-    before = Path(read_json(note)["config"]) if note.exists() else file
-    if before != file and before.exists():
-        raise ValueError(
-            f"--output_dir: expected a folder for {file}, but {root} has the runs of {before}. Name another one."
-        )
     root.mkdir(parents=True, exist_ok=True)
-    with in_place_of(note) as partial:
-        partial.write_text(json.dumps({"config": str(file)}) + "\n", encoding="utf-8")
+    with held(root / HELD):
+        before = Path(read_json(note)["config"]) if note.exists() else file
+        if before != file and before.exists():
+            raise ValueError(
+                f"--output_dir: expected a folder for {file}, but {root} has the runs of {before}. Name another one."
+            )
+        with in_place_of(note) as partial:
+            partial.write_text(json.dumps({"config": str(file)}) + "\n", encoding="utf-8")
 
 
 def _processes(launch: str) -> int:
@@ -151,7 +156,7 @@ def _processes(launch: str) -> int:
     return int(yaml.safe_load(configurations()[launch].read_text(encoding="utf-8"))["num_processes"])
 
 
-def _prepare(comparison: Comparison, root: Path) -> None:
+def _prepare(comparison: Comparison, root: Path, inherited: tuple[int, ...]) -> None:
     """Commands that make what the runs need; each once. Raises ValueError for one that fails."""
     done_file, here = root / "prepared.json", str(Path.cwd())
     done = read_json(done_file) if done_file.exists() else []
@@ -161,7 +166,7 @@ def _prepare(comparison: Comparison, root: Path) -> None:
         words = shlex.split(line)
         words = [sys.executable, *words[1:]] if words[0] == "python" else words
         try:
-            code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
+            code = subprocess.run(words, stdin=subprocess.DEVNULL, pass_fds=inherited).returncode
         except OSError as error:
             raise ValueError(f"prepare: expected a command that can be started, got: {line}: {error}") from error
         if code:

@@ -25,10 +25,12 @@ from tqdm import tqdm
 
 from ..files import in_place_of, read_json
 from .config import Comparison, as_words
+from .holding import held
 from .runs import Run
 
 
 LAST_LINES = 12
+FILE = "landscape.json"
 WEIGHTS = "model.safetensors"
 Weights = dict[str, Tensor]
 
@@ -60,16 +62,22 @@ def measure(comparison: Comparison, runs: Sequence[Run], root: Path, run: bool =
         "directions": asked.directions,
     }
     digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
-    file = root / "landscape.json"
-    found = read_json(file) if file.exists() else {}
-    if found.get("of") == digest:
-        return found
     if not run:
-        return None
-    found = {"of": digest, **_computed(job, digest, root)}
-    with in_place_of(file) as partial:
-        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        return _kept(digest, root)
+    with held(root / ".landscape.held"):
+        found = _kept(digest, root)
+        if found is None:
+            found = {"of": digest, **_computed(job, digest, root)}
+            with in_place_of(root / FILE) as partial:
+                partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
+
+
+def _kept(digest: str, root: Path) -> dict[str, Any] | None:
+    """What an earlier call computed."""
+    file = root / FILE
+    found = read_json(file) if file.exists() else {}
+    return found if found.get("of") == digest else None
 
 
 def _computed(job: Mapping[str, Any], digest: str, root: Path) -> dict[str, Any]:
