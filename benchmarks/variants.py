@@ -40,6 +40,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 COLORS = {"adamw": "#555555", "sam": "#E69F00", "sampa": "#0072B2"}
 LABELS = {"adamw": "AdamW", "sam": "sequential", "sampa": "parallel"}
 TIMING_EPOCHS = 2
+FOR_ALL_WEIGHTS = [name for name, variant in VARIANTS.items() if not variant.for_adapters]
 
 
 def make_jobs(names: list[str], rhos: list[float], seeds: int, epochs: int) -> list[dict[str, Any]]:
@@ -178,7 +179,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), metavar="NAME", help="variants (default: all)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=FOR_ALL_WEIGHTS,
+        metavar="NAME",
+        help="variants (default: all but those for adapters)",
+    )
     parser.add_argument(
         "--rhos", nargs="+", type=float, default=[0.1, 0.5, 1], help="multiples of the default rho (0.1 0.5 1)"
     )

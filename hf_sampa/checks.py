@@ -67,6 +67,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+def check_not_compiled(model: torch.nn.Module, args: Any) -> None:
+    """Raise ValueError where `model` is compiled, for a variant that changes what its layers compute: a compiled one goes on as it was."""
+    parts = (model, *model.modules())
+    if args.torch_compile or any(hasattr(each, "_orig_mod") or each._compiled_call_impl for each in parts):
+        raise ValueError(
+            "torch_compile: expected a model that is not compiled for a variant that adds to what layers with adapters compute, got one that "
+            "is. Set torch_compile=False, and leave torch.compile out."
+        )
+
+
 def check_trainable(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]
 ) -> None:

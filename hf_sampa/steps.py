@@ -15,7 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers.trainer_utils import has_length
 
-from .checks import check_settings_kept, check_trainable
+from .checks import check_not_compiled, check_settings_kept, check_trainable
 from .data import UpdateBatch, set_halves
 from .distributed import Role, check_repeatable
 from .engine import SAM, Placement, SAMPa, SampleView, Shared, StepReport, check_separable, check_whole
@@ -83,6 +83,8 @@ class Steps:
         trainer, args, micro_batches = self.trainer, self.trainer.args, self.micro_batches
         optimizer, exchange, dataset = trainer.optimizer.optimizer, self.run.exchange, trainer.train_dataset
         recipe = self.run.recipe()
+        if recipe.adapters.adds:
+            check_not_compiled(trainer.model, args)
         if args.shard_optimizer:
             check_whole(recipe)
             check_separable(optimizer)  # on one process, too, so that what starts there starts on two

@@ -71,7 +71,7 @@ from .run import Run
 from .start import started_with
 from .state import other_modules, stood_in
 from .training_args import SAMPaArgumentsMixin, SAMPaTrainingArguments
-from .variants import Recipe, check_recipe, find
+from .variants import OWN, Recipe, check_recipe, find
 
 
 logger = get_logger(__name__)
@@ -291,7 +291,21 @@ class SAMPaMixin(ExactEvalLoss, WithCard, WithDiagnostics):
                     f"{type(self.optimizer).__name__}. Set optim='adamw_torch'."
                 )
             group.update({name: value for name, value in options.items() if value is not None})
+        self._train_auxiliary()
         return optimizer
+
+    def _train_auxiliary(self) -> None:
+        """Let the base optimizer hold weights that the recipe has of its own, new in every run, in the place of those of a run before."""
+        group, before = self.optimizer.param_groups[0], vars(self).pop(OWN, None)
+        for param in () if before is None else before.parameters():
+            group["params"] = [each for each in group["params"] if each is not param]
+            self.optimizer.state.pop(param, None)
+        recipe = self._recipe or self.args.recipe()
+        if self.is_fsdp_enabled:  # accelerate is to shard what the optimizer holds, and knows the model's alone
+            recipe.check_shards(1)
+        if (own := recipe.adapters.own(self.model, self.args.seed)) is not None:
+            setattr(self, OWN, own.to(self.args.device))
+            group["params"] += own.parameters()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Upstream's names no file where one holds something else than it expects."""

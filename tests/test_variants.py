@@ -196,6 +196,7 @@ BY_THEIR_PARTS = {
     *("sampa_0", "optgd", "adasam", "randsam", "rst", "vsam", "arsam", "ausam"),
     *("ssam_d", "ssam_f", "esam_swp", "slsam"),
     "precond_sam",  # of Adam's state: below
+    *("flat_lora", "bi_lora"),  # of models with adapters: test_adapters.py
 }
 
 

@@ -48,6 +48,7 @@ class SAM(SharpnessAware):
         recipe, now, found = self.recipe, self.now(batch), {}
         ascends = recipe.when.reads_gradient or recipe.when(now, None)
         ascent = norm = before = None
+        recipe.adapters.begin(self.rho)
         self.learn(now)
         self._teach(batch)
         self.reported = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -199,6 +200,13 @@ class SharpnessAware(Gradients):
                 self.perturbed_grads.release(bucket)
 
     # ---- The recipe ----
+
+    def gradient(self, role: Role, batch: Batch, *args: Any, **kwargs: Any) -> Found:
+        """As in `Gradients`, of what layers with adapters compute by the recipe."""
+        adapters = self.recipe.adapters
+        adds = adapters.adds and not self.plain
+        with adapters.adding(self.rho, self.now(batch)) if adds else nullcontext():
+            return super().gradient(role, batch, *args, **kwargs)
 
     def now(self, batch: Batch) -> Moment:
         """Where the run is at `batch`, or at a micro-batch of it."""

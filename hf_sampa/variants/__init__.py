@@ -3,6 +3,7 @@
 Pure arithmetic on tensors: knows nothing of processes and of transformers. ``python -m hf_sampa.variants`` prints the catalogue.
 """
 
+from .adapters import OWN, Adapters
 from .catalogue import VARIANTS, Variant, find, parse_arguments
 from .parts import Direction, Mask, Mixing, Moment, Norms, When
 from .recipe import Recipe, check_recipe
@@ -12,10 +13,13 @@ from .sample_parts import Loss, Samples, Seen
 # They fill the catalogue, in this order.
 from . import weight_recipes  # noqa: F401  # isort: skip
 from . import sample_recipes  # noqa: F401  # isort: skip
+from . import adapter_recipes  # noqa: F401  # isort: skip
 
 
 __all__ = [
+    "OWN",
     "VARIANTS",
+    "Adapters",
     "Direction",
     "Loss",
     "Mask",

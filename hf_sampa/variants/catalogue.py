@@ -104,6 +104,11 @@ class Variant:
         """Values of `method` that it can have."""
         return (self.method,) if self.method else ("sampa", "sam")
 
+    @property
+    def for_adapters(self) -> bool:
+        """Whether it needs a model with LoRA adapters."""
+        return self.recipe({}).adapters.adds
+
     def recipe(self, arguments: dict[str, Any]) -> Recipe:
         """The recipe. Raises ValueError for an argument that is unknown or out of range."""
         return self.make(**self.complete(arguments))

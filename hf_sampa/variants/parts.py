@@ -9,6 +9,7 @@ part           decides
 `When`         whether this step ascends at all
 `Loss`         what the gradients are gradients of
 `Mixing`       how g_t and g~_t become the gradient of the step
+`Adapters`     what layers with LoRA adapters add to their output in a pass
 =============  ==================================================================================
 
 A part computes: tensors and numbers in, tensors and numbers out. It never touches weights, ranks or the optimizer. All that

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import Adapters
 from .parts import Direction, Mask, Mixing, Part, When
 from .sample_parts import Loss, Samples
 
@@ -19,6 +20,7 @@ KINDS = {
     "when": When,
     "loss": Loss,
     "mixing": Mixing,
+    "adapters": Adapters,
 }
 # Methods that are called only where one of these attributes says so.
 ASKED = {
@@ -28,6 +30,8 @@ ASKED = {
     ("loss", "__call__"): ("reads_logits",),
     ("loss", "recall"): ("reads_indices",),
     ("loss", "record"): ("reads_indices",),
+    ("adapters", "__call__"): ("adds",),
+    ("adapters", "begin"): ("adds",),
 }
 
 
@@ -54,6 +58,7 @@ class Recipe:
     when: When
     loss: Loss
     mixing: Mixing
+    adapters: Adapters
 
     def __init__(
         self,
@@ -64,10 +69,11 @@ class Recipe:
         when: When | None = None,
         loss: Loss | None = None,
         mixing: Mixing | None = None,
+        adapters: Adapters | None = None,
     ):
         self.direction, self.mask = direction or Direction(), mask or Mask()
         self.samples, self.when = samples or Samples(), when or When()
-        self.loss, self.mixing = loss or Loss(), mixing or Mixing()
+        self.loss, self.mixing, self.adapters = loss or Loss(), mixing or Mixing(), adapters or Adapters()
         for name, part in self.parts().items():
             if not isinstance(part, KINDS[name]):
                 found = f"the class {part.__name__}" if isinstance(part, type) else type(part).__name__
@@ -141,6 +147,7 @@ class Recipe:
             "mask keeps parameters out of the update": self.mask.descent,
             "samples are chosen by losses or are not those of B_t": self.samples.selects,
             "loss goes by what the model said in the pass for g_t": self.loss.keeps_slope,
+            "adapters add to what layers compute": self.adapters.adds,
             "loss has a teacher": self.loss.teacher_decay is not None or self.loss.reads_indices,
         }
         if found := [what for what, holds in problems.items() if holds]:
@@ -157,13 +164,15 @@ class Recipe:
             alone.append(self.samples)
         if self.mask.fisher_samples and self.mask not in alone:
             alone.append(self.mask)
+        if self.adapters.adds:
+            alone.append(self.adapters)
         if self.loss.keeps_slope:  # FSDP2 takes that for the whole of a backward
             alone.append(self.loss)
         whole = [type(part).__name__ for part in alone]
         if whole:
             raise ValueError(
                 f"fsdp: expected a variant, or a recipe, that can be given shards of the weights, but {' and '.join(whole)} looks at "
-                "all entries at once, or wants gradients that are not averaged over processes or not of the whole model. Take another variant, or train without "
+                "all entries at once, or wants gradients that are not averaged over processes or not of the whole model, or adds to what layers compute. Take another variant, or train without "
                 "FSDP. A part of one's own that treats every entry alone, and takes lengths from Moment.norms, says on_shards = True."
             )
 

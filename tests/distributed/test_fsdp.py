@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_sampa import SAMPaTrainer, compat
 from tests import reference, sharded, tiny
-from tests.distributed.test_variants import CASES, Small, settings
+from tests.distributed.test_variants import ADAPTED, CASES, Small, settings, small
 from tests.ranks import RankFailed, run_ranks
 from tests.test_reference import batches_in_order
 
@@ -132,15 +132,15 @@ def test_two_roles_of_one_shard_are_the_unsharded_pair(tmp_path, changes):
 
 # ---- Variants ----
 
-# What looks at all entries at once, or wants gradients that are not averaged over processes or not of the whole model.
-NOT_ON_SHARDS = {"randsam", "ssam_d", "ssam_f", "msam", "zsharp", "functional_sam"}
+# What looks at all entries at once, wants gradients that are not averaged over processes or not of the whole model, or adds to layers.
+NOT_ON_SHARDS = {"randsam", "ssam_d", "ssam_f", "msam", "zsharp", "functional_sam", *ADAPTED}
 
 
 def every_variant(folder, cases, changes) -> dict:
     found = {}
     for case in cases:
         chosen = {**settings(*case), "save_strategy": "no", "max_steps": 6, **changes}
-        made = sharded.trainer(folder, lambda: Small(dropout=0.0), tiny.images(16), chosen)
+        made = sharded.trainer(folder, partial(small, case[0], dropout=0.0), tiny.images(16), chosen)
         try:
             found[case] = sharded.outcome(made)
         except ValueError as refusal:

@@ -13,7 +13,7 @@ from hf_sampa.variants.directions import Smoothed
 from hf_sampa.variants.mixing import Orthogonal, Penalty
 from tests import tiny
 from tests.distributed import test_variants
-from tests.distributed.test_variants import Small, differences, settings
+from tests.distributed.test_variants import Small, differences, settings, small
 from tests.ranks import run_ranks
 
 
@@ -37,7 +37,7 @@ def train(folder, cases, changes, resume=None) -> dict:
     for case in cases:
         again = resume and str(resume / "-".join(case) / "checkpoint-5")
         chosen = {**settings(*case), "save_steps": 5, **changes}
-        outcome = tiny.run(folder / "-".join(case), Small, tiny.images(19), resume=again, **chosen)
+        outcome = tiny.run(folder / "-".join(case), partial(small, case[0]), tiny.images(19), resume=again, **chosen)
         if changes:
             outcome["state"] = outcome.pop("optimizer")["state"]
         found[case] = outcome
@@ -113,7 +113,7 @@ def train_evenly(folder, replicas_of, cases) -> dict:
         size = 8 // replicas_of[case[1]]
         changes = {"optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": size, "save_strategy": "no"}
         chosen = {**settings(*case), **changes, "max_steps": 5}
-        found[case] = tiny.run(folder / "-".join(case), partial(Small, 0.0), tiny.images(32), **chosen)
+        found[case] = tiny.run(folder / "-".join(case), partial(small, case[0], 0.0), tiny.images(32), **chosen)
     return found
 
 

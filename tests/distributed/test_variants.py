@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_sampa import SAMPaTrainer
@@ -34,6 +36,7 @@ ARGUMENTS = {
     "ausam": {"growth": 0.1},
     "bisam own": {"mix": "own"},
     "ssam_f": {"every": 3, "fisher_samples": 2},
+    "bi_lora": {"rank": 2},
 }
 RESUMED_AT = 5
 STEPS = 8  # of two micro-batches of 4, in epochs of 19 samples: the last of an epoch is one of 3 samples
@@ -53,6 +56,15 @@ class Small(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+ADAPTED = {name for name, variant in VARIANTS.items() if variant.for_adapters}
+
+
+def small(name, dropout: float = 0.1) -> nn.Module:
+    """A model that the variant goes with."""
+    model = Small(dropout)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["body.1", "body.5"])) if name in ADAPTED else model
+
+
 def settings(name, method) -> dict:
     return {
         "variant": name.partition(" ")[0],
@@ -69,7 +81,7 @@ def train(folder, cases, resume=None) -> dict:
     return {
         case: tiny.run(
             folder / "-".join(case),
-            Small,
+            partial(small, case[0]),
             tiny.images(19),
             resume=resume and str(resume / "-".join(case) / f"checkpoint-{RESUMED_AT}"),
             **settings(*case),
@@ -162,7 +174,7 @@ def test_the_model_holds_x_t_after_an_exception(tmp_path, case):
     for at in (2, 7):
         recorder = tiny.Recorder()
         trainer = FailsOnce(
-            model=Small(),
+            model=small(case[0]),
             args=tiny.arguments(tmp_path, **{**settings(*case), "save_strategy": "no"}),
             train_dataset=tiny.images(19),
             callbacks=[recorder],
@@ -170,5 +182,5 @@ def test_the_model_holds_x_t_after_an_exception(tmp_path, case):
         trainer.at = at
         with pytest.raises(Interrupted):
             trainer.train()
-        expected = recorder.weights[-1] if recorder.weights else list(Small().parameters())
+        expected = recorder.weights[-1] if recorder.weights else list(small(case[0]).parameters())
         assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), expected, strict=True))
