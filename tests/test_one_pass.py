@@ -78,6 +78,8 @@ def one_pass(trainer):
         (bert, {"lmbda": 0}, True),
         (bert, {"variant": "asam"}, True),
         (bert, {"variant": "vasso"}, True),
+        (bert, {"variant": "functional_sam", "gradient_accumulation_steps": 2}, True),
+        (llama, {"variant": "functional_sam", "rows": Rows(ragged=True, causal=True)}, True),
         (lambda: bert(lora(use_dora=True)), {}, True),
         (lambda: bert(lora(target_modules=["query", "dense"], bias="all")), {}, True),
         (lambda: bert(IA3Config(task_type="SEQ_CLS", target_modules=["value"], feedforward_modules=[])), {}, True),
@@ -88,7 +90,7 @@ def one_pass(trainer):
     ],
     ids=[
         *("one length", "several lengths", "accumulation", "checkpointing", "reentrant checkpointing", "bf16", "bf16 weights", "lambda 0"),
-        *("asam", "vasso", "DoRA", "biases", "IA3", "prompts", "GPT-2", "Llama", "Llama, several lengths"),
+        *("asam", "vasso", "functional", "functional, every token", "DoRA", "biases", "IA3", "prompts", "GPT-2", "Llama", "Llama, several lengths"),
     ],
 )  # fmt: skip
 def test_the_bits_of_passes_in_turn(tmp_path, model, settings, at_blocks):

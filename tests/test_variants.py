@@ -185,6 +185,7 @@ def test_a_variant_of_samples_or_losses_is_its_serial_transcription(tmp_path, ca
 
 
 PARALLEL = {
+    "Functional SAM": ("functional_sam", {}, serial.functional_sam_parallel, ()),
     "BiSAM": ("bisam", {}, serial.bisam_parallel, ()),
     "BiSAM, own loss in the mix": ("bisam", {"mix": "own"}, serial.bisam_parallel_own, ()),
     "mSAM": ("msam", {"size": 3}, serial.msam_parallel, (3,)),

@@ -375,6 +375,24 @@ def functional_sam(loss, rho):
     return step
 
 
+def functional_sam_parallel(loss, rho, lmbda, model, optimizer, schedule, batches) -> None:
+    """The slope at the logits is that of y_t, where g_t is taken."""
+
+    def slope_at(model, batch):
+        logits = model(**batch).logits.detach().requires_grad_()
+        return torch.autograd.grad(nn.functional.cross_entropy(logits, batch["labels"]), logits)[0]
+
+    g, slope = gradient(model, loss, batches[0]), slope_at(model, batches[0])
+    for batch, next_batch in zip(batches[:-1], batches[1:], strict=True):
+        x_tilde = flat(list(model.parameters())) + rho * unit(g)
+        g_tilde = gradient(model, lambda m, b, slope=slope: (m(**b).logits * slope).sum(), batch, x_tilde)
+        y, y_optimizer = copy.deepcopy((model, optimizer))
+        update(y, y_optimizer, g)
+        g, slope = gradient(y, loss, next_batch), slope_at(y, next_batch)
+        update(model, optimizer, (1 - lmbda) * g_tilde + lmbda * g)
+        schedule.step()
+
+
 def bisam(loss, rho):
     def step(model, t, batch, next_batch):
         x = flat(list(model.parameters()))

@@ -376,6 +376,8 @@ class Exchange:
 
     def collect(self, item: Any) -> list[Any] | None:
         """What every rank gave, by rank, on rank 0; None on the others. For checkpoints: items are pickled."""
+        if self.mesh.world_size == 1:
+            return [item]
         found = [None] * self.mesh.world_size if self.mesh.rank == 0 else None
         with self._peers_alive():
             dist.gather_object(item, found, dst=0, group=self._world_group)

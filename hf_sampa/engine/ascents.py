@@ -8,6 +8,7 @@ what comes out of their shards, never the h_j.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..distributed import Role
+from ..distributed import Role, here
 from ..functional import ratio
 from ..variants import Recipe
 from .buckets import Buckets
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .sharpness_aware import SharpnessAware
 
 
+MOST_DIMENSIONS = 8  # of logits
+
 Shard = tuple[Batch, Any]  # with its weight in the mean over all shards of the update batch
 
 
@@ -36,9 +39,14 @@ class Ascents:
     """One perturbation, made of g_t itself. How SAMPa's timing takes its two gradients."""
 
     of_g = True  # whether x~_t is made of g_t
+    carries = False  # whether it has tensors besides g_t from step to step,
+    alike = False  # the same ones on all replicas
 
     def __init__(self, engine: SAMPa):
         self.engine = engine
+
+    def begin(self, batch: Batch) -> None:
+        """Before the step of `batch`, whose g_t there is."""
 
     def expect(self, batch: Batch) -> None:
         """Get to know, on all processes, the batch that the next gradients for perturbations are of."""
@@ -57,21 +65,44 @@ class Ascents:
         return self.engine.gradient_at(y, Role.LOOKAHEAD, batch, backward, into)
 
     def hand_over(self) -> None:
-        """Give the gradients that perturbations are made of to those who perturb, if they are not g_t."""
+        """Give what the next g~_t is made of besides g_t to those who compute it."""
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Gradients besides g_t that the next perturbations are made of, by name."""
+    def carried(self) -> dict[str, Tensor]:
+        """Tensors besides g_t that the next g~_t is made of, as this process's replica has them, by ``name@number``."""
         return {}
 
-    def load_state_dict(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take up what `state_dict` gave; returns the rest of `grads`."""
-        return grads
+    def take_up(self, carried: dict[str, Tensor]) -> None:
+        """Go on with what `carried` gave."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the replicas carry, by ``name@replica.number``, on rank 0. A collective."""
+        if not self.carries:
+            return {}
+        exchange = self.engine.exchange
+        of_all = exchange.collect({name: each.cpu() for name, each in self.carried().items()})
+        replicas = exchange.mesh.ranks_of(Role.PERTURBED)[: 1 if self.alike else None]
+        of_replicas = [of_all[rank] for rank in replicas] if of_all else []
+        return {name.replace("@", f"@{i}."): each for i, own in enumerate(of_replicas) for name, each in own.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> bool:
+        """Take up what `state_dict` gave; returns whether all replicas' parts were in it."""
+        if not self.carries:
+            return True
+        mesh, of_replicas = self.engine.exchange.mesh, defaultdict(dict)
+        for key, each in state.items():
+            name, _, place = key.partition("@")
+            replica, _, number = place.rpartition(".")  # without a replica: from before there was what each has
+            of_replicas[int(replica or 0)][f"{name}@{number}"] = each
+        if not self.alike and len(of_replicas) < mesh.num_replicas:
+            return False
+        self.take_up(of_replicas[0 if self.alike else mesh.replica])
+        return True
 
 
 class ShardAscents(Ascents):
     """A perturbation for each shard of B_t, in both timings. Holds d numbers, and in SAMPa's timing d per shard, more."""
 
-    of_g = False
+    of_g, carries = False, True
 
     def __init__(self, engine: SharpnessAware):
         super().__init__(engine)
@@ -188,18 +219,17 @@ class ShardAscents(Ascents):
                 exchange.start(partial(exchange.transfer, mine, theirs))
         exchange.finish()
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def carried(self) -> dict[str, Tensor]:
         named = [zip(self.engine.names, self.engine.weights.whole(h.views), strict=True) for h in self._h]
-        return {f"{name}@{j}": view for j, each in enumerate(named) for name, view in each}
+        return {f"{name}@{j}": here(view) for j, each in enumerate(named) for name, view in each}
 
-    def load_state_dict(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = {name: grad for name, grad in grads.items() if "@" not in name}
-        self._h = [self.engine.buckets() for _ in range(len(grads) // len(self.engine.params) - 1)]
+    def take_up(self, carried: dict[str, Tensor]) -> None:
+        engine = self.engine
+        self._h = [engine.buckets() for _ in range(len(carried) // len(engine.params))]
         for j, h in enumerate(self._h):
-            of_shard = self.engine.weights.parts([grads[f"{name}@{j}"] for name in self.engine.names])
+            of_shard = engine.weights.parts([carried[f"{name}@{j}"] for name in engine.names])
             for view, each in zip(h.views, of_shard, strict=True):
                 view.copy_(each)
-        return own
 
 
 class OwnLossAscents(ShardAscents):
@@ -208,6 +238,8 @@ class OwnLossAscents(ShardAscents):
     B_{t+1} has two gradients at y_{t+1} then, one after the other: that of the ascent loss travels as an h_j does, that of the
     trainer's loss takes the place of their mean.
     """
+
+    alike = True
 
     def shards(self, batch: Batch) -> list[Shard]:
         return [(batch, 1.0)]
@@ -223,10 +255,63 @@ class OwnLossAscents(ShardAscents):
         return mean(Role.PERTURBED, into, theirs=theirs)
 
 
+class SlopeAscents(Ascents):
+    """For recipes whose g~_t goes on from the loss's slope at the logits in the pass for g_t, which is that of y_t in SAMPa's timing.
+
+    Slopes are on the micro-batches; those of B_{t+1} travel from the process that was at y_{t+1} to the one that will be at x~_{t+1}.
+    """
+
+    carries = True
+
+    def __init__(self, engine: SAMPa):
+        super().__init__(engine)
+        self._coming: list[Any] = []  # micro-batches that g_{t+1} is of
+        self._loaded: list[Tensor] | None = None
+
+    def begin(self, batch: Batch) -> None:
+        for micro_batch, slope in zip(batch, self._slopes(), strict=True):
+            micro_batch.slope = slope
+
+    def expect(self, batch: Batch) -> None:
+        self._coming, self._loaded = list(batch), None
+
+    def hand_over(self) -> None:
+        mesh, device = self.engine.exchange.mesh, self.engine.params[0].device
+        if not mesh.paired:
+            return
+        perturbs = Role.PERTURBED in self.engine.roles
+        shapes = torch.zeros(len(self._coming), MOST_DIMENSIONS, dtype=torch.int64)
+        for row, slope in zip(shapes, [] if perturbs else self._slopes(), strict=False):
+            row[: slope.ndim] = torch.tensor(slope.shape)
+        shapes = shapes.to(device)
+        self._move(shapes, perturbs)
+        for micro_batch, shape in zip(self._coming, shapes.tolist(), strict=True):
+            if perturbs:
+                micro_batch.slope = torch.empty([size for size in shape if size], device=device)
+            self._move(micro_batch.slope.contiguous(), perturbs)
+
+    def _move(self, tensor: Tensor, perturbs: bool) -> None:
+        exchange, flat = self.engine.exchange, tensor.view(-1)
+        exchange.start(partial(exchange.transfer, *((None, flat) if perturbs else (flat, None))))
+        exchange.finish()
+
+    def _slopes(self) -> list[Tensor]:
+        return [each.slope for each in self._coming] if self._loaded is None else self._loaded
+
+    def carried(self) -> dict[str, Tensor]:
+        return {f"slope@{j}": slope for j, slope in enumerate(self._slopes())}
+
+    def take_up(self, carried: dict[str, Tensor]) -> None:
+        device = self.engine.params[0].device
+        self._loaded = [carried[f"slope@{j}"].to(device) for j in range(len(carried))]
+
+
 def ascents_of(recipe: Recipe) -> type[Ascents]:
     """What SAMPa's timing needs for `recipe`."""
     if recipe.loss.separate:
         return OwnLossAscents
+    if recipe.loss.keeps_slope:
+        return SlopeAscents
     return ShardAscents if recipe.samples.sharded else Ascents
 
 

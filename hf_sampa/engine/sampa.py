@@ -100,6 +100,7 @@ class SAMPa(SharpnessAware):
         if not ascent.finite:
             return self._finish(ascent, ascent, ascent, ascent.used, skipped=True)
         self.moment = self.now(batch)
+        self.ascents.begin(batch)
         if next_batch is None:
             return self._last_step(ascent, batch, backward)
         self.reported = Role.LOOKAHEAD
@@ -311,7 +312,8 @@ class SAMPa(SharpnessAware):
         if not ascent:
             self.forget()
             return
-        grads = self.ascents.load_state_dict(grads)
+        carried = {name: each for name, each in grads.items() if "@" in name}
+        grads = {name: each for name, each in grads.items() if name not in carried}
         expected = {name: tuple(param.shape) for name, param in zip(self.names, self.params, strict=True)}
         found = {name: tuple(grad.shape) for name, grad in grads.items()}
         if found != expected:
@@ -322,6 +324,13 @@ class SAMPa(SharpnessAware):
                 f"the first being {name!r}: expected shape {expected.get(name)}, got {found.get(name)}. Resume with "
                 "the model, and the frozen layers, that the checkpoint was written with."
             )
+        if not self.ascents.load_state_dict(carried):
+            logger.warning(
+                "The checkpoint has what the next perturbations are made of for one replica alone, as earlier versions wrote it: g_t is computed "
+                "anew. What goes on from there is close to a run that was never stopped, but not equal to it."
+            )
+            self.forget()
+            return
         own = self.weights.parts([grads[name] for name in self.names])
         for view, each in zip(self.ascent_grads.views, own, strict=True):
             view.copy_(each)

@@ -17,7 +17,6 @@ SKIPS = "a pair takes both gradients at once in every step, so that leaving one 
 NO_ASCENT = "it has no ascent gradient that a second process could take"
 ONE_BATCH = "both of its gradients must be those of the same tensors, but g_{t+1} is of others"
 PAIRED = "SAMPa's two gradients of one batch are what it must not have"
-BY_SLOPES = "its second gradient is made of what the model said in the pass for the first one, which another process of a pair takes"
 BY_LOSSES = "its choice of samples rests on losses that one process of a pair would have to wait for the other to tell"
 
 

@@ -41,7 +41,7 @@ class Bilevel(Loss):
 
 
 class Functional(Loss):
-    """g~_t is the logits' Jacobian at x~_t times the slope of the loss at x_t (Functional SAM, Singh et al. 2025).
+    """g~_t is the logits' Jacobian at x~_t times the slope of the loss at x_t, or y_t (Functional SAM, Singh et al. 2025).
 
     The perturbation then changes the function that the model is, and not how steep the loss is at what it says. Terms of the loss that
     are not made of the logits have their gradient at x~_t.

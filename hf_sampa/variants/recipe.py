@@ -146,7 +146,6 @@ class Recipe:
             "direction needs no g_t": not self.direction.needs_gradient,
             "mask keeps parameters out of the update": self.mask.descent,
             "samples are chosen by losses or are not those of B_t": self.samples.selects,
-            "loss goes by what the model said in the pass for g_t": self.loss.keeps_slope,
             "adapters add to what layers compute": self.adapters.adds,
             "loss has a teacher": self.loss.teacher_decay is not None or self.loss.reads_indices,
         }

@@ -7,7 +7,6 @@ from typing import Annotated
 from . import losses, masks, samples, schedules
 from .catalogue import (
     BY_LOSSES,
-    BY_SLOPES,
     NO_ASCENT,
     PAIRED,
     AboveZero,
@@ -102,11 +101,12 @@ def bisam(
     source="Singh et al. 2025, arXiv 2502.02407",
     passes="2",
     memory="0, and logits",
-    method="sam",
-    why=BY_SLOPES,
 )
 def functional_sam() -> Recipe:
-    """Functional SAM: the loss's slope at the logits stays that of x_t, and the model's Jacobian is that of x~_t."""
+    """Functional SAM: the loss's slope at the logits stays that of x_t, and the model's Jacobian is that of x~_t.
+
+    In parallel the slope is that of y_t, where g_t is taken; it is as large as the logits, and travels with g_t.
+    """
     return Recipe(loss=losses.Functional())
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_sampa import SAMPaTrainer
@@ -117,6 +121,49 @@ def test_resumed_is_never_stopped(serial, tmp_path):
     """P5 of all."""
     expected, written = serial
     assert differences(train(tmp_path, CASES, resume=written), expected) == []
+
+
+CARRIED = [("msam", "sampa"), ("functional_sam", "sampa"), ("bisam own", "sampa")]  # besides g_t
+
+
+def test_two_pairs_resumed_are_never_stopped(tmp_path):
+    """Each pair has gradients, or slopes, of its own part of the batch."""
+    whole = run_ranks(train, 4, tmp_path / "whole", CARRIED, folder=tmp_path / "first")
+    resumed = run_ranks(train, 4, tmp_path / "again", CARRIED, tmp_path / "whole", folder=tmp_path / "second")
+    for found, expected in zip(resumed, whole, strict=True):
+        assert differences(found, expected) == []
+
+
+def as_earlier_versions_wrote(file) -> None:
+    """With what one replica carries."""
+    tensors = load_file(file)
+    kept = {name.replace("@0.", "@"): each for name, each in tensors.items() if "@" not in name or "@0." in name}
+    assert kept.keys() != tensors.keys()
+    save_file(kept, file)
+
+
+def go_on(folder, checkpoint) -> tuple[dict, str]:
+    """And what was logged."""
+    lines, logger = io.StringIO(), logging.getLogger("hf_sampa")
+    handler = logging.StreamHandler(lines)
+    logger.addHandler(handler)
+    chosen = {**settings("msam", "sampa"), "ignore_changed_files": True, "save_strategy": "no"}
+    found = tiny.run(folder, Small, tiny.images(19), resume=str(checkpoint), **chosen)
+    logger.removeHandler(handler)
+    return found, lines.getvalue()
+
+
+def test_a_checkpoint_with_what_one_replica_carries(tmp_path):
+    """Of earlier versions: one replica goes on exactly; several are told, and take g_t anew."""
+    written = Path("msam-sampa", f"checkpoint-{RESUMED_AT}")
+    expected = train(tmp_path / "one", CARRIED[:1])
+    as_earlier_versions_wrote(tmp_path / "one" / written / "sampa.safetensors")
+    found, said = go_on(tmp_path / "out", tmp_path / "one" / written)
+    assert differences({CARRIED[0]: found}, expected) == [] and "for one replica alone" not in said
+    run_ranks(train, 4, tmp_path / "two", CARRIED[:1], folder=tmp_path / "first")
+    as_earlier_versions_wrote(tmp_path / "two" / written / "sampa.safetensors")
+    for _, said in run_ranks(go_on, 4, tmp_path / "out", tmp_path / "two" / written, folder=tmp_path / "second"):
+        assert "for one replica alone, as earlier versions wrote it: g_t is computed anew" in said
 
 
 class Following(Direction):
