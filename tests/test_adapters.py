@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -351,3 +352,39 @@ def test_frozen_weights_may_be_quantized(tmp_path, quantized, variant):
 
 def plain_linears(model):
     return [each for each in model.modules() if isinstance(each, nn.Linear)]
+
+
+class WithReference(SAMPaTrainer):
+    """Its loss has a term of the model without adapters, and one of other adapters, as TRL's DPOTrainer may."""
+
+    said: ClassVar[list] = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        with torch.no_grad():
+            with model.disable_adapter():
+                without = model(**inputs).loss
+            for layer in layers_of(model).values():
+                layer.set_adapter("reference")
+            other = model(**inputs).loss
+            for layer in layers_of(model).values():
+                layer.set_adapter("default")
+        loss = model(**inputs).loss
+        self.said.append([each.item() for each in (without, other, loss)])
+        return loss
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_a_reference_is_not_perturbed(tmp_path, variant):
+    found = {}
+    for rho in (0.0, 2.0):
+        model, rows = without_dropout(bert), Rows()
+        model.add_adapter("reference", lora(modules_to_save=None, lora_dropout=0.0))
+        for name, param in model.named_parameters():
+            param.requires_grad_(".default." in name)
+        WithReference.said = found[rho] = []
+        args = arguments(tmp_path, variant, rho=rho)
+        WithReference(model, args, train_dataset=rows, data_collator=rows.collate).train()
+    differ = [[a != b for a, b in zip(*pair, strict=True)] for pair in zip(found[0.0], found[2.0], strict=True)]
+    # What is trained moves the classifier, too: the first step with a perturbation is the last one at which all is equal but that.
+    first = next(i for i, each in enumerate(differ) if any(each))
+    assert differ[first] == [False, False, True]

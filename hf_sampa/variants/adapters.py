@@ -30,6 +30,7 @@ class Adapters(Part):
 
     def __init__(self):
         self.layers: dict[str, nn.Module] = {}
+        self._active: dict[str, list[str]] = {}  # adapters by layer, when the run began
 
     def own(self, model: nn.Module, seed: int) -> nn.Module | None:
         """New weights of its own, which the base optimizer is to hold beside those of `model`; None: it has none."""
@@ -37,6 +38,7 @@ class Adapters(Part):
     def bind(self, model: nn.Module, names: Sequence[str], params: Sequence[Tensor]) -> None:
         if self.adds:
             self.layers = adapted_layers(model)
+            self._active = {name: list(each.active_adapters) for name, each in self.layers.items()}
 
     def begin(self, rho: float) -> None:
         """Before a step: weights of its own may be brought to where they are to be."""
@@ -46,13 +48,25 @@ class Adapters(Part):
         """Within the block, of the passes of a step, layers with adapters add what `__call__` says. Nothing is left on the model."""
         with ExitStack() as hooks:
             for name, layer in self.layers.items():
-                hooks.callback(layer.register_forward_hook(partial(self._add, name, rho, now)).remove)
+                hook = layer.register_forward_hook(partial(self._add, name, rho, now), with_kwargs=True)
+                hooks.callback(hook.remove)
             yield
 
     def _add(
-        self, name: str, rho: float, now: Moment, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor
+        self,
+        name: str,
+        rho: float,
+        now: Moment,
+        layer: nn.Module,
+        inputs: tuple[Any, ...],
+        named: dict[str, Any],
+        output: Tensor,
     ) -> Tensor:
-        return output + self(name, inputs[0], output.dtype, rho, now)
+        # A pass of the model without its adapters, or with those of a reference, as TRL's DPOTrainer takes one, is not of what is trained.
+        if layer.disable_adapters or list(layer.active_adapters) != self._active[name]:
+            return output
+        x = inputs[0] if inputs else named["x"]
+        return output + self(name, x, output.dtype, rho, now)
 
     def __call__(self, name: str, x: Tensor, dtype: torch.dtype, rho: float, now: Moment) -> Tensor:
         """What the layer of this name adds to its output ``(..., out)``, in `dtype`, for its input ``(..., in)``."""
@@ -151,7 +165,7 @@ def _merged(layer: nn.Module) -> Tensor:
     base = layer.get_base_layer()
     weight = _dequantized(base).float()
     weight = weight if isinstance(base, nn.Linear) else weight.T
-    for adapter in layer.active_adapters:
+    for adapter in layer.active_adapters:  # which are those of `_add`
         if adapter in layer.lora_A:
             product = layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight
             weight = torch.add(weight, product, alpha=layer.scaling[adapter])
