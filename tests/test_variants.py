@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import default_collate
-from transformers import PreTrainedConfig, Trainer
+from transformers import PreTrainedConfig, Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_sampa import SAMPaTrainer
@@ -218,6 +218,22 @@ def test_a_variant_of_samples_or_losses_in_parallel(tmp_path, case):
     batches = batches_in_order(trainer.train_dataset, 4, STEPS + 1)
     reference(loss, args.rho, args.lmbda, *more, model, plain.optimizer, plain.lr_scheduler, batches)
     assert_equal(trainer.model, model)
+
+
+@pytest.mark.parametrize("name", [name for name, each in VARIANTS.items() if "sampa" in each.timings])
+def test_a_look_at_the_look_ahead_s_error_leaves_nothing(tmp_path, name):
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            looks.append(trainer.lookahead_error())
+
+    found, looks = [], []
+    for callbacks in ([], [Look()]):
+        args = tiny.arguments(tmp_path, variant=name, method="sampa", max_steps=5, learning_rate=1e-2)
+        trainer = SAMPaTrainer(model=Net(), args=args, train_dataset=tiny.images(18), callbacks=callbacks)
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    assert len(looks) == 5
+    assert tiny.differing(*found) == []
 
 
 @pytest.mark.parametrize("method", ["sam", "sampa"])

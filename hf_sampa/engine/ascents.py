@@ -265,45 +265,44 @@ class SlopeAscents(Ascents):
 
     def __init__(self, engine: SAMPa):
         super().__init__(engine)
-        self._coming: list[Any] = []  # micro-batches that g_{t+1} is of
-        self._loaded: list[Tensor] | None = None
+        self._coming: list[Any] = []  # micro-batches that g_{t+1} is of,
+        self._slopes: list[Tensor] = []  # and theirs
 
     def begin(self, batch: Batch) -> None:
-        for micro_batch, slope in zip(batch, self._slopes(), strict=True):
+        for micro_batch, slope in zip(batch, self._slopes, strict=True):
             micro_batch.slope = slope
 
     def expect(self, batch: Batch) -> None:
-        self._coming, self._loaded = list(batch), None
+        self._coming = list(batch)
 
     def hand_over(self) -> None:
-        mesh, device = self.engine.exchange.mesh, self.engine.params[0].device
-        if not mesh.paired:
+        perturbs = Role.LOOKAHEAD not in self.engine.roles
+        self._slopes = [] if perturbs else [each.slope for each in self._coming]
+        if not self.engine.exchange.mesh.paired:
             return
-        perturbs = Role.PERTURBED in self.engine.roles
+        device = self.engine.params[0].device
         shapes = torch.zeros(len(self._coming), MOST_DIMENSIONS, dtype=torch.int64)
-        for row, slope in zip(shapes, [] if perturbs else self._slopes(), strict=False):
+        for row, slope in zip(shapes, self._slopes, strict=False):
             row[: slope.ndim] = torch.tensor(slope.shape)
         shapes = shapes.to(device)
         self._move(shapes, perturbs)
-        for micro_batch, shape in zip(self._coming, shapes.tolist(), strict=True):
-            if perturbs:
-                micro_batch.slope = torch.empty([size for size in shape if size], device=device)
-            self._move(micro_batch.slope.contiguous(), perturbs)
+        if perturbs:
+            sizes = ([size for size in shape if size] for shape in shapes.tolist())
+            self._slopes = [torch.empty(each, device=device) for each in sizes]
+        for slope in self._slopes:
+            self._move(slope.contiguous(), perturbs)
 
     def _move(self, tensor: Tensor, perturbs: bool) -> None:
         exchange, flat = self.engine.exchange, tensor.view(-1)
         exchange.start(partial(exchange.transfer, *((None, flat) if perturbs else (flat, None))))
         exchange.finish()
 
-    def _slopes(self) -> list[Tensor]:
-        return [each.slope for each in self._coming] if self._loaded is None else self._loaded
-
     def carried(self) -> dict[str, Tensor]:
-        return {f"slope@{j}": slope for j, slope in enumerate(self._slopes())}
+        return {f"slope@{j}": slope for j, slope in enumerate(self._slopes)}
 
     def take_up(self, carried: dict[str, Tensor]) -> None:
         device = self.engine.params[0].device
-        self._loaded = [carried[f"slope@{j}"].to(device) for j in range(len(carried))]
+        self._slopes = [carried[f"slope@{j}"].to(device) for j in range(len(carried))]
 
 
 def ascents_of(recipe: Recipe) -> type[Ascents]:

@@ -120,7 +120,9 @@ class SAMPa(SharpnessAware):
         self.ascents.expect(next_batch)
         self._prepare(ascent)
         if self.one_pass and self.one_pass.on:
-            return self.one_pass.two_gradients(ascent, batch, next_batch, backward)
+            found = self.one_pass.two_gradients(ascent, batch, next_batch, backward)
+            self.ascents.hand_over()
+            return found
         if Role.PERTURBED in self.roles:
             # x~_t = x_t + eps_t, g~_t = grad f(x~_t; B_t)
             found[Role.PERTURBED] = self.ascents.perturbed(ascent, batch, backward)
