@@ -152,8 +152,7 @@ class Run:
 
     def to_log(self) -> dict[str, float]:
         """Means over the steps since the last line, and how many steps of the run were the base optimizer's alone, if any were to be."""
-        plain = min(self.steps.start, self.trainer.state.global_step)
-        return {**self.means.take(), **({"plain_steps": plain} if plain else {})}
+        return {**self.means.take(), **({"plain_steps": self.plain_steps} if self.plain_steps else {})}
 
     # ---- The stream ----
 
@@ -219,6 +218,11 @@ class Run:
         return samples + [{}] * (num_batches - len(samples)), None
 
     # ---- Where it is ----
+
+    @property
+    def plain_steps(self) -> int:
+        """How many of its steps so far were the base optimizer's alone."""
+        return min(self.steps.start, self.trainer.state.global_step)
 
     @property
     def begun(self) -> bool:

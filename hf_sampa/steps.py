@@ -125,6 +125,19 @@ class Steps:
             or any(_is_short(each) for each in trainer.model.parameters()),
         )
 
+    def go_on(self, plain: int | None, step: int) -> None:
+        """Go on after `step` steps, of which `plain` were the base optimizer's alone; None: as many as the settings say.
+
+        Sharpness-aware steps that have begun go on, whatever the settings say by now.
+        """
+        asked, plain = self.start, min(self.start, step) if plain is None else plain
+        self.start = plain if plain < step else max(asked, step)
+        if self.start != asked:
+            logger.warning(
+                f"sampa_start: by {self.trainer.args.sampa_start:g} steps would be sharpness-aware from step {asked + 1} on. In this run they are "
+                f"so from step {self.start + 1} on, because of the steps before the checkpoint."
+            )
+
     def close(self) -> None:
         """Take everything off model and optimizer, and let go of the engine and its buffers."""
         self.engine.close()
@@ -188,10 +201,10 @@ class Steps:
         (*others, last), counts = batch, ", ".join(sorted(self.collected.changed))
         # A rest of an epoch may be too small to be shared out.
         whole = len(others) % 2 == 0 and last.halves is None and last.size >= self.trainer._train_batch_size
-        if whole:
+        if whole and self.engine.exchange.mesh.paired:
             logger.warning(
-                f"Step {batch.update + 1}: its last micro-batch cannot be shared out, as it is one sample, or no dict that a collator makes of "
-                "samples of a dataset with a length: before sampa_start one half of a pair takes such a micro-batch whole, and the other waits. "
+                f"Step {batch.update + 1}: its last micro-batch cannot be shared out. It is one sample, or no dict that a collator makes of "
+                "samples of a dataset with a length. Before sampa_start one half of a pair takes such micro-batches whole, and the other waits. "
                 "To share batches out, halve per_device_train_batch_size and double gradient_accumulation_steps."
             )
         elif counts:

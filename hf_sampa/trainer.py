@@ -545,6 +545,12 @@ class SAMPaMixin(ExactEvalLoss, WithCard, WithDiagnostics):
         """From the batch to the update, without evaluation, saving and callbacks; None before the first step."""
         return None if self._run is None else self._run.clock.mean
 
+    def first_sharp_step(self) -> int:
+        """t of the run's first sharpness-aware step; so many steps come before it."""
+        if self._run is None or self._run.steps is None:
+            return self.args.first_sharp_step(self.state.max_steps)
+        return self._run.steps.start
+
     def unlogged_means(self) -> dict[str, float]:
         """Means over the steps since the last log line, by the names that they are logged under."""
         return self._run.means.means() if self._run else {}

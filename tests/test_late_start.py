@@ -157,13 +157,12 @@ def test_halves_are_made_by_the_collator(tmp_path, workers):
     assert not trainer._run.loader.collate_fn.in_halves
 
 
-def test_a_batch_that_is_not_shared_out_is_told_once(tmp_path, caplog):
+def test_one_process_shares_nothing_out_and_says_nothing(tmp_path, caplog):
     args = tiny.arguments(tmp_path, sampa_start=2, max_steps=3)
     trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.Stream(16))
     with tiny.transformers_log(caplog):
         trainer.train()
-    (told,) = {each for each in caplog.messages if "shared out" in each}
-    assert told.removeprefix("[RANK 0] ").startswith("Step 1: its last micro-batch cannot be shared out")
+    assert not any("shared out" in each for each in caplog.messages)
 
 
 # ---- What it refuses and says ----
@@ -245,27 +244,41 @@ def test_a_changed_start_is_told_when_a_run_goes_on(tmp_path):
     assert any("sampa_start" in sentence for sentence in trainer.continued)
 
 
-@pytest.mark.parametrize("later", [{"sampa_start": 6}, {"sampa_start": 0.5, "max_steps": 14}])
-def test_a_run_that_goes_on_with_a_later_start_takes_its_ascent_gradient_anew(tmp_path, later):
-    """One batch per epoch, so that no fingerprint tells a g_t that is not the batch's."""
-    settings = {"max_steps": 8, "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 4}
-    tiny.run(tmp_path, tiny.bert(), tiny.sentences(4), **{**settings, "sampa_start": 2})
-    norms = []
-    for forgets in (False, True):
-        args = tiny.arguments(tmp_path / "out", **{**settings, **later})
-        trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(4))
-        first = trainer.args.first_sharp_step(args.max_steps)
-
-        def forget(trainer=trainer, first=first):
-            if trainer.state.global_step == first:
-                trainer.sampa.forget()
-
-        if forgets:
-            trainer.add_callback(tiny.Each(forget))
+@pytest.mark.parametrize(
+    ("changes", "plain", "asked"),
+    [({"sampa_start": 6}, 2, 7), ({"sampa_start": 0.5, "max_steps": 14}, 2, 8), ({"sampa_start": 1}, 2, 2)],
+    ids=["later", "later, as the run is longer", "earlier than it was"],
+)
+def test_sharpness_aware_steps_that_have_begun_go_on(tmp_path, caplog, changes, plain, asked):
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
+    whole = tiny.run(tmp_path, tiny.bert(), tiny.sentences(16), sampa_start=2, **settings)
+    args = tiny.arguments(tmp_path / "out", **{**settings, **changes})
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+    with tiny.transformers_log(caplog):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-        lines = [line for line in trainer.state.log_history if "ascent_grad_norm" in line and line["step"] > 4]
-        norms.append(lines[0]["ascent_grad_norm"])
-    assert norms[0] == norms[1]
+    told = {each.removeprefix("[RANK 0] ") for each in caplog.messages if "sampa_start: by" in each}
+    assert told == {
+        f"sampa_start: by {changes['sampa_start']:g} steps would be sharpness-aware from step {asked} on. In this run they are so "
+        f"from step {plain + 1} on, because of the steps before the checkpoint."
+    }
+    lines = [line for line in trainer.state.log_history if "loss" in line and line["step"] > 4]
+    assert {line["plain_steps"] for line in lines} == {plain} and all("sharpness" in line for line in lines)
+    if "max_steps" not in changes:
+        assert tiny.differing(whole["weights"], dict(trainer.model.named_parameters())) == []
+    trainer.create_model_card()
+    assert f"- sharpness-aware from step {plain + 1} on;" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_steps_that_were_plain_stay_so_where_the_start_comes_earlier(tmp_path):
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "logging_steps": 1}
+    tiny.run(tmp_path, tiny.bert(), tiny.sentences(16), sampa_start=6, **settings)
+    args = tiny.arguments(tmp_path / "out", sampa_start=2, **settings)
+    trainer = SAMPaTrainer(model=tiny.bert(), args=args, train_dataset=tiny.sentences(16))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["plain_steps"] for line in lines] == [1, 2, 3, 4, 4, 4, 4, 4]
+    trainer.create_model_card()
+    assert "- sharpness-aware from step 5 on;" in (tmp_path / "out" / "README.md").read_text()
 
 
 class OneFeature(torch.nn.Module):

@@ -203,7 +203,7 @@ def test_where_it_would_be_another_step_passes_are_taken_in_turn(tmp_path, caplo
     with caplog.at_level(logging.WARNING):
         trainer, others, _ = run(tmp_path / "at once", model(), True)
     assert not one_pass(trainer).on and why in one_pass(trainer).why
-    assert caplog.text.count("concurrent: both gradients of a step cannot be taken in one pass here, for") == 1
+    assert caplog.text.count("concurrent: both gradients of a step cannot be taken in one pass here, because") == 1
     assert all(torch.equal(others[name], each) for name, each in weights.items())
 
 
@@ -211,7 +211,7 @@ def test_variants_of_more_gradients_take_passes_in_turn(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer, others, _ = run(tmp_path / "at once", bert(), True, variant="msam")
     _, weights, _ = run(tmp_path / "in turn", bert(), False, variant="msam")
-    assert "for this variant takes more than two gradients. They are taken in turn" in caplog.text
+    assert "because this variant takes more than two gradients. They are taken in turn" in caplog.text
     assert all(torch.equal(others[name], each) for name, each in weights.items())
 
 

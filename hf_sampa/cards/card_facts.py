@@ -153,7 +153,7 @@ def _plain_steps(trainer: Trainer) -> int:
     """How many steps come before the first sharpness-aware one; 0 of the baseline, which has none."""
     if trainer.args.method == "adamw" or trainer.state.max_steps <= 0:
         return 0
-    return trainer.args.first_sharp_step(trainer.state.max_steps)
+    return trainer.first_sharp_step()
 
 
 def _radius(trainer: Trainer) -> str:

@@ -117,6 +117,7 @@ def _progress(run: Run) -> dict[str, Any]:
     return {
         "continued": trainer.continued,
         "evaluations": plain(bound(trainer, trainer._card.evaluations), trainer.state.log_history),
+        "plain_steps": run.plain_steps,
         "skipped": {"steps": engine.skipped_steps, "in_a_row": engine.skipped_in_a_row},
         "unlogged": unlogged,
         "moving": sorted(engine.forward_state.moving),

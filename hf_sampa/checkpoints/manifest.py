@@ -133,6 +133,7 @@ class Manifest:
         computation: all that decides what is computed, as the card says it.
         continued: sentences on earlier parts of the run.
         evaluations: results so far.
+        plain_steps: how many of the steps so far were the base optimizer's alone; None where that was not kept.
         moving: names of buffers that forward moves; None where it was not known yet.
         weights: which were saved.
         kept: "weights", where nothing else was.
@@ -151,6 +152,7 @@ class Manifest:
     computation: dict[str, str] | None = None
     continued: list[str] = field(default_factory=list)
     evaluations: list[Evaluated] = field(default_factory=list)
+    plain_steps: int | None = None
     moving: list[str] | None = None
     weights: Weights | None = None
     kept: str | None = None

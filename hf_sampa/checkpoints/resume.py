@@ -144,6 +144,7 @@ class Resume:
         trainer.continued = [*found.continued, *self._other_settings(folder, found), *self._other_files(folder)]
         trainer._card.evaluations = [Evaluation(**vars(each)) for each in found.evaluations]
         run.engine.skipped_steps, run.engine.skipped_in_a_row = found.skipped.steps, found.skipped.in_a_row
+        run.steps.go_on(found.plain_steps, trainer.state.global_step)
         self.unlogged = asdict(found.unlogged)
         self._load_beside(folder, found)
         if not args.ignore_data_skip:

@@ -169,7 +169,6 @@ class SAMPa(SharpnessAware):
 
     def _plain_gradient(self, batch: Batch, backward: Backward) -> Pass:
         """grad f(x_t; B_t), of which each half of a pair takes a part, on its half of B_t; one process takes both in turn."""
-        self.forget()  # a run that is resumed with a later start brings one
         first, second = self.samples.halves(batch)
         paired, found = self.exchange.mesh.paired, {}
         for bucket in self.placement.landed if paired else ():

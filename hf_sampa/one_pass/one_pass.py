@@ -209,7 +209,7 @@ class OnePass:
     def _give_up(self, why: str) -> None:
         self.on, self.why = False, why
         logger.warning(
-            "concurrent: both gradients of a step cannot be taken in one pass here, for %s. They are taken in turn.",
+            "concurrent: both gradients of a step cannot be taken in one pass here, because %s. They are taken in turn.",
             why,
         )
 

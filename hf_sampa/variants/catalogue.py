@@ -15,6 +15,7 @@ from .recipe import Recipe
 # Why a variant has one timing only.
 SKIPS = "a pair takes both gradients at once in every step, so that leaving one out saves no time"
 NO_ASCENT = "it has no ascent gradient that a second process could take"
+ONE_GRADIENT = "it takes one gradient in a step, so that there is none for a second process"
 ONE_BATCH = "both of its gradients must be those of the same tensors, but g_{t+1} is of others"
 PAIRED = "SAMPa's two gradients of one batch are what it must not have"
 BY_LOSSES = "its choice of samples rests on losses that one process of a pair would have to wait for the other to tell"

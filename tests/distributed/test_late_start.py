@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from functools import partial
 
 import pytest
@@ -191,3 +193,21 @@ def test_two_roles_of_one_shard_are_the_unsharded_pair(tmp_path):
     for found in run_ranks(of_four_samples, 2, tmp_path, {**settings, **sharded.FSDP}, folder=tmp_path / "shard"):
         pair = [{**each, "shards": None, "logs": tiny.without_cosine(each["logs"])} for each in (found, whole[0])]
         assert tiny.differing(*pair) == []
+
+
+def told(folder) -> list[str]:
+    lines, logger = io.StringIO(), logging.getLogger("hf_sampa")
+    handler = logging.StreamHandler(lines)
+    logger.addHandler(handler)
+    tiny.run(folder, tiny.bert(), tiny.Stream(16), sampa_start=2, max_steps=3)
+    logger.removeHandler(handler)
+    return [each for each in lines.getvalue().splitlines() if "shared out" in each]
+
+
+def test_a_batch_that_is_not_shared_out_is_told_once(tmp_path):
+    of_first, of_other = run_ranks(told, 2, tmp_path / "out", folder=tmp_path)
+    assert len(of_first) == 1 and not of_other
+    assert (
+        "Step 1: its last micro-batch cannot be shared out. It is one sample, or no dict that a collator"
+        in of_first[0]
+    )
