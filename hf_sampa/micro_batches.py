@@ -154,9 +154,12 @@ class MicroBatches:
         with self._undivided():
             if not self._needs_logits:
                 return own(model, inputs, *args, **kwargs)
-            given = inspect.signature(own).bind(model, inputs, *args, **kwargs).arguments
-            wanted = given.get("return_outputs", False)
-            loss, outputs = own(**{**given, "return_outputs": True})
+            given = inspect.signature(own).bind(model, inputs, *args, **kwargs)
+            places = given.arguments if "return_outputs" in given.signature.parameters else kwargs
+            wanted, places["return_outputs"] = places.get("return_outputs", False), True
+            loss, outputs = (
+                own(*given.args, **given.kwargs) if places is not kwargs else own(model, inputs, *args, **kwargs)
+            )
         engine = self.steps.engine
         now, ascent = engine.now(micro_batch), role is Role.LOOKAHEAD
         loss = recipe_loss(engine.recipe.loss, loss, outputs, micro_batch, ascent, now)

@@ -296,16 +296,19 @@ class SAMPaMixin(ExactEvalLoss, WithCard, WithDiagnostics):
 
     def _train_auxiliary(self) -> None:
         """Let the base optimizer hold weights that the recipe has of its own, new in every run, in the place of those of a run before."""
-        group, before = self.optimizer.param_groups[0], vars(self).pop(OWN, None)
+        groups, before = self.optimizer.param_groups, vars(self).pop(OWN, None)
         for param in () if before is None else before.parameters():
-            group["params"] = [each for each in group["params"] if each is not param]
+            for group in groups:
+                group["params"] = [each for each in group["params"] if each is not param]
             self.optimizer.state.pop(param, None)
         recipe = self._recipe or self.args.recipe()
         if self.is_fsdp_enabled:  # accelerate is to shard what the optimizer holds, and knows the model's alone
             recipe.check_shards(1)
         if (own := recipe.adapters.own(self.model, self.args.seed)) is not None:
             setattr(self, OWN, own.to(self.args.device))
-            group["params"] += own.parameters()
+            of_adapters = {id(param) for name, param in self.model.named_parameters() if "lora_" in name}
+            with_adapters = (each for each in groups if any(id(param) in of_adapters for param in each["params"]))
+            next(with_adapters, groups[0])["params"] += own.parameters()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """Upstream's names no file where one holds something else than it expects."""

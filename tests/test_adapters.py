@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 from torch import nn
@@ -158,7 +158,7 @@ def assert_moved_by_the_variant(folder, variant, make, expected):
 def bi_lora(model, auxiliary, rows, args):
     """Eq. 9 and 10, with a second adapter of peft's own, named "second", of scaling 1."""
     for name, layer in layers_of(model).items():
-        pair = auxiliary[name.replace(".", "|")]
+        pair = auxiliary["|" + name.replace(".", "|")]
         layer.lora_A["second"].weight.data.copy_(pair.A)
         layer.lora_B["second"].weight.data.copy_(pair.B)
         layer.set_adapter(["default", "second"])
@@ -279,6 +279,12 @@ def test_an_optimizer_of_the_user_is_given_them(tmp_path):
     assert len(moved) == 6 and all(moved)
 
 
+def merged_bert():
+    model = bert()
+    model.merge_adapter()
+    return model
+
+
 def conv():
     model = ResNetForImageClassification(
         ResNetConfig(num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=2)
@@ -291,11 +297,17 @@ def conv():
     ("make", "settings", "words"),
     [
         (tiny.bert_of_three_layers, {}, "a model with LoRA adapters, which this variant is about, got none"),
+        (merged_bert, {}, "LoRA adapters on linear layers, got .*, whose adapters are merged"),
+        (
+            lambda: bert(AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query"], total_step=9)),
+            {},
+            "whose adapter is a peft",
+        ),
         (conv, {}, "LoRA adapters on linear layers, got .*, a Conv2d"),
         (bert, {"torch_compile": True}, "torch_compile: expected a model that is not compiled"),
-        (bert, {"method": "sampa"}, "method: .* has no ascent gradient"),
+        (bert, {"method": "sampa"}, "method: .* because it takes one gradient in a step"),
     ],
-    ids=["no adapters", "convolution", "compiled", "sampa"],
+    ids=["no adapters", "merged", "AdaLoRA", "convolution", "compiled", "sampa"],
 )
 def test_what_it_cannot_be_is_refused(tmp_path, variant, make, settings, words):
     rows = Rows()
@@ -388,3 +400,62 @@ def test_a_reference_is_not_perturbed(tmp_path, variant):
     # What is trained moves the classifier, too: the first step with a perturbation is the last one at which all is equal but that.
     first = next(i for i, each in enumerate(differ) if any(each))
     assert differ[first] == [False, False, True]
+
+
+class ByKeyword(nn.Module):
+    """Calls its layer by keyword; a second layer has an adapter that is not active."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.values, self.other = nn.Linear(64, 8), nn.Linear(64, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, pixel_values, labels=None):
+        x = pixel_values.flatten(1)
+        logits = self.head(self.values(x=x) + self.other(x=x))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def by_keyword():
+    model = get_peft_model(ByKeyword(), LoraConfig(r=2, target_modules=["values"]))
+    model.add_adapter("unused", LoraConfig(r=2, target_modules=["other"]))
+    return model
+
+
+@pytest.mark.parametrize("variant", NAMES)
+def test_layers_called_by_keyword_and_inactive_adapters(tmp_path, variant):
+    args = arguments(tmp_path, variant, rho=1.0)
+    trainer = SAMPaTrainer(by_keyword(), args, train_dataset=tiny.images(16))
+    trainer.train()
+    assert [name.rpartition(".")[2] for name in trainer.sampa.recipe.adapters.layers] == ["values"]
+
+
+def test_a_radius_that_grows_from_zero_does_not_stop_the_adversary(tmp_path):
+    def warm_up():
+        trainer.args.rho = 0.0 if trainer.state.global_step < 2 else 0.5
+
+    trainer = SAMPaTrainer(
+        bert(),
+        arguments(tmp_path, "bi_lora", rho=0.0, optim="sgd", learning_rate=1.0),
+        train_dataset=(rows := Rows()),
+        data_collator=rows.collate,
+        callbacks=[tiny.Each(warm_up)],
+    )
+    trainer.train()
+    assert all(pair.A.abs().max() > 0 and pair.B.abs().max() > 0 for pair in trainer.auxiliary_adapters.values())
+
+
+def test_the_auxiliary_adapters_are_in_the_group_of_the_adapters(tmp_path):
+    model, rows = bert(), Rows()
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    groups = [
+        {"params": [param for name, param in trained.items() if "lora_" not in name], "lr": 0.0},
+        {"params": [param for name, param in trained.items() if "lora_" in name], "lr": 0.1},
+    ]
+    args = arguments(tmp_path, "bi_lora")
+    trainer = SAMPaTrainer(model, args, train_dataset=rows, optimizers=(torch.optim.SGD(groups), None))
+    trainer.data_collator = rows.collate
+    trainer.train()
+    assert len(trainer.optimizer.param_groups[0]["params"]) == 2
+    assert all(pair.B.abs().max() > 0 for pair in trainer.auxiliary_adapters.values())

@@ -9,13 +9,14 @@ from torch.utils.data import default_collate
 from transformers import PreTrainedConfig, Trainer, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_sampa import SAMPaTrainer
+from hf_sampa import SAMPaMixin, SAMPaTrainer
 from hf_sampa.functional import global_norm
 from hf_sampa.variants import VARIANTS, Recipe, When
 from hf_sampa.variants.masks import ImportantTensors
 from hf_sampa.variants.parts import Moment
 from tests import tiny
 from tests import variants_reference as serial
+from tests.ranks import run_ranks
 
 
 STEPS = 9
@@ -351,6 +352,105 @@ def test_functional_sam_keeps_what_of_a_loss_is_not_made_of_the_logits(tmp_path)
         for name, own in {"functional_sam": {"rho": 0.0}, "rst": {"variant_args": {"p": 0.0}}}.items()
     ]
     assert_equal(runs[0].model, runs[1].model, rtol=1e-5, atol=1e-7)
+
+
+class WithATerm(SAMPaTrainer):
+    """Above the mixin."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return loss + outputs["logits"].square().mean()
+
+
+class Twice(SAMPaTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, **kwargs) + super().compute_loss(model, inputs, **kwargs)
+
+
+class OfOutputs(SAMPaTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return nn.functional.cross_entropy(outputs["logits"], inputs["labels"])
+
+
+def test_a_term_that_a_trainer_adds_has_its_own_gradient(tmp_path):
+    """At a tiny radius functional_sam is SAM."""
+    found = []
+    for variant in ("functional_sam", "sam"):
+        args = tiny.arguments(
+            tmp_path, variant=variant, method="sam", rho=1e-6, max_steps=4, optim="sgd", learning_rate=0.1
+        )
+        trainer = WithATerm(model=Net(), args=args, train_dataset=tiny.images(18))
+        trainer.train()
+        found.append(trainer.model)
+    assert_equal(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "words"),
+    [
+        (Twice, Net, r"expected one call of super\(\)\.compute_loss\(\) in a pass"),
+        (OfOutputs, Net, "got one that is made of the outputs alone"),
+        (SAMPaTrainer, lambda: TwoLogits(), "or several tensors that might be logits"),
+    ],
+)
+def test_functional_sam_refuses_what_it_cannot_follow(tmp_path, kind, model, words):
+    args = tiny.arguments(tmp_path, variant="functional_sam", max_steps=2)
+    with pytest.raises(ValueError, match=words):
+        kind(model=model(), args=args, train_dataset=tiny.images(18)).train()
+
+
+class TwoLogits(Net):
+    """As for the start and the end of an answer, in a tuple."""
+
+    def forward(self, pixel_values, labels=None):
+        found = super().forward(pixel_values, labels)
+        other = found.logits * 2
+        return found.loss + nn.functional.cross_entropy(other, labels), found.logits, other
+
+
+def run_with_some_labels(folder):
+    """Of some micro-batches no label counts."""
+    data = tiny.tagged_sentences(24)
+    for i in (4, 5, 6, 7, 12, 13, 14, 15):
+        data[i] = {**data[i], "labels": torch.full((8,), -100)}
+    settings = {"gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential", "max_steps": 4}
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    return tiny.run(folder, tiny.token_bert(), data, variant="functional_sam", **settings, **saves)
+
+
+def test_functional_sam_without_a_label_in_a_micro_batch(tmp_path):
+    one = tiny.comparable(run_with_some_labels(tmp_path / "one"))
+    for found in run_ranks(run_with_some_labels, 2, tmp_path / "two", folder=tmp_path):
+        assert tiny.differing(tiny.comparable(found), one) == []
+
+
+class Below(Trainer):
+    """Takes what it does not name, as most users' trainers do."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        assert "kwargs" not in kwargs
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+
+class NamesNothing(Trainer):
+    def compute_loss(self, *args, **kwargs):
+        assert "args" not in kwargs and "kwargs" not in kwargs
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("below", [Below, NamesNothing])
+@pytest.mark.parametrize("name", ["functional_sam", "bisam"])
+def test_a_compute_loss_below_takes_what_it_likes(tmp_path, name, below):
+    class Mine(SAMPaMixin, below): ...
+
+    args = tiny.arguments(tmp_path, variant=name, max_steps=3)
+    found = []
+    for kind in (Mine, SAMPaTrainer):
+        trainer = kind(model=Net(), args=args, train_dataset=tiny.images(18))
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    assert tiny.differing(*found) == []
 
 
 def test_adasam_needs_an_optimizer_with_amsgrad(tmp_path):

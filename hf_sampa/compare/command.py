@@ -87,8 +87,8 @@ def compare(comparison: Comparison, root: Path, jobs: int | None = None, run: bo
     """Carry out what is not done yet, and write the report into `root`; how many runs failed."""
     executor, shared = Executor(comparison.script, root), slots(jobs, _processes(comparison.launch))
     if run:
-        with held(root / ".prepare.held") as inherited:
-            _prepare(comparison, root, inherited)
+        with held(root / ".prepare.held"):
+            _prepare(comparison, root)
 
     def try_out(runs: Sequence[Run]) -> None:
         if run:
@@ -156,7 +156,7 @@ def _processes(launch: str) -> int:
     return int(yaml.safe_load(configurations()[launch].read_text(encoding="utf-8"))["num_processes"])
 
 
-def _prepare(comparison: Comparison, root: Path, inherited: tuple[int, ...]) -> None:
+def _prepare(comparison: Comparison, root: Path) -> None:
     """Commands that make what the runs need; each once. Raises ValueError for one that fails."""
     done_file, here = root / "prepared.json", str(Path.cwd())
     done = read_json(done_file) if done_file.exists() else []
@@ -166,7 +166,7 @@ def _prepare(comparison: Comparison, root: Path, inherited: tuple[int, ...]) -> 
         words = shlex.split(line)
         words = [sys.executable, *words[1:]] if words[0] == "python" else words
         try:
-            code = subprocess.run(words, stdin=subprocess.DEVNULL, pass_fds=inherited).returncode
+            code = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
         except OSError as error:
             raise ValueError(f"prepare: expected a command that can be started, got: {line}: {error}") from error
         if code:

@@ -24,7 +24,7 @@ SECONDS_BETWEEN_LOOKS = 0.5  # at what another process is at
 def held(file: Path, ending: Callable[[], bool] = lambda: False) -> Iterator[tuple[int, ...]]:
     """Within the block no other call has this `file`: waits for the one that has it, unless all is `ending`.
 
-    Gives file descriptors to pass on: a process that has them holds the file, too, as it does when this one is killed.
+    Gives file descriptors to pass on: a process that has them, as a launcher, holds the file, too, also when this one is killed.
     """
     if fcntl is None:
         yield ()

@@ -265,31 +265,32 @@ class SlopeAscents(Ascents):
 
     def __init__(self, engine: SAMPa):
         super().__init__(engine)
-        self._coming: list[Any] = []  # micro-batches that g_{t+1} is of,
-        self._slopes: list[Tensor] = []  # and theirs
+        self._coming: list[Any] = []  # micro-batches that g_{t+1} is of
+        self._slopes: dict[int, Tensor] = {}  # theirs, but for those without a label that counts
 
     def begin(self, batch: Batch) -> None:
-        for micro_batch, slope in zip(batch, self._slopes, strict=True):
-            micro_batch.slope = slope
+        for j, micro_batch in enumerate(batch):
+            micro_batch.slope = self._slopes.get(j)
 
     def expect(self, batch: Batch) -> None:
         self._coming = list(batch)
 
     def hand_over(self) -> None:
         perturbs = Role.LOOKAHEAD not in self.engine.roles
-        self._slopes = [] if perturbs else [each.slope for each in self._coming]
+        found = [] if perturbs else [each.slope if each.counts else None for each in self._coming]
+        self._slopes = {j: slope for j, slope in enumerate(found) if slope is not None}
         if not self.engine.exchange.mesh.paired:
             return
         device = self.engine.params[0].device
         shapes = torch.zeros(len(self._coming), MOST_DIMENSIONS, dtype=torch.int64)
-        for row, slope in zip(shapes, self._slopes, strict=False):
-            row[: slope.ndim] = torch.tensor(slope.shape)
+        for j, slope in self._slopes.items():
+            shapes[j, : slope.ndim] = torch.tensor(slope.shape)
         shapes = shapes.to(device)
         self._move(shapes, perturbs)
         if perturbs:
-            sizes = ([size for size in shape if size] for shape in shapes.tolist())
-            self._slopes = [torch.empty(each, device=device) for each in sizes]
-        for slope in self._slopes:
+            sizes = enumerate([size for size in shape if size] for shape in shapes.tolist())
+            self._slopes = {j: torch.empty(shape, device=device) for j, shape in sizes if shape}
+        for slope in self._slopes.values():
             self._move(slope.contiguous(), perturbs)
 
     def _move(self, tensor: Tensor, perturbs: bool) -> None:
@@ -298,11 +299,11 @@ class SlopeAscents(Ascents):
         exchange.finish()
 
     def carried(self) -> dict[str, Tensor]:
-        return {f"slope@{j}": slope for j, slope in enumerate(self._slopes)}
+        return {f"slope@{j}": slope for j, slope in self._slopes.items()}
 
     def take_up(self, carried: dict[str, Tensor]) -> None:
         device = self.engine.params[0].device
-        self._slopes = [carried[f"slope@{j}"].to(device) for j in range(len(carried))]
+        self._slopes = {int(name.partition("@")[2]): slope.to(device) for name, slope in carried.items()}
 
 
 def ascents_of(recipe: Recipe) -> type[Ascents]:

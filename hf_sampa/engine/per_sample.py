@@ -156,9 +156,9 @@ def logits_of(outputs: Any) -> Any:
 
 def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch, ascent: bool, now: Moment) -> Tensor:
     """What the recipe makes of the trainer's own loss; keeps that and the logits on `micro_batch`."""
-    logits, labels = logits_of(outputs), micro_batch.inputs.get("labels")
     if part.keeps_slope:
-        return _with_slope(loss, logits, micro_batch, ascent)
+        return _with_slope(loss, outputs, micro_batch, ascent)
+    logits, labels = logits_of(outputs), micro_batch.inputs.get("labels")
     check_classes(logits, labels)
     micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
     labels = labels.to(logits.device)
@@ -171,19 +171,36 @@ def recipe_loss(part: Loss, loss: Tensor, outputs: Any, micro_batch: MicroBatch,
 SCALE = 1024.0  # of slopes while they are found, which in half precision may be too small; a power of two, which rounds nothing
 
 
-def _with_slope(loss: Tensor, logits: Any, micro_batch: MicroBatch, ascent: bool) -> Tensor:
-    """Keep how `loss` depends on `logits`, in the pass for g_t; let the backward of the pass for g~_t go on from there with that."""
+def _with_slope(loss: Tensor, outputs: Any, micro_batch: MicroBatch, ascent: bool) -> Tensor:
+    """Keep how `loss` depends on the logits, in the pass for g_t; let the backward of the pass for g~_t go on from there with that."""
+    logits = logits_of(outputs)
     edge = _as_computed(logits) if isinstance(logits, Tensor) and logits.requires_grad else None
-    if ascent:
-        micro_batch.slope = None if edge is None else _slope(loss, edge)
-    if edge is None or micro_batch.slope is None:
+    slope = None if edge is None or _has_several(outputs, logits) else _slope(loss, edge)
+    if slope is None:
         raise ValueError(
             "variant: expected a loss that is made of the logits that the model returns, because the variant needs its derivative "
             f"with respect to them; got {'logits' if isinstance(logits, Tensor) else type(logits).__name__} that the loss does not "
-            "depend on. Let the model's outputs have the logits that its loss is computed from, or take another variant."
+            "depend on, or several tensors that might be logits. Let the model's outputs have the logits that its loss is computed from, under that "
+            "name, or take another variant."
+        )
+    if micro_batch.logits is not None:
+        raise ValueError(
+            "variant: expected one call of super().compute_loss() in a pass, because the variant keeps the slope of one loss, got two. Put what "
+            "calls it into a Trainer below SAMPaMixin, or take another variant."
         )
     micro_batch.logits, micro_batch.loss = logits.detach(), loss.detach()
-    return loss if ascent else _with_slope_of(micro_batch, loss, edge)
+    if ascent:
+        micro_batch.slope = slope
+        return loss
+    return _with_slope_of(micro_batch, slope, loss, edge)
+
+
+def _has_several(outputs: Any, logits: Tensor) -> bool:
+    """Whether a tuple has several tensors that might be logits, as those of starts and of ends."""
+    return (
+        not isinstance(outputs, dict)
+        and sum(isinstance(each, Tensor) and each.shape == logits.shape for each in outputs) > 1
+    )
 
 
 def _slope(loss: Tensor, edge: GradientEdge) -> Tensor | None:
@@ -191,15 +208,23 @@ def _slope(loss: Tensor, edge: GradientEdge) -> Tensor | None:
     return None if found is None else found.float() / SCALE
 
 
-def _with_slope_of(micro_batch: MicroBatch, loss: Tensor, edge: GradientEdge) -> Tensor:
-    """`loss`, whose backward puts the slope of `micro_batch` in the place of its own at `edge`."""
+def _with_slope_of(micro_batch: MicroBatch, slope: Tensor, loss: Tensor, edge: GradientEdge) -> Tensor:
+    """`loss`, whose backward puts the slope that `micro_batch` keeps in the place of its own, `slope`, at `edge`.
+
+    What else depends on the logits there, as a term that a trainer adds, has its own gradient.
+    """
     scales = []  # what backward begins with: a share of the batch, and the scale of fp16
     loss = loss * 1.0  # a node of its own, whose gradient is that
     loss.register_hook(lambda grad: scales.append(grad.float()))
 
     def put_in_place(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        own = (micro_batch.slope * scales[-1]).to(grads[edge.output_nr].dtype)
-        return tuple(own if i == edge.output_nr else grad for i, grad in enumerate(grads))
+        if not scales:
+            raise ValueError(
+                "variant: expected a loss that has the one of super().compute_loss() in it, because the variant puts another slope in that one's "
+                "place, got one that is made of the outputs alone. Put it into a Trainer below SAMPaMixin, or take another variant."
+            )
+        difference = ((micro_batch.slope - slope) * scales[-1]).to(grads[edge.output_nr].dtype)
+        return tuple(grad + difference if i == edge.output_nr else grad for i, grad in enumerate(grads))
 
     edge.node.register_prehook(put_in_place)
     return loss

@@ -74,26 +74,38 @@ class Adapters(Part):
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers of `model` with LoRA adapters, as peft makes them, by name.
+    """Linear layers of `model` with active LoRA adapters, as peft makes them, by name.
 
-    Raises ValueError where there are none, or some in other layers, of which nobody would know what to add.
+    Raises ValueError where there are none, or some of another kind, of which nobody would know what to add.
     """
-    found = {
-        name: each for name, each in model.named_modules() if hasattr(each, "lora_A") and hasattr(each, "base_layer")
-    }
+    layers = (
+        (name, each) for name, each in model.named_modules() if hasattr(each, "lora_A") and hasattr(each, "base_layer")
+    )
+    found = {name: each for name, each in layers if any(active in each.lora_A for active in each.active_adapters)}
     if not found:
         raise ValueError(
-            "variant: expected a model with LoRA adapters, which this variant is about, got none. Make it by peft's "
+            "variant: expected a model with LoRA adapters, which this variant is about, got none that is active. Make it by peft's "
             "get_peft_model(model, LoraConfig(...)), or take another variant."
         )
     for name, each in found.items():
-        base = each.get_base_layer()
-        if not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D") or len(each.lora_embedding_A):
+        if problem := _problem(each):
             raise ValueError(
-                f"variant: expected LoRA adapters on linear layers, got {name!r}, a {type(base).__name__}. Leave it out of "
+                f"variant: expected LoRA adapters on linear layers, got {name!r}, {problem}. Change that, leave it out of "
                 "target_modules, or take another variant."
             )
     return found
+
+
+def _problem(layer: nn.Module) -> str | None:
+    """Why nobody would know what a layer with adapters computes."""
+    base = layer.get_base_layer()
+    if not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D") or len(layer.lora_embedding_A):
+        return f"a {type(base).__name__}"
+    if not all(isinstance(each, nn.Linear) for each in layer.lora_A.values()) or hasattr(layer, "parameter_name"):
+        return f"whose adapter is a {type(layer).__module__}.{type(layer).__name__}"
+    if layer.merged or layer.disable_adapters:
+        return f"whose adapters are {'merged' if layer.merged else 'disabled'}"
+    return None
 
 
 class RandomMergedWeights(Adapters):
@@ -185,7 +197,7 @@ class Adversary(Adapters):
     """Every layer has a second, auxiliary adapter, which ascends while the first one descends (Bi-LoRA, Liu et al. 2025, eq. 7 to 10).
 
     Its product B_2 A_2, without LoRA's scaling, is the perturbation. Over all layers it is rho long at most: what is longer
-    before a step is made so. The base optimizer holds A_2 and B_2, in its first group.
+    before a step is made so. The base optimizer holds A_2 and B_2, in the group of the adapters.
 
     Args:
         rank: of the product, at least 1.
@@ -221,6 +233,8 @@ class Adversary(Adapters):
         # ||B A||_F^2 = <B^T B, A A^T>, which are small.
         squares = [((b.T @ b).double() * (a @ a.T).double()).sum() for a, b in self._weights.values()]
         norm = torch.stack(squares).sum().clamp_(min=0).sqrt()
+        if rho == 0:  # as a callback may begin with; nothing is added then, and the weights wait
+            return
         factor = torch.where(norm > rho, (rho / norm).sqrt(), 1.0)
         for pair in self._weights.values():
             for each in pair:
@@ -228,7 +242,8 @@ class Adversary(Adapters):
 
     def __call__(self, name: str, x: Tensor, dtype: torch.dtype, rho: float, now: Moment) -> Tensor:
         a, b = (_Reversed.apply(each) for each in self._weights[name])
-        return F.linear(F.linear(x.to(a.dtype), a), b).to(dtype)
+        added = F.linear(F.linear(x.to(a.dtype), a), b).to(dtype)
+        return added if rho else added * 0.0
 
 
 class _Reversed(torch.autograd.Function):
@@ -244,8 +259,8 @@ class _Reversed(torch.autograd.Function):
 
 
 def _key(name: str) -> str:
-    """For a ModuleDict, whose keys have no dots."""
-    return name.replace(".", "|")
+    """For a ModuleDict, whose keys have no dots, and are no names of its methods."""
+    return "|" + name.replace(".", "|")
 
 
 class _Pair(nn.Module):
