@@ -155,11 +155,12 @@ class MicroBatches:
             if not self._needs_logits:
                 return own(model, inputs, *args, **kwargs)
             given = inspect.signature(own).bind(model, inputs, *args, **kwargs)
-            places = given.arguments if "return_outputs" in given.signature.parameters else kwargs
-            wanted, places["return_outputs"] = places.get("return_outputs", False), True
-            loss, outputs = (
-                own(*given.args, **given.kwargs) if places is not kwargs else own(model, inputs, *args, **kwargs)
-            )
+            if "return_outputs" in given.signature.parameters:
+                wanted, given.arguments["return_outputs"] = given.arguments.get("return_outputs", False), True
+                loss, outputs = own(*given.args, **given.kwargs)
+            else:
+                wanted = kwargs.get("return_outputs", False)
+                loss, outputs = own(model, inputs, *args, **{**kwargs, "return_outputs": True})
         engine = self.steps.engine
         now, ascent = engine.now(micro_batch), role is Role.LOOKAHEAD
         loss = recipe_loss(engine.recipe.loss, loss, outputs, micro_batch, ascent, now)
