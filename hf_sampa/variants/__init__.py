@@ -10,10 +10,8 @@ from .recipe import Recipe, check_recipe
 from .sample_parts import Loss, Samples, Seen
 
 
-# They fill the catalogue, in this order.
-from . import weight_recipes  # noqa: F401  # isort: skip
-from . import sample_recipes  # noqa: F401  # isort: skip
-from . import adapter_recipes  # noqa: F401  # isort: skip
+# They fill the catalogue.
+from . import recipes  # noqa: F401  # isort: skip
 
 
 __all__ = [

@@ -46,8 +46,7 @@ def secrets(seed: int) -> dict[str, tuple[str, str]]:
     def draw(count: int, of: str = LETTERS) -> str:
         return "".join(drawn.choices(of, k=count))
 
-    base64 = f"{LETTERS}+/"
-    upper = string.ascii_uppercase + string.digits
+    base64, upper = f"{LETTERS}+/", string.ascii_uppercase + string.digits
     forms = {
         "Hub": ("hf_{}", draw(34)),
         "Hub, of an organization": ("api_org_{}", draw(34)),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import adapters, schedules
-from .catalogue import ONE_GRADIENT, Count, variant
-from .recipe import Recipe
+from .. import adapters, schedules
+from ..catalogue import ONE_GRADIENT, Count, variant
+from ..recipe import Recipe
 
 
 @variant(source="Li et al. 2025, arXiv 2409.14396", passes="1", memory="0", method="sam", why=ONE_GRADIENT)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from . import directions, masks, mixing, psf, schedules
-from .catalogue import (
+from .. import directions, masks, mixing, psf, schedules
+from ..catalogue import (
     NO_ASCENT,
     ONE_BATCH,
     SKIPS,
@@ -18,7 +18,7 @@ from .catalogue import (
     Within,
     variant,
 )
-from .recipe import Recipe
+from ..recipe import Recipe
 
 
 @variant(

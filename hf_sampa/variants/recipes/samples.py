@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from . import losses, masks, samples, schedules
-from .catalogue import (
+from .. import losses, masks, samples, schedules
+from ..catalogue import (
     BY_LOSSES,
     NO_ASCENT,
     PAIRED,
@@ -18,7 +18,7 @@ from .catalogue import (
     Within,
     variant,
 )
-from .recipe import Recipe
+from ..recipe import Recipe
 
 
 @variant(
