@@ -75,13 +75,15 @@ class Ascents:
         """Go on with what `carried` gave."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the replicas carry, by ``name@replica.number``, on rank 0. A collective."""
+        """What the replicas carry, by ``name@replica.number``: on rank 0 and, of what they carry alike, on all. A collective."""
         if not self.carries:
             return {}
-        exchange = self.engine.exchange
-        of_all = exchange.collect({name: each.cpu() for name, each in self.carried().items()})
-        replicas = exchange.mesh.ranks_of(Role.PERTURBED)[: 1 if self.alike else None]
-        of_replicas = [of_all[rank] for rank in replicas] if of_all else []
+        exchange, own = self.engine.exchange, self.carried()
+        if self.alike:  # spread as the weights are, in a checkpoint in parts
+            of_replicas = [own]
+        else:
+            of_all = exchange.collect({name: here(each).cpu() for name, each in own.items()})
+            of_replicas = [of_all[rank] for rank in exchange.mesh.ranks_of(Role.PERTURBED)] if of_all else []
         return {name.replace("@", f"@{i}."): each for i, own in enumerate(of_replicas) for name, each in own.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> bool:
@@ -221,7 +223,7 @@ class ShardAscents(Ascents):
 
     def carried(self) -> dict[str, Tensor]:
         named = [zip(self.engine.names, self.engine.weights.whole(h.views), strict=True) for h in self._h]
-        return {f"{name}@{j}": here(view) for j, each in enumerate(named) for name, view in each}
+        return {f"{name}@{j}": view for j, each in enumerate(named) for name, view in each}
 
     def take_up(self, carried: dict[str, Tensor]) -> None:
         engine = self.engine
