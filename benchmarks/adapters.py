@@ -5,8 +5,8 @@
     python benchmarks/adapters.py --device cuda --bf16 --batch 1 2 4 8 --seq 128
 
 All steps are steps of the real Trainer or SAMPaTrainer, with AdamW beneath and LoRA of rank 8 on queries and values. The methods take turns,
-a round of each and again, so that a machine that slows down slows all. The first steps of a round, which compare both ways of
-SAMPa, are not counted. Peak memory is that of a process of its own on a CPU, and what torch has allocated on a GPU.
+a round of each and again, so that a machine that slows down slows all. The first steps of a round, in which SAMPa compares both ways and
+looks at the contents of all frozen weights, are not counted. Peak memory is that of a process of its own on a CPU, and what torch has allocated on a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODELS = {
 }
 # What is `concurrent`; None of AdamW, the last one at both batches in one, which is the least that two gradients take.
 METHODS = {"AdamW": None, "SAMPa, passes in turn": False, "SAMPa, one pass": True, "AdamW, twice the batch": None}
-WARM_UP = 3
+WARM_UP = 8
 
 
 class Tokens(Dataset):

@@ -9,7 +9,8 @@ from torch import nn
 from hf_sampa import SAMPaTrainer
 from hf_sampa.distributed.exchange import Exchange
 from hf_sampa.distributed.roles import Mesh
-from hf_sampa.state.forward_state import SMALL, ForwardState
+from hf_sampa.state.forward_state import ForwardState
+from hf_sampa.state.tensors_of import SMALL
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -63,22 +63,34 @@ def _join_tensors(one: Tensor, other: Tensor, sizes: tuple[int, int]) -> Tensor:
     return torch.cat(halves)
 
 
-def part(joint: Any, sizes: tuple[int, int], half: int) -> Any:
-    """What belongs to `half` of a structure, some of whose tensors have a row for each sample of both. No tensor is copied."""
+def parted(joint: Any, sizes: tuple[int, int]) -> tuple[Any, Any]:
+    """What belongs to each half of a structure, some of whose tensors have a row for each sample of both. No tensor is copied."""
     if isinstance(joint, Tensor):
-        return joint.narrow(0, sizes[0] if half else 0, sizes[half])
+        return joint.split(sizes)  # of both at once: its gradient is put together once
     leaves, spec = tree_flatten(joint)
-    start = sizes[0] if half else 0
+    halves = [_parted_leaf(leaf, sizes) for leaf in leaves]
+    return tuple(tree_unflatten([each[half] for each in halves], spec) for half in (0, 1))
 
-    def of_half(leaf: Any) -> Any:
-        joined = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == sum(sizes)
-        return leaf.narrow(0, start, sizes[half]) if joined else leaf
 
-    return tree_unflatten([of_half(leaf) for leaf in leaves], spec)
+def parted_call(args: tuple, kwargs: dict[str, Any], sizes: tuple[int, int]) -> tuple[tuple, tuple]:
+    """The arguments of a call, for each half; most are tensors or plain values, of which there is no structure to find."""
+    pairs = [
+        _parted_leaf(each, sizes)
+        if each is None or isinstance(each, Tensor | float | int | str)
+        else parted(each, sizes)
+        for each in (*args, *kwargs.values())
+    ]
+    halves = ([pair[half] for pair in pairs] for half in (0, 1))
+    return tuple((tuple(each[: len(args)]), dict(zip(kwargs, each[len(args) :], strict=True))) for each in halves)
+
+
+def _parted_leaf(leaf: Any, sizes: tuple[int, int]) -> tuple[Any, Any]:
+    joined = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == sum(sizes)
+    return leaf.split(sizes) if joined else (leaf, leaf)
 
 
 def rejoined(parts: Sequence[Any]) -> Any:
-    """The reverse of `part`: what a module that was run for each half returned, as if it had been run for both."""
+    """The reverse of `parted`: what a module that was run for each half returned, as if it had been run for both."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
     (leaves, spec), (others, _) = map(tree_flatten, parts)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..state import stood_in
 from .halves import Halves
-from .joining import Unlike, join, part, rejoined
+from .joining import Unlike, join, parted, parted_call, rejoined
 from .own import Randomness
 from .twins import Twins
 
@@ -118,10 +118,10 @@ class Meetings:
     ) -> Any:
         """The parts of both halves, `now` being the one in whose thread this is; `change` lets the other one have what is its own."""
         sizes, self._sizes = self._sizes, None
-        other = 1 - now
+        other, calls = 1 - now, parted_call(args, kwargs, sizes)
 
         def of(half: int) -> Any:
-            own_args, own_kwargs = part((args, kwargs), sizes, half)
+            own_args, own_kwargs = calls[half]
             return own(*own_args, **own_kwargs)
 
         found = {now: of(now)}
@@ -221,7 +221,7 @@ class _JoinedBlock(_Joined):
         args, kwargs = join(one, other, sizes)
         with self.meetings.parted(sizes):
             found = own(*args, **kwargs)
-        return part(found, sizes, 0), part(found, sizes, 1)
+        return parted(found, sizes)
 
 
 class _JoinedRows(_Joined):

@@ -12,81 +12,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..distributed import Exchange
 from .fingerprints import fingerprint, fingerprint_of_bits, fingerprint_of_print
+from .tensors_of import SMALL, Moment, Place, TensorsOf
 
 
-# Up to so many entries a tensor is copied before every pass that is undone, whether it was ever seen to change or not.
-SMALL = 2**16
 LITTLE = 2**26  # bytes, which are there for a copy in any case
 TRIAL_PASSES = 6  # the three of a rehearsal, and three more, in which contents are compared: ``tensor.data.mul_()`` leaves no other trace
-
-
-class _Place(NamedTuple):
-    """Where a module keeps a tensor: among its buffers or among its parameters."""
-
-    tensors: dict[str, Tensor | None]
-    name: str
-
-    def get(self) -> Tensor | None:
-        return self.tensors.get(self.name)
-
-
-class _Seen(NamedTuple):
-    """What tells that a tensor was changed or replaced."""
-
-    identity: int
-    version: int
-    address: int
-    shape: torch.Size
-    content: int | None
-
-    @classmethod
-    def of_all(cls, tensors: dict[str, Tensor], with_content: bool) -> dict[str, _Seen]:
-        plain = _plain(tensors)
-        contents: dict[str, int] = {}
-        if with_content and plain:
-            found = torch.stack([fingerprint_of_bits([tensor]).cpu() for tensor in plain.values()])
-            contents = dict(zip(plain, found.tolist(), strict=True))
-        return {
-            name: cls(id(t), t._version, t.data_ptr() if name in plain else 0, t.shape, contents.get(name))
-            for name, t in tensors.items()
-        }
-
-
-class _SmallOnes:
-    """Copies of the small tensors on a CPU, behind one another, as they are now. On other devices reading them would make the host wait."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        small = {
-            name: tensor.detach().reshape(-1).view(torch.uint8)
-            for name, tensor in _plain(tensors).items()
-            if tensor.device.type == "cpu" and 0 < tensor.numel() <= SMALL
-        }
-        self.sizes = {name: len(bits) for name, bits in small.items()}
-        self.bits = torch.cat(list(small.values())) if small else torch.zeros(0, dtype=torch.uint8)
-
-    def unlike(self, before: _SmallOnes) -> set[str]:
-        """Names of those that are other ones than `before`."""
-        if self.sizes == before.sizes and torch.equal(self.bits, before.bits):
-            return set()
-        now, then = (
-            dict(zip(each.sizes, each.bits.split(list(each.sizes.values())), strict=True)) for each in (self, before)
-        )
-        return {name for name, bits in now.items() if name in then and not torch.equal(bits, then[name])}
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without quantized weights, which are several tensors in one, at no address."""
-    return {name: tensor for name, tensor in tensors.items() if not is_traceable_wrapper_subclass(tensor)}
 
 
 class _Kept(NamedTuple):
     """A tensor before a pass that is to be undone; `tensor` and `data` are references, `content` is a copy."""
 
-    place: _Place
+    place: Place
     tensor: Tensor | None
     data: Tensor | None
     version: int
@@ -129,22 +68,18 @@ class ForwardState:
         self._room = max(LITTLE, sum(param.nbytes for param in trained))  # for copies in a rehearsal
         self.moving: set[str] = set()
         self._passes = 0
+        self._found: list[tuple[str, nn.Module]] = []
+        self._tensors: TensorsOf | None = None
         self._look_for_modules()
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, by name."""
-        found = ((name, place.get()) for name, place in self._places().items())
-        return {name: tensor for name, tensor in found if tensor is not None}
+        return self._now().tensors
 
-    def _places(self) -> dict[str, _Place]:
-        """By name; places of tensors that are yet to come, whose value is None, too."""
-        places = {}
-        for start, module in self._found:
-            for tensors in (module._buffers, module._parameters):
-                for name, tensor in tensors.items():
-                    if id(tensor) not in self._trained:
-                        places[f"{start}{name}"] = _Place(tensors, name)
-        return places
+    def _now(self) -> TensorsOf:
+        if self._tensors is None or not self._tensors.is_still_so():
+            self._tensors = TensorsOf(self._found, self._trained)
+        return self._tensors
 
     def _look_for_modules(self) -> None:
         """Modules may come and go, if rarely: a walk through a model takes a while, and one in each step is enough."""
@@ -153,7 +88,8 @@ class ForwardState:
             for path, module in root.named_modules():
                 start = ".".join(part for part in (prefix, path) if part)
                 found.setdefault(id(module), (f"{start}." if start else "", module))
-        self._found = list(found.values())
+        if list(found.values()) != self._found:
+            self._found, self._tensors = list(found.values()), None
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -162,18 +98,13 @@ class ForwardState:
         self._passes += 1
         if trial:
             self._look_for_modules()
-        tensors = self.tensors()
-        before, small = _Seen.of_all(tensors, trial), _SmallOnes(tensors)
+        before = Moment(self._now(), trial)
         try:
             yield
         finally:
             if trial:
                 self._look_for_modules()
-            tensors = self.tensors()
-            after = _Seen.of_all(tensors, trial)
-            self.moving |= {name for name in after if after[name] != before.get(name)} | _SmallOnes(tensors).unlike(
-                small
-            )
+            self.moving |= Moment(self._now(), trial).unlike(before)
 
     @contextmanager
     def kept(self, rehearsed: bool = False) -> Iterator[list[str]]:
@@ -185,10 +116,10 @@ class ForwardState:
         """
         self._look_for_modules()
         holders = {id(held) for _, module in self._found for held in (module._buffers, module._parameters)}
-        tensors, before, late = {name: place.get() for name, place in self._places().items()}, {}, []
-        fits = rehearsed and sum(t.nbytes for t in tensors.values() if t is not None) <= self._room
-        for name, place in self._places().items():
-            tensor = tensors[name]
+        now, before, late = self._now(), {}, []
+        fits = rehearsed and sum(tensor.nbytes for tensor in now.tensors.values()) <= self._room
+        for name, place in now.places.items():
+            tensor = now.tensors.get(name)
             if tensor is None:
                 before[name] = _Kept(place, None, None, 0, None)
                 continue
@@ -212,7 +143,7 @@ class ForwardState:
 
     @torch.no_grad()
     def _put_back(self, before: dict[str, _Kept], holders: set[int]) -> None:
-        for name, place in self._places().items():
+        for name, place in self._now().places.items():
             if name not in before and id(place.tensors) in holders:  # a module that is new is left as it is
                 del place.tensors[place.name]
         for name, kept in before.items():
@@ -236,9 +167,8 @@ class ForwardState:
     def fingerprints(self) -> dict[str, int]:
         """Of every tensor, by name, and of what the modules print, as dropout rates; costs a pass over all of them."""
         self._look_for_modules()
-        plain = {name: t for name, t in self.tensors().items() if not is_traceable_wrapper_subclass(t)}
         return {
-            **{name: int(fingerprint_of_bits([tensor])) for name, tensor in plain.items()},
+            **{name: int(fingerprint_of_bits([tensor])) for name, tensor in self._now().plain.items()},
             **{f"print({name or 'model'})": fingerprint_of_print(module) for name, module in self.modules.items()},
         }
 
@@ -263,7 +193,7 @@ class ForwardState:
         """Make room for what is moving on any process, in the shapes that it has on rank `source`."""
         self.moving = set().union(*self.exchange.share_objects(self.moving))
         own = {name: (tensor.shape, tensor.dtype, self._is_saved(name)) for name, tensor in self._moving().items()}
-        wanted, places = self.exchange.share_objects(own)[source], self._places()
+        wanted, places = self.exchange.share_objects(own)[source], self._now().places
         for name in sorted(self.moving - wanted.keys()):
             self.moving.discard(name)
             if name in places:
@@ -276,7 +206,7 @@ class ForwardState:
         return own not in module._non_persistent_buffers_set
 
     def _make_room(
-        self, name: str, shape: torch.Size, dtype: torch.dtype, place: _Place | None, saved: bool = False
+        self, name: str, shape: torch.Size, dtype: torch.dtype, place: Place | None, saved: bool = False
     ) -> None:
         tensor = place and place.get()
         if tensor is not None and (tensor.shape, tensor.dtype) == (shape, dtype):
@@ -305,10 +235,10 @@ class ForwardState:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken."""
-        places = self._places()
+        places = self._now().places
         for name, value in state.items():
             self._make_room(name, value.shape, value.dtype, places.get(name))
-        places = self._places()
+        places = self._now().places
         for name, value in state.items():
             places[name].get().copy_(value)
         self.moving |= state.keys()
