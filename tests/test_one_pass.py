@@ -108,7 +108,9 @@ def test_the_bits_of_passes_in_turn(tmp_path, model, settings, at_blocks):
     assert torch.nn.functional.dropout.__name__ == "dropout"
 
 
-def test_a_frozen_layer_is_computed_once_for_both(tmp_path):
+def test_a_frozen_layer_is_computed_once_for_both(tmp_path, caplog):
+    """And the log says so."""
+    caplog.set_level(logging.INFO)
     rows_seen = []
     model = bert()
     layer = model.base_model.model.bert.encoder.layer[2].output.dense
@@ -116,6 +118,7 @@ def test_a_frozen_layer_is_computed_once_for_both(tmp_path):
     run(tmp_path, model, True, max_steps=4)
     # g_0, the step that is tried both ways, three others.
     assert rows_seen[-3:] == [8, 8, 8]
+    assert caplog.text.count("concurrent: both gradients of a step are taken in one pass from here on.") == 1
 
 
 class Counting(SAMPaTrainer):

@@ -174,6 +174,7 @@ class OnePass:
             self._displace(kept)
             at_once = self._try(batch, next_batch, backward)
             if at_once and self._alike(at_once, self._gradients(), in_turn, grads):
+                logger.info("concurrent: both gradients of a step are taken in one pass from here on.")
                 return at_once
         self._put_back(grads)
         self._give_up("it gives other gradients")
