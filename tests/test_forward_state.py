@@ -9,7 +9,7 @@ from torch import nn
 from hf_sampa import SAMPaTrainer
 from hf_sampa.distributed.exchange import Exchange
 from hf_sampa.distributed.roles import Mesh
-from hf_sampa.state.forward_state import ForwardState
+from hf_sampa.state.forward_state import TRIAL_PASSES, ForwardState
 from hf_sampa.state.tensors_of import SMALL
 from tests import tiny
 from tests.ranks import run_ranks
@@ -239,3 +239,83 @@ def test_what_does_not_move_is_not_written_to():
     assert state.moving == {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
     assert model[0].running_mean is mean and torch.equal(mean, before)
     assert model.table._version == versions[0] and mean._version > versions[1]
+
+
+def held_by_every_kind():
+    """Tensors of several types, one of them with a NaN, one strided, one repeated; nothing is trained but a bias."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[1].weight.requires_grad_(False)
+    tensors = {
+        "whole": torch.arange(4),
+        "short": torch.ones(3, dtype=torch.bfloat16),
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "eight bits": torch.ones(5).to(torch.float8_e4m3fn),
+        "truths": torch.tensor([True, False]),
+        "no number": torch.tensor([float("nan"), 0.0]),
+        "strided": torch.zeros(4, 3).t(),
+        "repeated": torch.zeros(1, 3).expand(4, 3),
+        "empty": torch.zeros(0),
+    }
+    for name, tensor in tensors.items():
+        model.register_buffer(name, tensor)
+    model.register_buffer("to come", None)
+    return model
+
+
+def replaced(name):
+    def change(model):
+        setattr(model, name, getattr(model, name).clone())
+
+    return change
+
+
+def elsewhere(model):
+    model.strided.data = model.strided.data.clone()
+
+
+def exchanged(model):
+    own = model._buffers
+    own["whole"], own["truths"] = own["truths"], own["whole"]
+
+
+CHANGES = {
+    "nothing": (lambda model: None, set()),
+    "a version": (lambda model: model.short.add_(1), {"short"}),
+    "a version, no number": (lambda model: model.short.add_(0), {"short"}),
+    "a sign of zero": (lambda model: getattr(model, "no number").data[1:].neg_(), {"no number"}),
+    "complex": (lambda model: model.complex.data.mul_(2), {"complex"}),
+    "eight bits": (lambda model: getattr(model, "eight bits").data.view(torch.uint8).add_(1), {"eight bits"}),
+    "a truth": (lambda model: model.truths.data.logical_not_(), {"truths"}),
+    "a frozen weight": (lambda model: model[1].weight.data.mul_(2), {"1.weight"}),
+    "a trained one": (lambda model: model[1].bias.data.mul_(2), set()),
+    "strided": (lambda model: model.strided.data[0].add_(1), {"strided"}),
+    "elsewhere": (elsewhere, {"strided"}),
+    "another object": (replaced("whole"), {"whole"}),
+    "an empty one": (replaced("empty"), {"empty"}),
+    "places": (exchanged, {"whole", "truths"}),
+    "one that was to come": (lambda model: setattr(model, "to come", torch.ones(1)), {"to come"}),
+    "a new one": (lambda model: model[0].register_buffer("new", torch.ones(1)), {"0.new"}),
+    "one that goes": (lambda model: delattr(model, "whole"), set()),
+    "running statistics": (
+        lambda model: model[0](torch.randn(8, 3)),
+        {"0.running_mean", "0.running_var", "0.num_batches_tracked"},
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_pass_changes_is_seen_after_many_that_changed_nothing(change):
+    """Also by ways that leave no version behind, in tensors that were found to be the same again and again."""
+    model = held_by_every_kind()
+    state = ForwardState({"": model}, [model[1].bias, *model[0].parameters()], Exchange(Mesh(1, 0, paired=False)))
+    for _ in range(TRIAL_PASSES + 2):
+        with state.noted():
+            pass
+    assert state.moving == set()
+    make, expected = CHANGES[change]
+    with state.noted():
+        make(model)
+    assert state.moving == expected
+    with state.noted():
+        pass
+    assert state.moving == expected

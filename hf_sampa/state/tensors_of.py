@@ -20,6 +20,17 @@ from .fingerprints import fingerprint_of_bits
 
 # Up to so many entries a tensor is copied before every pass that is undone, whether it was ever seen to change or not.
 SMALL = 2**16
+# Types that every torch puts behind one another; of others it is told that they are bytes.
+USUAL = {
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+}
 
 
 class Place(NamedTuple):
@@ -123,7 +134,7 @@ class Moment:
             prints = [fingerprint_of_bits([tensor]).cpu() for tensor in found.plain.values()]
             self._contents = torch.stack(prints).tolist()
         self._small = found.small([*self._addresses, *self._shapes])
-        self._bits = [_flatten_dense_tensors(list(each.values())).view(torch.uint8) for each in self._small.values()]
+        self._bits = [_bits_of(dtype, list(tensors.values())) for dtype, tensors in self._small.items()]
 
     def unlike(self, before: Moment) -> set[str]:
         """Names of the tensors that are other ones than `before`, or new."""
@@ -158,3 +169,11 @@ class Moment:
         for tensors, bits in zip(self._small.values(), self._bits, strict=True):
             found |= dict(zip(tensors, bits.split([tensor.nbytes for tensor in tensors.values()]), strict=True))
         return found
+
+
+def _bits_of(dtype: torch.dtype, tensors: list[Tensor]) -> Tensor:
+    """Copies of the bits of tensors of one type, behind one another."""
+    if dtype not in USUAL:
+        tensors = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    bits = _flatten_dense_tensors(tensors).view(torch.uint8)
+    return bits.clone() if len(tensors) == 1 else bits  # one by itself stays in its own memory
