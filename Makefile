@@ -23,7 +23,7 @@ demo: .venv ## Fine-tune a small BERT and a small ViT with AdamW, SAM and SAMPa;
 # Two files at a time, in the order of their names: those of tests/distributed, of which some take long, come first.
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint ## Lint, then a test of every property, two files at a time (6 minutes on two cores, 20 on slow ones)
+test: lint ## Lint, then a test of every property, two files at a time (24 minutes on two slow cores)
 	$(BIN)/python -m pytest $(TWO_FILES) $(PYTEST_ARGS)
 
 test-all: lint ## Lint, then all tests that need no GPU: every combination, all optimizers, launchers, benchmarks, the documentation
