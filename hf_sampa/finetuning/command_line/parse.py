@@ -10,11 +10,11 @@ from typing import Any
 from accelerate.logging import get_logger
 from transformers import HfArgumentParser
 
-from ..cards import declare_options
-from ..variants import find
+from ...cards import declare_options
+from ...variants import find
+from ..training_arguments import FineTuningArguments
 from .arguments_file import perhaps, without_file
 from .parser import given_by
-from .training_arguments import FineTuningArguments
 
 
 logger = get_logger(__name__)

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..training_args import SAMPaArgumentsMixin
-from .script import is_left_to_another
+from ...training_args import SAMPaArgumentsMixin
+from ..script import is_left_to_another
 
 
 FILE = 'In place of options, or before them, there may be the name of a JSON file of them, {"output_dir": "out"}; options win over it.'
